@@ -1,0 +1,144 @@
+"""The linear recurrence ``h_t = a_t h_{t-1} + x_t``, without a loop over time.
+
+The sequence is cut into chunks of `CHUNK` steps. All chunks advance one step together, so the
+Python loop has `CHUNK` rounds whatever the length; what each chunk hands to the next is again a
+linear recurrence, `CHUNK` times shorter, solved the same way. Coefficients are only ever
+multiplied (never divided, no logarithms), so 0, 1 and 1e-30 are all exact enough.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+CHUNK = 16
+
+
+def linear_scan(
+    x: mx.array,
+    a: mx.array,
+    h0: mx.array | None = None,
+    reset: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Run ``h_t = a_t h_{t-1} + x_t`` along the time axis (Griffin, arXiv:2402.19427, eq. 4).
+
+    Accumulates in float32 whatever the inputs' dtype. Differentiable in `x`, `a` and `h0`; the
+    backward pass is the same recurrence run from the end, and keeps only the inputs and `y`.
+
+    Args:
+        x: (B, L, D), any float. What is added at each step.
+        a: (B, L, D), any float. What the state is multiplied with at each step.
+        h0: (B, D), fp32. The state before the first step; zeros when omitted.
+        reset: (B, L), bool. True where the state is dropped before the step (as if ``a`` were 0).
+
+    Returns:
+        ``(y, h_last)``: the states (B, L, D) in the dtype of `x`, and the last one (B, D) in fp32.
+
+    Raises:
+        ValueError: If the shapes do not agree.
+    """
+    _check(x, a, h0, reset)
+    a = a.astype(mx.float32)
+    if reset is not None:
+        a = mx.where(reset[..., None], 0.0, a)
+    if h0 is None:
+        h0 = mx.zeros((x.shape[0], x.shape[2]), mx.float32)
+    h = _linear_scan(x.astype(mx.float32), a, h0.astype(mx.float32))
+    return h.astype(x.dtype), h[:, -1]
+
+
+@mx.custom_function
+def _linear_scan(x: mx.array, a: mx.array, h0: mx.array) -> mx.array:
+    return scan_reference(x, a, h0)
+
+
+@_linear_scan.vjp
+def _linear_scan_vjp(primals, cotangent, h):
+    _, a, h0 = primals
+    return scan_gradients(a, h0, h, cotangent)
+
+
+def scan_gradients(
+    a: mx.array, h0: mx.array, h: mx.array, cotangent: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Gradients of the recurrence with respect to x, a and h0.
+
+    Args:
+        a, h: (B, L, D), fp32. The coefficients and the states that they gave.
+        h0: (B, D), fp32.
+        cotangent: (B, L, D), fp32. The gradient of the loss with respect to each state.
+
+    Returns:
+        ``(dx, da, dh0)``, shaped like x, a and h0.
+    """
+    # dh_t = g_t + a_{t+1} dh_{t+1}: the same recurrence, from the end, with a moved by one step.
+    following = mx.concatenate([a[:, 1:], mx.zeros_like(a[:, :1])], axis=1)
+    dh = scan_reference(cotangent, following, None, reverse=True)
+    previous = mx.concatenate([h0[:, None], h[:, :-1]], axis=1)
+    return dh, dh * previous, a[:, 0] * dh[:, 0]
+
+
+def scan_reference(
+    x: mx.array, a: mx.array, h0: mx.array | None, *, reverse: bool = False
+) -> mx.array:
+    """The recurrence in plain MLX operations, fp32: (B, L, D), (B, L, D), (B, D) -> (B, L, D).
+
+    `reverse` runs from the last step to the first.
+    """
+    batch, length, width = x.shape
+    if length <= CHUNK:
+        return _scan_steps(x, a, h0, reverse)
+
+    chunks = -(-length // CHUNK)
+    padding = chunks * CHUNK - length
+    if padding:
+        # A step with a = 1 and x = 0 changes nothing; in reverse it comes before the sequence.
+        widths = [(0, 0), (0, padding), (0, 0)]
+        x = mx.pad(x, widths)
+        a = mx.pad(a, widths, constant_values=1.0)
+
+    # (CHUNK, B, chunks, D): step i of all chunks lies in one contiguous slab.
+    def slabs(z: mx.array) -> mx.array:
+        return mx.contiguous(z.reshape(batch, chunks, CHUNK, width).transpose(2, 0, 1, 3))
+
+    x, a = slabs(x), slabs(a)
+    steps = range(CHUNK - 1, -1, -1) if reverse else range(CHUNK)
+    partial: list[mx.array] = [x] * CHUNK
+    product: list[mx.array] = [a] * CHUNK
+    h, p = None, None
+    for i in steps:
+        h = x[i] if h is None else a[i] * h + x[i]
+        p = a[i] if p is None else a[i] * p
+        partial[i], product[i] = h, p
+
+    carry = scan_reference(h, p, h0, reverse=reverse)
+    first = mx.zeros_like(carry[:, :1]) if h0 is None else h0[:, None]
+    if reverse:
+        entering = mx.concatenate([carry[:, 1:], first], axis=1)
+    else:
+        entering = mx.concatenate([first, carry[:, :-1]], axis=1)
+    y = mx.stack([hi + pi * entering for hi, pi in zip(partial, product, strict=True)], axis=2)
+    return y.reshape(batch, chunks * CHUNK, width)[:, :length]
+
+
+def _scan_steps(x: mx.array, a: mx.array, h0: mx.array | None, reverse: bool) -> mx.array:
+    """At most `CHUNK` steps, one after the other."""
+    length = x.shape[1]
+    if length == 1:
+        return x if h0 is None else a * h0[:, None] + x
+    h = h0
+    states: list[mx.array] = [x] * length
+    for t in range(length - 1, -1, -1) if reverse else range(length):
+        h = x[:, t] if h is None else a[:, t] * h + x[:, t]
+        states[t] = h
+    return mx.stack(states, axis=1)
+
+
+def _check(x: mx.array, a: mx.array, h0: mx.array | None, reset: mx.array | None) -> None:
+    if x.ndim != 3 or x.shape[1] == 0:
+        raise ValueError(f"[linear_scan] x must be (B, L, D) with L > 0, not {x.shape}.")
+    if a.shape != x.shape:
+        raise ValueError(f"[linear_scan] a has shape {a.shape}, x has {x.shape}.")
+    if h0 is not None and h0.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(f"[linear_scan] h0 has shape {h0.shape}, x has {x.shape}.")
+    if reset is not None and reset.shape != x.shape[:2]:
+        raise ValueError(f"[linear_scan] reset has shape {reset.shape}, x has {x.shape}.")
