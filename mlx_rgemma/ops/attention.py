@@ -62,7 +62,7 @@ def windowed_attention(
     Raises:
         ValueError: If the shapes do not agree.
     """
-    batch, heads, length, head_dim = q.shape
+    batch, _, length, head_dim = q.shape
     if k.shape != (batch, 1, length, head_dim) or v.shape != k.shape:
         raise ValueError(
             f"[windowed_attention] q has shape {q.shape}, k {k.shape}, v {v.shape};"

@@ -61,9 +61,7 @@ NORMAL, RESET, PADDING = 0, 1, 2
 """What a step does: the recurrence, a new document, nothing."""
 
 
-def step_kinds(
-    batch: int, length: int, reset: mx.array | None, mask: mx.array | None
-) -> mx.array:
+def step_kinds(batch: int, length: int, reset: mx.array | None, mask: mx.array | None) -> mx.array:
     """One byte a step, (B, L) uint8 or (1, 1) when all steps are alike: see `NORMAL`."""
     if reset is None and mask is None:
         return mx.zeros((1, 1), mx.uint8)

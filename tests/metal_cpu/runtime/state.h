@@ -1,0 +1,91 @@
+// What the parts of the runtime share: the running thread, the epochs that order memory, the findings.
+// One launch runs at a time in a process, on one OS thread; the caller holds a lock.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "abi.h"
+
+namespace runtime {
+
+constexpr size_t kStackBytes = 256 << 10;
+constexpr uint32_t kMaxThreads = 1024;
+constexpr size_t kMaxThreadgroupBytes = 32768;
+constexpr int kMaxCallDepth = 64;
+
+enum class Wait { kReady, kSimd, kBarrier, kDone };
+
+// Memory that a barrier orders: its flags say which kinds.
+enum Memory { kDevice = 0, kThreadgroup = 1 };
+
+struct Frame {
+  void* function;  // an address inside the function: the same for every call of it
+  void* caller;    // where it was called from
+};
+
+// One GPU thread: a stack of its own, and where it waits.
+struct Fiber {
+  mtl_thread self;
+  Wait wait;
+  int line;               // of the operation it waits in, or last waited in
+  const char* operation;  // "simd_sum", "threadgroup_barrier(mem_threadgroup)", ...
+  uint32_t exchanges;
+  char* stack;
+  void* context;
+  Frame frames[kMaxCallDepth];  // checked mode: the calls it is in
+  int depth;
+};
+
+// 32 threads that exchange values. Two sets of slots, used in turn: a lane may publish its next value
+// while its neighbours still read the last one.
+struct Simdgroup {
+  alignas(64) char slots[2][MTL_SIMD_WIDTH * MTL_SLOT_BYTES];
+  uint32_t active[2];
+  uint32_t epoch[2];  // counts simdgroup barriers, for each kind of memory
+};
+
+struct Counters {
+  uint64_t exchanges;
+  uint64_t barriers;
+  uint64_t accesses;
+  uint64_t threadgroup_bytes;
+};
+
+struct State {
+  Fiber* current;          // null outside a kernel
+  bool checked;            // shadow memory is kept
+  uint32_t group;          // the running threadgroup, counted along the grid
+  uint32_t group_epoch[2];  // counts threadgroup barriers, for each kind of memory
+  std::vector<Simdgroup> simdgroups;
+  Counters counters;
+};
+
+extern State state;
+
+inline Simdgroup& current_simdgroup() {
+  return state.simdgroups[state.current->self.simdgroup];
+}
+
+// ---- fibers (fiber.cpp)
+void prepare(Fiber& fiber);  // it will run the kernel from the start
+void resume(Fiber& fiber);   // until it waits or ends
+void suspend();              // called on the fiber
+char* new_stack();
+// Set by the launch: what a fiber runs.
+extern void (*kernel_entry)(void**, const mtl_thread*);
+extern void** kernel_buffers;
+
+// ---- findings (report.cpp)
+void clear_findings();
+// One finding for each message kind and address; `pc` is in the kernel's code, or null with a line.
+[[gnu::format(printf, 3, 4)]] void report(void* pc, int line, const char* format, ...);
+// A finding that holds only if the two call paths differ once translated to source lines.
+void report_if_paths_differ(const Fiber& a, const Fiber& b, int line, const char* message);
+bool any_findings();
+[[noreturn]] void abandon_launch();
+
+// ---- checked memory (shadow.cpp)
+void access(const void* address, size_t bytes, bool write, void* pc, bool atomic = false);
+
+}  // namespace runtime
