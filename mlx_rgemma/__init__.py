@@ -1,0 +1,73 @@
+"""RecurrentGemma (Griffin) on Apple's MLX: exact, fast, in constant memory.
+
+    from mlx_rgemma import load, generate
+
+    model, tokenizer = load()  # the embedded model; or a folder, or a Hub repository
+    print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
+
+Everything is imported when it is first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "mlx_rgemma.checkpoints",
+    "load_model": "mlx_rgemma.checkpoints",
+    "convert": "mlx_rgemma.checkpoints",
+    "generate": "mlx_rgemma.generation",
+    "stream_generate": "mlx_rgemma.generation",
+    "batch_generate": "mlx_rgemma.generation",
+    "load_prompt_cache": "mlx_rgemma.prompt_cache",
+    "save_prompt_cache": "mlx_rgemma.prompt_cache",
+    "register": "mlx_rgemma.registration",
+    "GriffinConfig": "mlx_rgemma.griffin.config",
+    "Model": "mlx_rgemma.griffin.model",
+}
+
+__all__ = ["__version__", "ops", *_HOMES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from mlx_rgemma import ops
+    from mlx_rgemma.checkpoints import convert, load, load_model
+    from mlx_rgemma.generation import batch_generate, generate, stream_generate
+    from mlx_rgemma.griffin.config import GriffinConfig
+    from mlx_rgemma.griffin.model import Model
+    from mlx_rgemma.prompt_cache import load_prompt_cache, save_prompt_cache
+    from mlx_rgemma.registration import register
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    if name == "ops":
+        return importlib.import_module("mlx_rgemma.ops")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+class _Package(ModuleType):
+    """A package whose functions keep their names when a command of the same name is imported.
+
+    `generate` and `convert` are functions here and modules that `python -m` runs. The import
+    system binds a submodule to its name in the package; that binding is dropped for these two.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,68 @@
+"""What all commands share: a user's mistake is one line on stderr, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from mlx_rgemma.errors import UserError
+
+
+def run(command: Callable[[], int | None]) -> int:
+    """Run a command and turn what stopped it into an exit status.
+
+    Returns:
+        The command's own status (None counts as 0), 1 after a `UserError` or an operating system
+        error (told in one line on stderr), 130 after Ctrl-C, 0 when the reader of a pipe left.
+    """
+    try:
+        status = command() or 0
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Keep the interpreter from complaining when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def count(minimum: int, *, unlimited: bool = False) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `minimum` (or -1, where that means no limit)."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value >= minimum or (unlimited and value == -1):
+            return value
+        no_limit = " (or -1 for no limit)" if unlimited else ""
+        raise argparse.ArgumentTypeError(f"{value} is not at least {minimum}{no_limit}")
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def number(minimum: float, maximum: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: a number between two bounds."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if minimum <= value <= maximum:
+            return value
+        bounds = f"between {minimum:g} and {maximum:g}" if maximum < 1e300 else f"{minimum:g} or more"
+        raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+
+    parse.__name__ = "number"
+    return parse

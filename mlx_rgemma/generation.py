@@ -1,0 +1,277 @@
+"""Generating text: mlx-lm's loop and samplers, with a state and a memory that do not grow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
+from mlx_rgemma.griffin.model import Model
+
+if TYPE_CHECKING:
+    from mlx_lm.generate import BatchResponse, GenerationResponse
+
+Prompt = str | Sequence[int] | mx.array
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+CONTEXT_LIMIT = 4096
+"""Most recent tokens that logits processors are shown."""
+
+TEXT_LIMIT = 4096
+"""Characters of finished text that a detokenizer keeps."""
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Any,
+    prompt: Prompt,
+    max_tokens: int = 256,
+    *,
+    stop: str | Sequence[str] = (),
+    prompt_cache: list[GriffinCache] | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    **kwargs: Any,
+) -> Iterator[GenerationResponse]:
+    """Generate text piece by piece.
+
+    Memory does not depend on the number of tokens read or written: the prompt is read in chunks,
+    and neither the tokens nor the text are kept.
+
+    Args:
+        model: From `load`.
+        tokenizer: From `load`.
+        prompt: Text, or token ids.
+        max_tokens: How many tokens to write at most; -1 for no limit.
+        stop: Texts that end the generation; they are not part of the output.
+        prompt_cache: A state to continue, from `model.make_cache()`; updated in place.
+        logits_processors: Functions of (the last tokens, logits) to logits, from
+            `mlx_lm.sample_utils.make_logits_processors`. They see at most `CONTEXT_LIMIT` tokens.
+        **kwargs: Passed on to `mlx_lm.generate.generate_step`: `sampler`, `prefill_step_size`,
+            `prompt_progress_callback`.
+
+    Yields:
+        mlx-lm's `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
+
+    Raises:
+        UserError: If the prompt is empty or holds an unknown token, or `max_tokens` is no count.
+    """
+    from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
+
+    if max_tokens < 1 and max_tokens != -1:
+        raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1 for no limit).")
+    tokens = encode(tokenizer, prompt, model.args.vocab_size)
+    cache = model.make_cache() if prompt_cache is None else prompt_cache
+    runner = _WithProcessors(model, logits_processors) if logits_processors else model
+    stops = _StopMatcher([stop] if isinstance(stop, str) else stop)
+    text = _TextStream(tokenizer)
+
+    prompt_tps = 0.0
+    with wired_limit(model, [generation_stream]):
+        tic = time.perf_counter()
+        steps = generate_step(
+            tokens, runner, max_tokens=max_tokens, prompt_cache=cache, **kwargs
+        )
+        try:
+            for n, (token, logprobs) in enumerate(steps, start=1):
+                if n == 1:
+                    prompt_tps = tokens.size / (time.perf_counter() - tic)
+                    tic = time.perf_counter()
+                ended = token in tokenizer.eos_token_ids
+                segment = text.finish() if ended else text.add(token)
+                if not ended and n == max_tokens:
+                    segment += text.finish()
+                segment, stopped = stops.feed(segment, last=ended or n == max_tokens)
+                reason = "stop" if ended or stopped else "length" if n == max_tokens else None
+                yield GenerationResponse(
+                    text=segment,
+                    token=token,
+                    logprobs=logprobs,
+                    from_draft=False,
+                    prompt_tokens=tokens.size,
+                    prompt_tps=prompt_tps,
+                    generation_tokens=n,
+                    generation_tps=n / (time.perf_counter() - tic),
+                    peak_memory=mx.get_peak_memory() / 1e9,
+                    finish_reason=reason,
+                )
+                if reason is not None:
+                    return
+        finally:
+            steps.close()
+
+
+def generate(
+    model: Model, tokenizer: Any, prompt: Prompt, verbose: bool = False, **kwargs: Any
+) -> str:
+    """Generate a text as one string.
+
+    Args:
+        model, tokenizer, prompt: As for `stream_generate`.
+        verbose: Whether to print the text as it comes, and mlx-lm's statistics after it.
+        **kwargs: Passed on to `stream_generate`.
+
+    Returns:
+        The text without the prompt.
+    """
+    if verbose:
+        print("=" * 10)
+    pieces = []
+    response = None
+    cache = kwargs.pop("prompt_cache", None) or model.make_cache()
+    try:
+        for response in stream_generate(model, tokenizer, prompt, prompt_cache=cache, **kwargs):
+            if verbose:
+                print(response.text, end="", flush=True)
+            pieces.append(response.text)
+    finally:
+        if verbose and response is not None:
+            print(f"\n{'=' * 10}\n{statistics(response, state_nbytes(cache))}", flush=True)
+    return "".join(pieces)
+
+
+def statistics(response: GenerationResponse, state_bytes: int) -> str:
+    """mlx-lm's lines about a generation, and the size of the state."""
+    return (
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+        f"Generation: {response.generation_tokens} tokens,"
+        f" {response.generation_tps:.3f} tokens-per-sec\n"
+        f"Peak memory: {response.peak_memory:.3f} GB\n"
+        f"State: {state_bytes / 1e6:.3f} MB, at any length"
+    )
+
+
+def batch_generate(
+    model: Model,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_tokens: int | list[int] = 128,
+    **kwargs: Any,
+) -> BatchResponse:
+    """Generate a text for each of several prompts at once; each is what it would be alone.
+
+    Args:
+        model, tokenizer: From `load`.
+        prompts: Texts, or lists of token ids, of any lengths.
+        max_tokens: How many tokens to write at most, for all or for each.
+        **kwargs: Passed on to `mlx_lm.batch_generate`: `sampler`, `verbose`,
+            `return_prompt_caches`, `prompt_caches`, `completion_batch_size`, ...
+
+    Returns:
+        mlx-lm's `BatchResponse`: `texts`, `stats`, `caches`.
+
+    Raises:
+        UserError: If a prompt is empty or holds an unknown token.
+    """
+    from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
+
+    limits = [max_tokens] if isinstance(max_tokens, int) else max_tokens
+    for limit in limits:
+        if limit < 1:
+            raise UserError(f"max_tokens is {limit}, expected at least 1.")
+    vocab_size = model.args.vocab_size
+    tokens = [encode(tokenizer, prompt, vocab_size).tolist() for prompt in prompts]
+    return mlx_lm_batch_generate(model, tokenizer, tokens, max_tokens=max_tokens, **kwargs)
+
+
+def encode(tokenizer: Any, prompt: Prompt, vocab_size: int) -> mx.array:
+    """Token ids of a prompt, (L,) int32; a text begins with BOS unless it says so itself.
+
+    Raises:
+        UserError: If there is no token, or one that the model does not have.
+    """
+    if isinstance(prompt, str):
+        bos = tokenizer.bos_token
+        special = bos is None or not prompt.startswith(bos)
+        prompt = tokenizer.encode(prompt, add_special_tokens=special)
+    tokens = prompt if isinstance(prompt, mx.array) else mx.array(list(prompt), mx.int32)
+    if tokens.size == 0:
+        raise UserError("the prompt is empty: it needs at least one token.")
+    low, high = tokens.min().item(), tokens.max().item()
+    if low < 0 or high >= vocab_size:
+        unknown = low if low < 0 else high
+        raise UserError(f"the prompt holds token {unknown}; the model knows 0 to {vocab_size - 1}.")
+    return tokens
+
+
+class _WithProcessors:
+    """A model whose last logits go through logits processors.
+
+    mlx-lm's loop would hand processors every token ever seen, an array that grows with each; here
+    they see the last `CONTEXT_LIMIT`.
+    """
+
+    def __init__(self, model: Model, processors: Sequence[LogitsProcessor]) -> None:
+        self.model = model
+        self.processors = processors
+        self.recent = mx.array([], mx.int32)
+
+    def __call__(self, tokens: mx.array, cache: list[GriffinCache]) -> mx.array:
+        recent = mx.concatenate([self.recent, tokens[0].astype(mx.int32)])
+        self.recent = recent[-CONTEXT_LIMIT:]
+        logits = self.model(tokens, cache=cache)[:, -1]
+        for process in self.processors:
+            logits = process(self.recent, logits)
+        return logits[:, None]
+
+
+class _TextStream:
+    """mlx-lm's streaming detokenizer, forgetting what has been handed out."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.detokenizer = tokenizer.detokenizer
+
+    def add(self, token: int) -> str:
+        """The text that a token completes (may be empty)."""
+        self.detokenizer.add_token(token)
+        return self._segment()
+
+    def finish(self) -> str:
+        """The text that was held back for tokens to come."""
+        self.detokenizer.finalize()
+        return self._segment()
+
+    def _segment(self) -> str:
+        d = self.detokenizer
+        segment = d.last_segment
+        if len(d.text) > TEXT_LIMIT:
+            # `text` is a plain attribute of the fast detokenizers, `_text` of the general one.
+            attribute = "_text" if hasattr(d, "_text") else "text"
+            kept = getattr(d, attribute)
+            dropped = max(0, min(len(kept), d.offset) - 64)
+            setattr(d, attribute, kept[dropped:])
+            d.offset -= dropped
+        if len(d.tokens) > TEXT_LIMIT:
+            d.tokens = []
+        return segment
+
+
+class _StopMatcher:
+    """Holds back text that may turn out to be a stop text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = [s for s in stops if s]
+        self.held = ""
+
+    def feed(self, text: str, last: bool) -> tuple[str, bool]:
+        """-> the text that may be shown, and whether a stop text has appeared."""
+        if not self.stops:
+            return text, False
+        text = self.held + text
+        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            return text[: min(found)], True
+        hold = 0 if last else max(_overlap(text, stop) for stop in self.stops)
+        self.held = text[len(text) - hold :]
+        return text[: len(text) - hold], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

@@ -1,0 +1,335 @@
+"""The state of a Griffin model: allocated once, of a size that never changes.
+
+One cache a layer, in mlx-lm's protocol (`mlx_lm.models.cache`), for one sequence or a batch of
+them. All counters are Python integers, so that decoding adds nothing to a lazy graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.ops import Ring
+
+
+class _StateCache:
+    """What both kinds of cache share: positions, and the lengths of right-padded prompts.
+
+    Attributes:
+        positions: For each row, the position of its next token in its document.
+        lengths: For each row, how many tokens of the prompt being read are still to come, while
+            a right-padded batch is read; otherwise None.
+    """
+
+    positions: list[int]
+    lengths: list[int] | None
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.positions)
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen, of the row that has seen most."""
+        return max(self.positions)
+
+    def size(self) -> int:
+        """Tokens seen, of the row that has seen most (mlx-lm's name)."""
+        return self.offset
+
+    def empty(self) -> bool:
+        """Whether no row has seen a token."""
+        return not any(self.positions)
+
+    def is_trimmable(self) -> bool:
+        """False: a recurrence cannot be run backwards."""
+        return False
+
+    def prepare(
+        self, *, lengths: Sequence[int] | None = None, right_padding: Any = None, **other: Any
+    ) -> None:
+        """Announce a right-padded batch: row i has `lengths[i]` tokens, then padding."""
+        if other.get("left_padding") is not None:
+            raise ValueError("[cache] prompts must be padded on the right, not on the left.")
+        if lengths is not None:
+            self.lengths = [int(n) for n in lengths]
+            if len(self.lengths) != self.batch_size:
+                self.resize(len(self.lengths))
+
+    def finalize(self) -> None:
+        """The right-padded batch has been read."""
+        self.lengths = None
+
+    def valid(self, length: int) -> list[int] | None:
+        """How many of the next `length` tokens of each row are real; None when all are."""
+        if self.lengths is None or all(n >= length for n in self.lengths):
+            return None
+        return [min(n, length) for n in self.lengths]
+
+    def advance(self, length: int, next_positions: list[int] | None = None) -> None:
+        """Count a call of `length` tokens a row as read."""
+        valid = self.valid(length)
+        if next_positions is not None:
+            self.positions = list(next_positions)
+        elif valid is None:
+            self.positions = [p + length for p in self.positions]
+        else:
+            self.positions = [p + n for p, n in zip(self.positions, valid, strict=True)]
+        if self.lengths is not None:
+            self.lengths = [max(0, n - length) for n in self.lengths]
+
+    def resize(self, batch_size: int) -> None:
+        """Give a cache that has seen nothing another number of rows."""
+        if batch_size == self.batch_size:
+            return
+        if not self.empty():
+            raise ValueError(
+                f"[cache] the cache holds {self.batch_size} sequences, the tokens are of"
+                f" {batch_size}."
+            )
+        self.positions = [0] * batch_size
+        self._allocate(batch_size)
+
+    def _allocate(self, batch_size: int) -> None:
+        raise AssertionError("each kind of cache allocates its own arrays")
+
+    @classmethod
+    def from_state(cls, state: Any) -> Any:
+        """Rebuild a cache from what `state` gave (mlx-lm's prompt-cache files)."""
+        cache = cls.__new__(cls)
+        cache.lengths = None
+        cache.state = state  # type: ignore[attr-defined]
+        return cache
+
+
+class RecurrentCache(_StateCache):
+    """State of a recurrent block: the RG-LRU's in fp32, and the convolution's last inputs.
+
+    Attributes:
+        h: (B, lru_width), fp32.
+        conv: (B, conv1d_width - 1, lru_width), in the dtype of the activations, oldest first.
+    """
+
+    def __init__(
+        self, lru_width: int, conv1d_width: int, dtype: mx.Dtype, batch_size: int = 1
+    ) -> None:
+        self.positions = [0] * batch_size
+        self.lengths = None
+        self.h = mx.zeros((batch_size, lru_width), mx.float32)
+        self.conv = mx.zeros((batch_size, conv1d_width - 1, lru_width), dtype)
+
+    def _allocate(self, batch_size: int) -> None:
+        self.h = mx.zeros((batch_size, *self.h.shape[1:]), mx.float32)
+        self.conv = mx.zeros((batch_size, *self.conv.shape[1:]), self.conv.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return self.h.nbytes + self.conv.nbytes
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What the cache must share with a layer to serve it."""
+        return (RecurrentCache, self.h.shape[1], self.conv.shape[1])
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        return self.h, self.conv, self.positions
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        try:
+            h, conv, positions = state
+            h_ok = h.ndim == 2 and h.dtype == mx.float32
+            conv_ok = conv.ndim == 3 and conv.shape[0] == h.shape[0]
+            ok = h_ok and conv_ok and conv.shape[2] == h.shape[1]
+        except (TypeError, ValueError, AttributeError):
+            ok = False
+        if not ok or not _are_positions(positions, h.shape[0]):
+            raise CheckpointError("the file does not hold the state of a recurrent block.")
+        self.h, self.conv, self.positions = h, conv, list(positions)
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        rows, index = _rows(batch_indices)
+        self.h, self.conv = self.h[index], self.conv[index]
+        _keep_rows(self, rows)
+
+    def extend(self, other: RecurrentCache) -> None:
+        """Append the rows of another cache."""
+        self.h = mx.concatenate([self.h, other.h])
+        self.conv = mx.concatenate([self.conv, other.conv.astype(self.conv.dtype)])
+        _append_rows(self, other)
+
+    def extract(self, idx: int) -> RecurrentCache:
+        """A cache of its own for one row."""
+        cache = RecurrentCache.__new__(RecurrentCache)
+        cache.h = mx.contiguous(self.h[idx : idx + 1])
+        cache.conv = mx.contiguous(self.conv[idx : idx + 1])
+        cache.positions, cache.lengths = [self.positions[idx]], None
+        return cache
+
+    @classmethod
+    def merge(cls, caches: Sequence[RecurrentCache]) -> RecurrentCache:
+        """One batch of all the rows of several caches."""
+        cache = cls.__new__(cls)
+        cache.h = mx.concatenate([c.h for c in caches])
+        cache.conv = mx.concatenate([c.conv for c in caches])
+        cache.positions, cache.lengths = [p for c in caches for p in c.positions], None
+        return cache
+
+
+class AttentionCache(_StateCache):
+    """State of a local attention block: a ring with the keys and values of one window.
+
+    The ring has ``window + 1`` slots, the query's own among them, so that a token is written
+    first and all the slots are read as they lie. The newest token of every row lies in slot
+    ``head - 1``; how far back a row may look is for its position to say, so that slots never
+    written need no bookkeeping.
+
+    Attributes:
+        kv: (B, 2, window + 1, head_dim). Rotated keys, then values.
+        head: The slot that the next token goes to.
+        window: How many past tokens a query sees beside its own.
+    """
+
+    def __init__(self, window: int, head_dim: int, dtype: mx.Dtype, batch_size: int = 1) -> None:
+        self.positions = [0] * batch_size
+        self.lengths = None
+        self.window = window
+        self.head = 0
+        self.kv = mx.zeros((batch_size, 2, window + 1, head_dim), dtype)
+
+    def _allocate(self, batch_size: int) -> None:
+        self.head = 0
+        self.kv = mx.zeros((batch_size, *self.kv.shape[1:]), self.kv.dtype)
+
+    @property
+    def ring(self) -> Ring:
+        return Ring(self.kv, self.head)
+
+    def append(self, k: mx.array, v: mx.array) -> None:
+        """Write the keys and values of a call: (B, 1, L, head_dim) each, k rotated."""
+        self.write(mx.concatenate([k, v], axis=1))
+
+    def write(self, kv: mx.array) -> None:
+        """Write the keys and values of a call: (B, 2, L, head_dim)."""
+        length, slots = kv.shape[2], self.kv.shape[2]
+        kv = kv.astype(self.kv.dtype)
+        valid = self.valid(length)
+        if valid is not None:
+            # Rows end at different tokens: lay each out anew, so that all end in the last slot.
+            history = mx.concatenate([self.ring.in_order(), kv], axis=2)
+            index = mx.array(valid)[:, None] + mx.arange(slots)
+            self.kv = mx.take_along_axis(history, index[:, None, :, None], axis=2)
+            self.head = 0
+        elif length >= slots:
+            self.kv = mx.contiguous(kv[:, :, length - slots :])
+            self.head = 0
+        else:
+            end = self.head + length
+            if end <= slots:
+                self.kv[:, :, self.head : end] = kv
+            else:
+                self.kv[:, :, self.head :] = kv[:, :, : slots - self.head]
+                self.kv[:, :, : end - slots] = kv[:, :, slots - self.head :]
+            self.head = end % slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return self.kv.nbytes
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What the cache must share with a layer to serve it."""
+        return (AttentionCache, self.window, self.kv.shape[3])
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        return self.kv, self.head, self.window, self.positions
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        try:
+            kv, head, window, positions = state
+            ok = kv.ndim == 4 and kv.shape[1] == 2 and kv.shape[2] == window + 1
+            ok = ok and isinstance(head, int) and 0 <= head <= window
+        except (TypeError, ValueError, AttributeError):
+            ok = False
+        if not ok or not _are_positions(positions, kv.shape[0]):
+            raise CheckpointError("the file does not hold the state of an attention block.")
+        self.kv, self.head, self.window, self.positions = kv, head, window, list(positions)
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        rows, index = _rows(batch_indices)
+        self.kv = self.kv[index]
+        _keep_rows(self, rows)
+
+    def extend(self, other: AttentionCache) -> None:
+        """Append the rows of another cache."""
+        if self.head != other.head:
+            self.kv, self.head = self.ring.in_order(), 0
+            other_kv = other.ring.in_order()
+        else:
+            other_kv = other.kv
+        self.kv = mx.concatenate([self.kv, other_kv.astype(self.kv.dtype)])
+        _append_rows(self, other)
+
+    def extract(self, idx: int) -> AttentionCache:
+        """A cache of its own for one row."""
+        cache = AttentionCache.__new__(AttentionCache)
+        cache.kv = mx.contiguous(self.kv[idx : idx + 1])
+        cache.head, cache.window = self.head, self.window
+        cache.positions, cache.lengths = [self.positions[idx]], None
+        return cache
+
+    @classmethod
+    def merge(cls, caches: Sequence[AttentionCache]) -> AttentionCache:
+        """One batch of all the rows of several caches."""
+        if len({c.signature for c in caches}) > 1:
+            raise ValueError("[cache] only caches of the same model can be merged.")
+        cache = cls.__new__(cls)
+        cache.kv = mx.concatenate([c.ring.in_order() for c in caches])
+        cache.head, cache.window = 0, caches[0].window
+        cache.positions, cache.lengths = [p for c in caches for p in c.positions], None
+        return cache
+
+
+GriffinCache = RecurrentCache | AttentionCache
+
+
+def state_nbytes(cache: Sequence[GriffinCache]) -> int:
+    """Bytes of a model's whole state: known before the first token, and the same ever after."""
+    return sum(c.nbytes for c in cache)
+
+
+def _are_positions(positions: Any, rows: int) -> bool:
+    return (
+        isinstance(positions, list | tuple)
+        and len(positions) == rows
+        and all(isinstance(p, int) and p >= 0 for p in positions)
+    )
+
+
+def _rows(batch_indices: Any) -> tuple[list[int], mx.array]:
+    rows = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
+    rows = [int(r) for r in rows]
+    return rows, mx.array(rows, mx.int32)
+
+
+def _keep_rows(cache: _StateCache, rows: list[int]) -> None:
+    cache.positions = [cache.positions[r] for r in rows]
+    if cache.lengths is not None:
+        cache.lengths = [cache.lengths[r] for r in rows]
+
+
+def _append_rows(cache: _StateCache, other: _StateCache) -> None:
+    if cache.lengths is not None or other.lengths is not None:
+        mine = cache.lengths or [0] * cache.batch_size
+        cache.lengths = mine + (other.lengths or [0] * other.batch_size)
+    cache.positions = cache.positions + other.positions

@@ -1,0 +1,195 @@
+"""The blocks of Griffin (arXiv:2402.19427, section 2), with Hugging Face's parameter names.
+
+The residual stream is float32; matrix products run in the dtype of the weights; norms, gates,
+recurrence and softmax are float32 whatever that dtype is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache
+from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
+from mlx_rgemma.griffin.layout import TokenLayout
+from mlx_rgemma.ops import apply_rotary, causal_conv1d, rg_lru, ring_attention, windowed_attention
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * (1 + weight)``, computed in fp32, returned in the dtype of the weight."""
+
+    def __init__(self, dims: int, eps: float) -> None:
+        super().__init__()
+        self.weight = mx.zeros((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        scale = 1.0 + self.weight.astype(mx.float32)
+        return mx.fast.rms_norm(x.astype(mx.float32), scale, self.eps).astype(self.weight.dtype)
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """GELU by its tanh approximation, in fp32."""
+    x = x.astype(mx.float32)
+    return 0.5 * x * (1.0 + mx.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+class Conv1d(nn.Module):
+    """Weights of the causal depthwise convolution, stored as mlx-lm does: (D, K, 1)."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((channels, kernel_size, 1))
+        self.bias = mx.zeros((channels,))
+
+    def __call__(
+        self, x: mx.array, layout: TokenLayout, state: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        return causal_conv1d(
+            x,
+            self.weight,
+            self.bias,
+            state,
+            segment_pos=layout.segment_pos,
+            lengths=layout.lengths,
+        )
+
+
+class RGLRU(nn.Module):
+    """The Real-Gated Linear Recurrent Unit with its two block-diagonal gates."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        block = width // num_heads
+        self.recurrent_param = mx.zeros((width,))
+        self.input_gate_weight = mx.zeros((num_heads, block, block))
+        self.input_gate_bias = mx.zeros((num_heads, block))
+        self.recurrent_gate_weight = mx.zeros((num_heads, block, block))
+        self.recurrent_gate_bias = mx.zeros((num_heads, block))
+
+    def __call__(
+        self, x: mx.array, layout: TokenLayout, h0: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        return rg_lru(
+            x,
+            self._gate(x, self.input_gate_weight, self.input_gate_bias),
+            self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias),
+            self.recurrent_param,
+            h0,
+            reset=self._rows(layout.reset, x),
+            mask=layout.mask,
+        )
+
+    def _gate(self, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        """Pre-activation of a gate, one block of channels a head, fp32: (B, L, D) -> (B, L, D)."""
+        batch, length, width = x.shape
+        heads = x.reshape(batch, length, self.num_heads, -1).swapaxes(1, 2)
+        gate = (heads @ weight).swapaxes(1, 2).reshape(batch, length, width)
+        return gate.astype(mx.float32) + bias.reshape(width).astype(mx.float32)
+
+    @staticmethod
+    def _rows(reset: mx.array | None, x: mx.array) -> mx.array | None:
+        return None if reset is None else mx.broadcast_to(reset, x.shape[:2])
+
+
+class RecurrentBlock(nn.Module):
+    """``linear_out(gelu(linear_y(x)) * RG-LRU(conv(linear_x(x))))``."""
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        width, lru_width = config.hidden_size, config.lru_width
+        self.linear_y = nn.Linear(width, lru_width)
+        self.linear_x = nn.Linear(width, lru_width)
+        self.linear_out = nn.Linear(lru_width, width)
+        self.conv_1d = Conv1d(lru_width, config.conv1d_width)
+        self.rg_lru = RGLRU(lru_width, config.num_attention_heads)
+
+    def __call__(
+        self, x: mx.array, layout: TokenLayout, cache: RecurrentCache | None
+    ) -> mx.array:
+        y = self.linear_y(x)
+        x = self.linear_x(x)
+        x, conv = self.conv_1d(x, layout, None if cache is None else cache.conv)
+        x, h = self.rg_lru(x, layout, None if cache is None else cache.h)
+        if cache is not None:
+            cache.conv, cache.h = conv, h
+        return self.linear_out((gelu_tanh(y) * x.astype(mx.float32)).astype(x.dtype))
+
+
+class LocalAttentionBlock(nn.Module):
+    """Sliding-window attention, many query heads over one key/value head."""
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        width, bias = config.hidden_size, config.attention_bias
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.window = config.past_window
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=True)
+
+    def __call__(
+        self, x: mx.array, layout: TokenLayout, cache: AttentionCache | None
+    ) -> mx.array:
+        batch, length, _ = x.shape
+        q = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
+        k = self.k_proj(x)[:, None]
+        v = self.v_proj(x)[:, None]
+        q = apply_rotary(q, layout.cos, layout.sin)
+        k = apply_rotary(k, layout.cos, layout.sin)
+        if cache is not None and layout.one_step:
+            cache.append(k, v)
+            out = ring_attention(q, cache.ring, window=self.window, reach=layout.reach)
+        else:
+            ring = None if cache is None or layout.fresh else cache.ring
+            out = windowed_attention(
+                q, k, v, window=self.window, reach=layout.reach, ring=ring
+            )
+            if cache is not None:
+                cache.append(k, v)
+        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+
+
+class MLPBlock(nn.Module):
+    """``down(gelu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size // 2
+        self.gate_proj = nn.Linear(width, inner)
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj((gelu_tanh(gate) * up.astype(mx.float32)).astype(x.dtype))
+
+
+class ResidualBlock(nn.Module):
+    """A temporal block and an MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, config: GriffinConfig, temporal_block_type: str) -> None:
+        super().__init__()
+        self.temporal_block_type = temporal_block_type
+        self.temporal_pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.temporal_block: RecurrentBlock | LocalAttentionBlock
+        if temporal_block_type == RECURRENT:
+            self.temporal_block = RecurrentBlock(config)
+        else:
+            self.temporal_block = LocalAttentionBlock(config)
+        self.channel_pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_block = MLPBlock(config)
+
+    def __call__(
+        self,
+        x: mx.array,
+        layout: TokenLayout,
+        cache: RecurrentCache | AttentionCache | None = None,
+    ) -> mx.array:
+        x = x + self.temporal_block(self.temporal_pre_norm(x), layout, cache)
+        return x + self.mlp_block(self.channel_pre_norm(x))

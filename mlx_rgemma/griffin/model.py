@@ -1,0 +1,170 @@
+"""RecurrentGemma as one model class, in mlx-lm's contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
+from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
+from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
+from mlx_rgemma.griffin.layout import TokenLayout
+from mlx_rgemma.ops import rotary_frequencies
+
+
+class Griffin(nn.Module):
+    """Embedding, residual blocks and final norm."""
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [ResidualBlock(config, kind) for kind in config.layer_types]
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.window = config.past_window
+        # The released models were trained with the scale rounded to bfloat16.
+        scale = mx.array(math.sqrt(config.hidden_size)).astype(mx.bfloat16).item()
+        self.embedding_scale = scale if config.embeddings_scale_by_sqrt_dim else 1.0
+        self._frequencies = rotary_frequencies(config.rotary_dims, config.rope_theta)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: Sequence[GriffinCache] | None = None,
+        segment_pos: mx.array | None = None,
+    ) -> mx.array:
+        batch, length = tokens.shape
+        layout = TokenLayout(
+            batch, length, cache, segment_pos, self.window, self._frequencies
+        )
+        x = self.embed_tokens(tokens).astype(mx.float32) * self.embedding_scale
+        for i, layer in enumerate(self.layers):
+            x = layer(x, layout, None if cache is None else cache[i])
+        for c in cache or ():
+            c.advance(length, layout.next_positions)
+        return self.final_norm(x)
+
+
+class Model(nn.Module):
+    """RecurrentGemma: tokens to logits, with a state of constant size.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        self.args = config
+        self.model_type = config.model_type
+        self.model = Griffin(config)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: Sequence[GriffinCache] | None = None,
+        *,
+        segment_pos: mx.array | None = None,
+    ) -> mx.array:
+        """Logits of every token's successor.
+
+        Args:
+            tokens: (B, L), int.
+            cache: From `make_cache`; updated in place. Tokens then continue what it has seen.
+            segment_pos: (B, L), int. Position of each token in its document, falling back to 0
+                where a packed document starts. Counted on from the cache when omitted.
+
+        Returns:
+            (B, L, vocab_size), fp32, soft-capped.
+
+        Raises:
+            ValueError: If the tokens, positions or cache have the wrong shape.
+        """
+        self._check(tokens, cache, segment_pos)
+        x = self.model(tokens, cache, segment_pos)
+        logits = self.model.embed_tokens.as_linear(x).astype(mx.float32)
+        cap = self.args.logits_soft_cap
+        return mx.tanh(logits / cap) * cap if cap else logits
+
+    @property
+    def layers(self) -> list[ResidualBlock]:
+        return self.model.layers
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """dtype of the activations between the blocks' matrix products."""
+        return self.model.final_norm.weight.dtype
+
+    def make_cache(self, batch_size: int = 1) -> list[GriffinCache]:
+        """The state of `batch_size` sequences that have not begun, one cache a layer."""
+        c, dtype = self.args, self.dtype
+        return [
+            RecurrentCache(c.lru_width, c.conv1d_width, dtype, batch_size)
+            if kind == RECURRENT
+            else AttentionCache(c.past_window, c.head_dim, dtype, batch_size)
+            for kind in c.layer_types
+        ]
+
+    def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Names and layouts of a file as this class has them. Does nothing to its own output."""
+        c = self.args
+        conv_shape = (c.lru_width, c.conv1d_width, 1)
+        sanitized = {}
+        for name, weight in weights.items():
+            if name == "lm_head.weight":  # equals the embedding
+                continue
+            if name.endswith("conv_1d.weight") and weight.shape != conv_shape:
+                weight = weight.moveaxis(2, 1)
+            sanitized[name] = weight
+        return sanitized
+
+    def quant_predicate(self, path: str, module: nn.Module) -> bool:
+        """What is quantized: the projections and the embedding."""
+        return hasattr(module, "to_quantized")
+
+    def check_cache(self, cache: Sequence[Any]) -> None:
+        """Refuse a cache of another model, window or shape.
+
+        Raises:
+            ValueError: Naming the first layer that does not fit.
+        """
+        c = self.args
+        kinds = c.layer_types
+        if len(cache) != len(kinds):
+            raise ValueError(f"[cache] the model has {len(kinds)} layers, the cache {len(cache)}.")
+        for i, (kind, layer) in enumerate(zip(kinds, cache, strict=True)):
+            if kind == RECURRENT:
+                expected: tuple[Any, ...] = (RecurrentCache, c.lru_width, c.conv1d_width - 1)
+            else:
+                expected = (AttentionCache, c.past_window, c.head_dim)
+            found = getattr(layer, "signature", (type(layer),))
+            if found != expected:
+                raise ValueError(
+                    f"[cache] layer {i} needs {_describe(expected)}, the cache holds"
+                    f" {_describe(found)}: it belongs to another model or window."
+                )
+
+    def _check(
+        self, tokens: mx.array, cache: Sequence[Any] | None, segment_pos: mx.array | None
+    ) -> None:
+        if tokens.ndim != 2 or tokens.size == 0:
+            raise ValueError(f"[model] tokens must be (B, L) with L > 0, not {tokens.shape}.")
+        if segment_pos is not None and segment_pos.shape != tokens.shape:
+            raise ValueError(
+                f"[model] segment_pos has shape {segment_pos.shape}, tokens {tokens.shape}."
+            )
+        if cache is not None:
+            self.check_cache(cache)
+            for layer in cache:
+                layer.resize(tokens.shape[0])
+
+
+def _describe(signature: tuple[Any, ...]) -> str:
+    kind, *sizes = signature
+    names = {
+        RecurrentCache: "a recurrent state (width {}, {} convolution inputs)",
+        AttentionCache: "a ring (window {}, head_dim {})",
+    }
+    return names[kind].format(*sizes) if kind in names else kind.__name__
