@@ -1,5 +1,5 @@
-// Fibers: a GPU thread that waits gives the processor to the next one. On x86-64 a switch saves the six
-// registers that a function must preserve; elsewhere ucontext does it.
+// Fibers: a GPU thread that waits gives the processor to the next one. On x86-64 a switch saves the
+// six registers that a function must preserve; elsewhere ucontext does it.
 #include <sys/mman.h>
 
 #include "state.h"
@@ -113,5 +113,11 @@ void suspend() {
 }
 
 #endif
+
+void abandon_launch() {
+  state.abandoned = true;
+  suspend();
+  __builtin_unreachable();
+}
 
 }  // namespace runtime

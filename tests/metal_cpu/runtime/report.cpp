@@ -1,5 +1,6 @@
-// Findings, as text lines for the caller: kind, address in the kernel's library, line, message, joined by
-// tabs. Addresses become lines of the kernel later: reading debug information is no work for here.
+// Findings, as text lines for the caller: kind, address in the kernel's library, line, message,
+// joined by tabs. Addresses become lines of the kernel later: reading debug information is no work
+// for here.
 #include <dlfcn.h>
 
 #include <cstdarg>

@@ -1,5 +1,5 @@
-// What the parts of the runtime share: the running thread, the epochs that order memory, the findings.
-// One launch runs at a time in a process, on one OS thread; the caller holds a lock.
+// What the parts of the runtime share: the running thread, the epochs that order memory, the
+// findings. One launch runs at a time in a process, on one OS thread; the caller holds a lock.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -29,6 +29,7 @@ struct Fiber {
   mtl_thread self;
   Wait wait;
   int line;               // of the operation it waits in, or last waited in
+  int flags;              // of the barrier it waits in: which memory it orders
   const char* operation;  // "simd_sum", "threadgroup_barrier(mem_threadgroup)", ...
   uint32_t exchanges;
   char* stack;
@@ -37,8 +38,8 @@ struct Fiber {
   int depth;
 };
 
-// 32 threads that exchange values. Two sets of slots, used in turn: a lane may publish its next value
-// while its neighbours still read the last one.
+// 32 threads that exchange values. Two sets of slots, used in turn: a lane may publish its next
+// value while its neighbours still read the last one.
 struct Simdgroup {
   alignas(64) char slots[2][MTL_SIMD_WIDTH * MTL_SLOT_BYTES];
   uint32_t active[2];
@@ -53,9 +54,10 @@ struct Counters {
 };
 
 struct State {
-  Fiber* current;          // null outside a kernel
-  bool checked;            // shadow memory is kept
-  uint32_t group;          // the running threadgroup, counted along the grid
+  Fiber* current;           // null outside a kernel
+  bool checked;             // shadow memory is kept
+  bool abandoned;           // a finding after which nothing can go on
+  uint32_t group;           // the running threadgroup, counted along the grid
   uint32_t group_epoch[2];  // counts threadgroup barriers, for each kind of memory
   std::vector<Simdgroup> simdgroups;
   Counters counters;
@@ -72,6 +74,7 @@ void prepare(Fiber& fiber);  // it will run the kernel from the start
 void resume(Fiber& fiber);   // until it waits or ends
 void suspend();              // called on the fiber
 char* new_stack();
+[[noreturn]] void abandon_launch();  // called on the fiber, which never goes on
 // Set by the launch: what a fiber runs.
 extern void (*kernel_entry)(void**, const mtl_thread*);
 extern void** kernel_buffers;
@@ -83,7 +86,6 @@ void clear_findings();
 // A finding that holds only if the two call paths differ once translated to source lines.
 void report_if_paths_differ(const Fiber& a, const Fiber& b, int line, const char* message);
 bool any_findings();
-[[noreturn]] void abandon_launch();
 
 // ---- checked memory (shadow.cpp)
 void access(const void* address, size_t bytes, bool write, void* pc, bool atomic = false);

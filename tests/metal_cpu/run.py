@@ -1,0 +1,292 @@
+"""Execute a compiled kernel over a grid, and turn what the runtime saw into lines of the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .build import KERNEL_FILE, Library, required_compiler, runtime_library
+from .capture import Triple
+from .errors import Finding, KernelError, finding
+
+ORDERS = ("forward", "reverse", "random")
+ROLES = {"input": 0, "output": 1, "initialised output": 2}
+_FUNCTION_CONSTANTS = 512
+_lock = threading.Lock()  # the runtime runs one launch at a time
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An array that a kernel gets.
+
+    Attributes:
+        array: contiguous; an output is written in place.
+        role: `input`, `output` or `initialised output`.
+        origin: the byte in it that the kernel's pointer points at.
+    """
+
+    array: np.ndarray[Any, Any]
+    role: str = "input"
+    origin: int = 0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How a kernel used one buffer, counted element by element (checked mode).
+
+    A load that the compiler removed because its value was at hand already is not counted.
+
+    Attributes:
+        loads, stores: accesses to elements; one access to a vector counts each of its elements.
+        elements_loaded, elements_stored: different elements that were accessed.
+        most_loads, most_stores: accesses to the element that was accessed most.
+    """
+
+    role: str
+    elements: int
+    itemsize: int
+    loads: int
+    stores: int
+    elements_loaded: int
+    elements_stored: int
+    most_loads: int
+    most_stores: int
+
+    @property
+    def bytes_read(self) -> int:
+        return self.loads * self.itemsize
+
+    @property
+    def bytes_written(self) -> int:
+        return self.stores * self.itemsize
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a launch did, over all threads.
+
+    Attributes:
+        exchanges: simdgroup operations, counted for each lane.
+        barriers: barriers, counted for each thread.
+        accesses: loads and stores outside private memory (checked mode).
+        threadgroup_bytes: threadgroup memory of one threadgroup.
+    """
+
+    exchanges: int
+    barriers: int
+    accesses: int
+    threadgroup_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Counters of a launch, and the traffic of each buffer parameter by name (checked mode)."""
+
+    counters: Counters
+    traffic: dict[str, Traffic]
+    accepted: tuple[Finding, ...]  # findings that the caller allowed
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [
+        ("host", ctypes.c_void_p),
+        ("bytes", ctypes.c_uint64),
+        ("origin", ctypes.c_uint64),
+        ("role", ctypes.c_uint32),
+        ("granule", ctypes.c_uint32),
+        ("name", ctypes.c_char_p),
+    ]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("entry", ctypes.c_void_p),
+        ("set_constants", ctypes.c_void_p),
+        ("function_constants", ctypes.POINTER(ctypes.c_uint64)),
+        ("buffers", ctypes.POINTER(_Buffer)),
+        ("buffer_count", ctypes.c_uint32),
+        ("grid", ctypes.c_uint32 * 3),
+        ("threadgroup", ctypes.c_uint32 * 3),
+        ("order", ctypes.c_uint32),
+        ("seed", ctypes.c_uint32),
+        ("checked", ctypes.c_uint32),
+        ("strict", ctypes.c_uint32),
+        ("flush_denormals", ctypes.c_uint32),
+    ]
+
+
+class _Traffic(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "loads",
+            "stores",
+            "elements_loaded",
+            "elements_stored",
+            "most_loads",
+            "most_stores",
+        )
+    ]
+
+
+class _Counters(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in ("exchanges", "barriers", "accesses", "threadgroup_bytes")
+    ]
+
+
+def run(
+    library: Library,
+    buffers: Sequence[Buffer],
+    grid: Triple,
+    threadgroup: Triple,
+    *,
+    checked: bool = False,
+    order: str = "forward",
+    seed: int = 0,
+    strict: bool = True,
+    flush_denormals: bool = False,
+    function_constants: Mapping[int, int | float] | None = None,
+    allow: Sequence[str] = (),
+    name: str = "kernel",
+) -> Result:
+    """Run a grid of threads.
+
+    Args:
+        library: from `build`, built with the same `checked`.
+        buffers: one for each buffer parameter, in the order of the signature.
+        grid: threads in each dimension; threadgroups at its end may be smaller.
+        threadgroup: threads of a threadgroup in each dimension.
+        checked: report races, stray accesses, unwritten outputs and the like.
+        order: of the threads: `forward`, `reverse` or `random`.
+        seed: of the random order.
+        strict: a simdgroup operation that not all lanes reach is an error.
+        flush_denormals: float results too small for a normal number become zero.
+        function_constants: values by index.
+        allow: findings whose message contains one of these are accepted.
+        name: the kernel's name, for messages.
+
+    Raises:
+        KernelError: with everything that was found.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order: found '{order}', expected one of {', '.join(ORDERS)}")
+    slots = [p for p in library.parameters if p.index is not None]
+    if len(slots) != len(buffers):
+        message = f"found {len(buffers)} buffers, the signature has {len(slots)}"
+        raise KernelError(name, [Finding(message)])
+    group: Triple = tuple(max(min(g, t), 1) for g, t in zip(grid, threadgroup))  # type: ignore[assignment]
+    _check_extents(name, grid, group)
+
+    described = (_Buffer * len(buffers))()
+    for slot, buffer in zip(slots, buffers):
+        array = buffer.array
+        described[slot.index] = _Buffer(
+            array.ctypes.data,
+            array.nbytes,
+            buffer.origin,
+            ROLES[buffer.role],
+            max(array.itemsize, 1),
+            slot.name.encode(),
+        )
+    launch = _Launch(
+        buffers=described,
+        buffer_count=len(buffers),
+        grid=(ctypes.c_uint32 * 3)(*grid),
+        threadgroup=(ctypes.c_uint32 * 3)(*group),
+        order=ORDERS.index(order),
+        seed=seed,
+        checked=checked,
+        strict=strict,
+        flush_denormals=flush_denormals,
+    )
+    kernel = _load(library.path)
+    launch.entry = ctypes.cast(kernel.mtl_entry, ctypes.c_void_p)
+    launch.set_constants = ctypes.cast(kernel.mtl_set_constants, ctypes.c_void_p)
+    if function_constants is not None:
+        launch.function_constants = _constant_bits(function_constants)
+    traffic = (_Traffic * len(buffers))()
+    counters = _Counters()
+    runtime = _load(runtime_library(required_compiler()))
+    runtime.mtl_findings.restype = ctypes.c_char_p
+    with _lock:
+        runtime.mtl_run(ctypes.byref(launch), traffic, ctypes.byref(counters))
+        log = runtime.mtl_findings().decode()
+    findings = _findings(log, library)
+    accepted = [f for f in findings if any(text in f.message for text in allow)]
+    refused = [f for f in findings if f not in accepted]
+    if refused:
+        raise KernelError(name, refused)
+    counted = {}
+    for slot, buffer in zip(slots, buffers):
+        numbers = traffic[slot.index]
+        values = {field: getattr(numbers, field) for field, _ in _Traffic._fields_}
+        size = buffer.array.size
+        counted[slot.name] = Traffic(buffer.role, size, buffer.array.itemsize, **values)
+    values = {field: getattr(counters, field) for field, _ in _Counters._fields_}
+    return Result(Counters(**values), counted if checked else {}, tuple(accepted))
+
+
+def _check_extents(name: str, grid: Triple, group: Triple) -> None:
+    threads = group[0] * group[1] * group[2]
+    if threads > 1024:
+        raise KernelError(name, [Finding(f"threadgroup of {threads} threads, 1024 is the most")])
+    if min(grid) < 0:
+        raise KernelError(name, [Finding(f"grid {grid} is negative")])
+
+
+@functools.cache
+def _load(path: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(path))
+
+
+def _constant_bits(values: Mapping[int, int | float]) -> Any:
+    bits = (ctypes.c_uint64 * _FUNCTION_CONSTANTS)()
+    for index, value in values.items():
+        if isinstance(value, float):
+            bits[index] = int(np.float32(value).view(np.uint32))
+        else:
+            bits[index] = int(value)
+    return bits
+
+
+def _findings(log: str, library: Library) -> list[Finding]:
+    found: list[Finding] = []
+    for row in log.splitlines():
+        kind, place, line, message = row.split("\t")
+        if kind == "paths":
+            one, other = (_lines(path.split(","), library.path) for path in place.split("|"))
+            if one == other:
+                continue  # one call in the source, copied by the compiler
+        elif place != "0":
+            line = str(_lines([place], library.path)[0])
+        entry = finding(message, int(line), library.source)
+        if entry not in found:
+            found.append(entry)
+    return found
+
+
+def _lines(offsets: Sequence[str], path: Path) -> list[int]:
+    """The kernel's line for each offset in its library: 0 where it has none."""
+    return [_line(offset, path) for offset in offsets if offset]
+
+
+@functools.cache
+def _line(offset: str, path: Path) -> int:
+    # The address after a call: one less lies within it.
+    address = hex(int(offset, 16) - 1)
+    result = subprocess.run(
+        ["addr2line", "-i", "-e", str(path), address], capture_output=True, text=True
+    )
+    match = re.search(rf"{re.escape(KERNEL_FILE)}:(\d+)", result.stdout)
+    return int(match.group(1)) if match else 0
