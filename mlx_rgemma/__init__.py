@@ -23,7 +23,7 @@ _HOMES = {
     "convert": "mlx_rgemma.checkpoints",
     "generate": "mlx_rgemma.generation",
     "stream_generate": "mlx_rgemma.generation",
-    "batch_generate": "mlx_rgemma.generation",
+    "batch_generate": "mlx_rgemma.batch_generation",
     "load_prompt_cache": "mlx_rgemma.prompt_cache",
     "save_prompt_cache": "mlx_rgemma.prompt_cache",
     "register": "mlx_rgemma.registration",
@@ -31,12 +31,27 @@ _HOMES = {
     "Model": "mlx_rgemma.griffin.model",
 }
 
-__all__ = ["__version__", "ops", *_HOMES]  # noqa: PLE0604
+__all__ = [
+    "GriffinConfig",
+    "Model",
+    "__version__",
+    "batch_generate",
+    "convert",
+    "generate",
+    "load",
+    "load_model",
+    "load_prompt_cache",
+    "ops",
+    "register",
+    "save_prompt_cache",
+    "stream_generate",
+]
 
 if TYPE_CHECKING:
     from mlx_rgemma import ops
+    from mlx_rgemma.batch_generation import batch_generate
     from mlx_rgemma.checkpoints import convert, load, load_model
-    from mlx_rgemma.generation import batch_generate, generate, stream_generate
+    from mlx_rgemma.generation import generate, stream_generate
     from mlx_rgemma.griffin.config import GriffinConfig
     from mlx_rgemma.griffin.model import Model
     from mlx_rgemma.prompt_cache import load_prompt_cache, save_prompt_cache

@@ -61,7 +61,9 @@ def number(minimum: float, maximum: float = float("inf")) -> Callable[[str], flo
         value = float(text)
         if minimum <= value <= maximum:
             return value
-        bounds = f"between {minimum:g} and {maximum:g}" if maximum < 1e300 else f"{minimum:g} or more"
+        bounds = (
+            f"between {minimum:g} and {maximum:g}" if maximum < 1e300 else f"{minimum:g} or more"
+        )
         raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
 
     parse.__name__ = "number"

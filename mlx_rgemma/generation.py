@@ -11,18 +11,16 @@ import mlx.core as mx
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.text_stream import StopMatcher, TextStream
 
 if TYPE_CHECKING:
-    from mlx_lm.generate import BatchResponse, GenerationResponse
+    from mlx_lm.generate import GenerationResponse
 
 Prompt = str | Sequence[int] | mx.array
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 CONTEXT_LIMIT = 4096
 """Most recent tokens that logits processors are shown."""
-
-TEXT_LIMIT = 4096
-"""Characters of finished text that a detokenizer keeps."""
 
 
 def stream_generate(
@@ -66,15 +64,13 @@ def stream_generate(
     tokens = encode(tokenizer, prompt, model.args.vocab_size)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     runner = _WithProcessors(model, logits_processors) if logits_processors else model
-    stops = _StopMatcher([stop] if isinstance(stop, str) else stop)
-    text = _TextStream(tokenizer)
+    stops = StopMatcher([stop] if isinstance(stop, str) else stop)
+    text = TextStream(tokenizer)
 
     prompt_tps = 0.0
     with wired_limit(model, [generation_stream]):
         tic = time.perf_counter()
-        steps = generate_step(
-            tokens, runner, max_tokens=max_tokens, prompt_cache=cache, **kwargs
-        )
+        steps = generate_step(tokens, runner, max_tokens=max_tokens, prompt_cache=cache, **kwargs)
         try:
             for n, (token, logprobs) in enumerate(steps, start=1):
                 if n == 1:
@@ -144,37 +140,48 @@ def statistics(response: GenerationResponse, state_bytes: int) -> str:
     )
 
 
-def batch_generate(
-    model: Model,
+def apply_chat_template(
     tokenizer: Any,
-    prompts: Sequence[Prompt],
-    max_tokens: int | list[int] = 128,
-    **kwargs: Any,
-) -> BatchResponse:
-    """Generate a text for each of several prompts at once; each is what it would be alone.
+    prompt: str,
+    *,
+    system_prompt: str | None = None,
+    response: str | None = None,
+    config: str | None = None,
+) -> str:
+    """The text of a chat with one question, ready for the model's answer.
 
     Args:
-        model, tokenizer: From `load`.
-        prompts: Texts, or lists of token ids, of any lengths.
-        max_tokens: How many tokens to write at most, for all or for each.
-        **kwargs: Passed on to `mlx_lm.batch_generate`: `sampler`, `verbose`,
-            `return_prompt_caches`, `prompt_caches`, `completion_batch_size`, ...
-
-    Returns:
-        mlx-lm's `BatchResponse`: `texts`, `stats`, `caches`.
+        tokenizer: From `load`, with a chat template.
+        prompt: The user's message.
+        system_prompt: A system message; Gemma's own template knows none.
+        response: How the answer begins.
+        config: JSON object with more arguments for the template.
 
     Raises:
-        UserError: If a prompt is empty or holds an unknown token.
+        UserError: If the template refuses the messages or `config` is no JSON object.
     """
-    from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
+    import json
 
-    limits = [max_tokens] if isinstance(max_tokens, int) else max_tokens
-    for limit in limits:
-        if limit < 1:
-            raise UserError(f"max_tokens is {limit}, expected at least 1.")
-    vocab_size = model.args.vocab_size
-    tokens = [encode(tokenizer, prompt, vocab_size).tolist() for prompt in prompts]
-    return mlx_lm_batch_generate(model, tokenizer, tokens, max_tokens=max_tokens, **kwargs)
+    try:
+        options = {} if config is None else json.loads(config)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--chat-template-config is not JSON: {error}.") from error
+    if not isinstance(options, dict):
+        raise UserError("--chat-template-config must be a JSON object.")
+    messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    messages.append({"role": "user", "content": prompt})
+    if response is not None:
+        messages.append({"role": "assistant", "content": response})
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=response is not None,
+            add_generation_prompt=response is None,
+            **options,
+        )
+    except Exception as error:  # templates raise errors of their own making
+        raise UserError(f"the model's chat template refuses the prompt: {error}.") from error
 
 
 def encode(tokenizer: Any, prompt: Prompt, vocab_size: int) -> mx.array:
@@ -212,66 +219,9 @@ class _WithProcessors:
     def __call__(self, tokens: mx.array, cache: list[GriffinCache]) -> mx.array:
         recent = mx.concatenate([self.recent, tokens[0].astype(mx.int32)])
         self.recent = recent[-CONTEXT_LIMIT:]
+        if tokens.shape[1] > 1:
+            mx.eval(self.recent)  # while a prompt is read, nothing else would
         logits = self.model(tokens, cache=cache)[:, -1]
         for process in self.processors:
             logits = process(self.recent, logits)
         return logits[:, None]
-
-
-class _TextStream:
-    """mlx-lm's streaming detokenizer, forgetting what has been handed out."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.detokenizer = tokenizer.detokenizer
-
-    def add(self, token: int) -> str:
-        """The text that a token completes (may be empty)."""
-        self.detokenizer.add_token(token)
-        return self._segment()
-
-    def finish(self) -> str:
-        """The text that was held back for tokens to come."""
-        self.detokenizer.finalize()
-        return self._segment()
-
-    def _segment(self) -> str:
-        d = self.detokenizer
-        segment = d.last_segment
-        if len(d.text) > TEXT_LIMIT:
-            # `text` is a plain attribute of the fast detokenizers, `_text` of the general one.
-            attribute = "_text" if hasattr(d, "_text") else "text"
-            kept = getattr(d, attribute)
-            dropped = max(0, min(len(kept), d.offset) - 64)
-            setattr(d, attribute, kept[dropped:])
-            d.offset -= dropped
-        if len(d.tokens) > TEXT_LIMIT:
-            d.tokens = []
-        return segment
-
-
-class _StopMatcher:
-    """Holds back text that may turn out to be a stop text."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = [s for s in stops if s]
-        self.held = ""
-
-    def feed(self, text: str, last: bool) -> tuple[str, bool]:
-        """-> the text that may be shown, and whether a stop text has appeared."""
-        if not self.stops:
-            return text, False
-        text = self.held + text
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            return text[: min(found)], True
-        hold = 0 if last else max(_overlap(text, stop) for stop in self.stops)
-        self.held = text[len(text) - hold :]
-        return text[: len(text) - hold], False
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0

@@ -107,9 +107,7 @@ class RecurrentBlock(nn.Module):
         self.conv_1d = Conv1d(lru_width, config.conv1d_width)
         self.rg_lru = RGLRU(lru_width, config.num_attention_heads)
 
-    def __call__(
-        self, x: mx.array, layout: TokenLayout, cache: RecurrentCache | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, layout: TokenLayout, cache: RecurrentCache | None) -> mx.array:
         y = self.linear_y(x)
         x = self.linear_x(x)
         x, conv = self.conv_1d(x, layout, None if cache is None else cache.conv)
@@ -133,9 +131,7 @@ class LocalAttentionBlock(nn.Module):
         self.v_proj = nn.Linear(width, self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=True)
 
-    def __call__(
-        self, x: mx.array, layout: TokenLayout, cache: AttentionCache | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, layout: TokenLayout, cache: AttentionCache | None) -> mx.array:
         batch, length, _ = x.shape
         q = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
         k = self.k_proj(x)[:, None]
@@ -147,9 +143,7 @@ class LocalAttentionBlock(nn.Module):
             out = ring_attention(q, cache.ring, window=self.window, reach=layout.reach)
         else:
             ring = None if cache is None or layout.fresh else cache.ring
-            out = windowed_attention(
-                q, k, v, window=self.window, reach=layout.reach, ring=ring
-            )
+            out = windowed_attention(q, k, v, window=self.window, reach=layout.reach, ring=ring)
             if cache is not None:
                 cache.append(k, v)
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))

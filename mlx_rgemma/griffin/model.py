@@ -37,9 +37,7 @@ class Griffin(nn.Module):
         segment_pos: mx.array | None = None,
     ) -> mx.array:
         batch, length = tokens.shape
-        layout = TokenLayout(
-            batch, length, cache, segment_pos, self.window, self._frequencies
-        )
+        layout = TokenLayout(batch, length, cache, segment_pos, self.window, self._frequencies)
         x = self.embed_tokens(tokens).astype(mx.float32) * self.embedding_scale
         for i, layer in enumerate(self.layers):
             x = layer(x, layout, None if cache is None else cache[i])

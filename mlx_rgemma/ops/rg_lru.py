@@ -62,9 +62,9 @@ NORMAL, RESET, PADDING = 0, 1, 2
 
 
 def step_kinds(batch: int, length: int, reset: mx.array | None, mask: mx.array | None) -> mx.array:
-    """One byte a step, (B, L) uint8 or (1, 1) when all steps are alike: see `NORMAL`."""
+    """One byte a step: (B, L) uint8, or (1,), one dimension, when all steps are `NORMAL`."""
     if reset is None and mask is None:
-        return mx.zeros((1, 1), mx.uint8)
+        return mx.zeros((1,), mx.uint8)
     kind = mx.zeros((batch, length), mx.uint8) if reset is None else reset.astype(mx.uint8)
     return kind if mask is None else mx.where(mask, kind, mx.array(PADDING, mx.uint8))
 
@@ -89,7 +89,7 @@ def _rg_lru_vjp(primals, cotangent, h):
     # d multiplier / d log_a = -a^2 min(1 / multiplier, 2 * MAX_SQRT_GRADIENT).
     slope = mx.minimum(1.0 / mx.maximum(multiplier, 1e-30), 2.0 * MAX_SQRT_GRADIENT)
     d_log_a = da * a - dv * i * x32 * mx.square(a) * slope
-    if kind.size > 1:
+    if kind.ndim == 2:
         d_log_a = mx.where(kind[..., None] == NORMAL, d_log_a, 0.0)
     r = mx.sigmoid(recurrent_gate.astype(mx.float32))
     scale = -C * _softplus(a_param)
@@ -114,7 +114,7 @@ def _coefficients(input_gate, recurrent_gate, a_param, kind):
     log_a = (-C * _softplus(a_param)) * r
     a = mx.exp(log_a)
     multiplier = mx.sqrt(-mx.expm1(2.0 * log_a))
-    if kind.size > 1:
+    if kind.ndim == 2:
         kind = kind[..., None]
         a = mx.where(kind == NORMAL, a, (kind == PADDING).astype(mx.float32))
         multiplier = mx.where(kind == NORMAL, multiplier, (kind == RESET).astype(mx.float32))

@@ -1,0 +1,126 @@
+"""Generating for several prompts at once, through mlx-lm's continuous batching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.generation import Prompt, encode
+from mlx_rgemma.griffin.cache import GriffinCache
+from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.text_stream import StopMatcher, TextStream
+
+if TYPE_CHECKING:
+    from mlx_lm.generate_utils import BatchStats
+
+
+@dataclass
+class BatchResponse:
+    """What `batch_generate` returns, in the order of the prompts.
+
+    Attributes:
+        texts: The generated texts.
+        token_ids: Their tokens, without the one that ended them.
+        finish_reasons: "stop" or "length".
+        stats: mlx-lm's statistics of the whole batch.
+        caches: Each prompt's state after its last token, where asked for.
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    finish_reasons: list[str]
+    stats: BatchStats
+    caches: list[list[GriffinCache]] | None = None
+
+
+class _Row:
+    """One prompt's answer while it grows."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self.stream = TextStream(tokenizer)
+        self.stops = StopMatcher(stop)
+        self.pieces: list[str] = []
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self.cache: list[GriffinCache] | None = None
+
+    def add(self, token: int, finish_reason: str | None, ended: bool) -> bool:
+        """Take a token; returns whether a stop text has appeared."""
+        text = "" if ended else self.stream.add(token)
+        if not ended:
+            self.tokens.append(token)
+        if finish_reason is not None:
+            text += self.stream.finish()
+        text, stopped = self.stops.feed(text, last=finish_reason is not None)
+        self.pieces.append(text)
+        self.finish_reason = "stop" if stopped else finish_reason
+        return stopped
+
+
+def batch_generate(
+    model: Model,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_tokens: int | list[int] = 128,
+    *,
+    stop: str | Sequence[str] = (),
+    return_prompt_caches: bool = False,
+    prompt_caches: list[list[GriffinCache]] | None = None,
+    **kwargs: Any,
+) -> BatchResponse:
+    """Generate a text for each of several prompts at once; each is what it would be alone.
+
+    Args:
+        model, tokenizer: From `load`.
+        prompts: Texts, or token ids, of any lengths.
+        max_tokens: How many tokens to write at most, for all or for each.
+        stop: Texts that end a generation; they are not part of the output.
+        return_prompt_caches: Whether to return each prompt's state.
+        prompt_caches: A state for each prompt to continue.
+        **kwargs: Passed on to `mlx_lm.generate.BatchGenerator`: `sampler`, `logits_processors`,
+            `prefill_step_size`, `completion_batch_size`, `prefill_batch_size`.
+
+    Returns:
+        A `BatchResponse`.
+
+    Raises:
+        UserError: If a prompt is empty or holds an unknown token, or `max_tokens` is no count.
+    """
+    from mlx_lm.generate import BatchGenerator
+
+    if not prompts:
+        raise UserError("there are no prompts.")
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    if len(limits) != len(prompts) or min(limits) < 1:
+        raise UserError(f"max_tokens is {max_tokens}, expected at least 1 for each prompt.")
+    stop = [stop] if isinstance(stop, str) else stop
+    tokens = [encode(tokenizer, prompt, model.args.vocab_size).tolist() for prompt in prompts]
+
+    generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **kwargs)
+    rows = {
+        uid: _Row(tokenizer, stop) for uid in generator.insert(tokens, limits, caches=prompt_caches)
+    }
+    try:
+        with generator.stats() as stats:
+            while responses := generator.next_generated():
+                for response in responses:
+                    row = rows[response.uid]
+                    ended = response.token in tokenizer.eos_token_ids
+                    stopped = row.add(response.token, response.finish_reason, ended)
+                    if response.finish_reason is not None:
+                        row.cache = response.prompt_cache
+                    elif stopped:
+                        cache = generator.remove([response.uid], return_prompt_caches=True)
+                        row.cache = cache[response.uid][0]
+    finally:
+        generator.close()
+    answers = list(rows.values())
+    return BatchResponse(
+        texts=["".join(row.pieces) for row in answers],
+        token_ids=[row.tokens for row in answers],
+        finish_reasons=[row.finish_reason or "length" for row in answers],
+        stats=stats,
+        caches=[row.cache or [] for row in answers] if return_prompt_caches else None,
+    )

@@ -1,0 +1,112 @@
+"""States in files, in mlx-lm's prompt-cache format, checked against the model when loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_rgemma.checkpoints.safetensors import check_file
+from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.griffin.cache import GriffinCache
+from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.registration import register
+
+FINGERPRINT = "fingerprint"
+
+
+def fingerprint(model: Model) -> str:
+    """A short name of the model that a state belongs to: of its shape, window rule and weights.
+
+    The weights enter by their norms, which quantization leaves alone, rounded to bfloat16, so
+    that the same checkpoint has one fingerprint in every precision.
+    """
+    c = model.args
+    shape = (
+        c.vocab_size,
+        c.hidden_size,
+        c.intermediate_size,
+        c.lru_width,
+        c.num_attention_heads,
+        c.head_dim,
+        c.conv1d_width,
+        c.past_window,
+        c.layer_types,
+    )
+    digest = hashlib.sha256(repr(shape).encode())
+    norms = [layer.temporal_pre_norm.weight for layer in model.layers]
+    norms.append(model.model.final_norm.weight)
+    digest.update(bytes(memoryview(mx.stack(norms).astype(mx.bfloat16).view(mx.uint16))))
+    return digest.hexdigest()[:32]
+
+
+def save_prompt_cache(
+    path: str | Path,
+    model: Model,
+    cache: list[GriffinCache],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Save a state as a safetensors file that `load_prompt_cache` (and mlx-lm) reads.
+
+    The file appears whole or not at all.
+
+    Args:
+        path: The file; one that exists is replaced.
+        model: The model that made the state.
+        cache: The state.
+        metadata: Texts to keep with it.
+    """
+    from mlx_lm.models.cache import save_prompt_cache as mlx_lm_save
+
+    register()
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(
+        suffix=".safetensors", prefix=f".{path.name}-", dir=path.parent
+    )
+    os.close(handle)
+    try:
+        mlx_lm_save(temporary, cache, {**(metadata or {}), FINGERPRINT: fingerprint(model)})
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_prompt_cache(path: str | Path, model: Model) -> list[GriffinCache]:
+    """Load a state and check that it belongs to the model.
+
+    Args:
+        path: A file that `save_prompt_cache` or mlx-lm wrote.
+        model: The model that is to continue from it.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or of another model, window or shape.
+    """
+    from mlx_lm.models.cache import load_prompt_cache as mlx_lm_load
+
+    register()
+    path = Path(path)
+    check_file(path)
+    try:
+        cache, metadata = mlx_lm_load(str(path), return_metadata=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a foreign file makes the reader stumble over
+        raise CheckpointError(
+            f"{path}: not a prompt cache of RecurrentGemma ({type(error).__name__}: {error})."
+        ) from error
+    try:
+        model.check_cache(cache)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    found = metadata.get(FINGERPRINT) if isinstance(metadata, dict) else None
+    if found is not None and found != fingerprint(model):
+        raise CheckpointError(
+            f"{path}: saved by another model (fingerprint {found[:8]}, this one is"
+            f" {fingerprint(model)[:8]}); load it with the model that made it."
+        )
+    return cache

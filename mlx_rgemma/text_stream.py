@@ -1,0 +1,68 @@
+"""From tokens to text, piece by piece, without keeping what has been handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+TEXT_LIMIT = 4096
+"""Characters of finished text, and tokens, that a detokenizer keeps."""
+
+
+class TextStream:
+    """mlx-lm's streaming detokenizer, forgetting what has been handed out."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.detokenizer = tokenizer.detokenizer
+
+    def add(self, token: int) -> str:
+        """The text that a token completes (may be empty)."""
+        self.detokenizer.add_token(token)
+        return self._segment()
+
+    def finish(self) -> str:
+        """The text that was held back for tokens to come."""
+        self.detokenizer.finalize()
+        return self._segment()
+
+    def _segment(self) -> str:
+        d = self.detokenizer
+        segment = d.last_segment
+        if len(d.text) > TEXT_LIMIT:
+            # `text` is a plain attribute of the fast detokenizers, `_text` of the general one.
+            attribute = "_text" if hasattr(d, "_text") else "text"
+            kept = getattr(d, attribute)
+            dropped = max(0, min(len(kept), d.offset) - 64)
+            setattr(d, attribute, kept[dropped:])
+            d.offset -= dropped
+        if len(d.tokens) > TEXT_LIMIT:
+            d.tokens = []
+        return segment
+
+
+class StopMatcher:
+    """Holds back text that may turn out to be a stop text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = [s for s in stops if s]
+        self.held = ""
+
+    def feed(self, text: str, last: bool) -> tuple[str, bool]:
+        """-> the text that may be shown, and whether a stop text has appeared."""
+        if not self.stops:
+            return text, False
+        text = self.held + text
+        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            return text[: min(found)], True
+        hold = 0 if last else max(_overlap(text, stop) for stop in self.stops)
+        self.held = text[len(text) - hold :]
+        return text[: len(text) - hold], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

@@ -1,0 +1,67 @@
+"""Shared fixtures: the golden models, and how close is close enough."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = ("tiny-2b", "tiny-9b", "tiny-sharded")
+
+LOGITS_ATOL = 5e-5
+"""float32 logits against Google's code, which is itself within 1.4e-5 of float64."""
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    """The arrays of one golden file."""
+    with np.load(GOLDEN / name) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+@cache
+def golden_weights(name: str) -> dict[str, mx.array]:
+    """A golden checkpoint's tensors as they lie on disk."""
+    weights: dict[str, mx.array] = {}
+    for file in sorted((GOLDEN / name).glob("*.safetensors")):
+        weights.update(mx.load(str(file)))
+    return weights
+
+
+def golden_model(name: str, dtype: mx.Dtype = mx.float32, **changes):
+    """A golden checkpoint as a model, with changed keys of its config."""
+    from mlx_rgemma import GriffinConfig, Model
+
+    values = json.loads((GOLDEN / name / "config.json").read_text())
+    model = Model(GriffinConfig.from_dict({**values, **changes}))
+    weights = model.sanitize(golden_weights(name))
+    kept = [(k, v.astype(dtype)) for k, v in weights.items() if _belongs(model, k)]
+    model.load_weights(kept)
+    mx.eval(model.parameters())
+    return model
+
+
+def _belongs(model, name: str) -> bool:
+    """Whether a tensor belongs to a model that may have been cut short."""
+    parts = name.split(".")
+    return parts[1] != "layers" or int(parts[2]) < len(model.layers)
+
+
+@pytest.fixture(params=MODELS)
+def model_name(request) -> str:
+    return request.param
+
+
+def max_error(actual: mx.array | np.ndarray, expected: np.ndarray) -> float:
+    """Largest absolute difference."""
+    return float(np.abs(np.array(actual, dtype=np.float64) - expected).max())
+
+
+def relative_error(actual: mx.array | np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference relative to the largest expected value."""
+    scale = float(np.abs(expected).max())
+    return max_error(actual, expected) / (scale if scale > 0 else 1.0)
