@@ -220,7 +220,7 @@ using namespace metal;
 #include "mlx/backend/metal/kernels/utils.h"
 #line 1 "{KERNEL_FILE}"
 {for_execution(source)}
-using mtl_signature = mtl::sig<decltype(&{instance})>;
+using mtl_signature = mtl::signature<decltype(&{instance})>;
 #define MTL_EXPORT extern "C" __attribute__((visibility("default")))
 MTL_EXPORT void mtl_set_constants() {{
   for (auto* c = mtl::on_constants_set::first; c; c = c->next) c->set();
@@ -232,11 +232,11 @@ MTL_EXPORT void mtl_entry(void** buffers, const mtl_thread* self) {{
 
 
 def _argument(position: int, parameter: Parameter) -> str:
-    kind = f"mtl_signature::arg<{position}>"
+    kind = f"mtl_signature::argument<{position}>"
     if parameter.index is not None:
-        return f"mtl::buf<{kind}>::get(buffers[{parameter.index}])"
+        return f"mtl::buffer<{kind}>::from(buffers[{parameter.index}])"
     if parameter.field in VECTOR_FIELDS:
-        return f"mtl::bi<{kind}>(self->{parameter.field})"
+        return f"mtl::position<{kind}>(self->{parameter.field})"
     return f"{kind}(self->{parameter.field})"
 
 
@@ -268,9 +268,11 @@ def _run(command: list[str], kernel: str, source: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode == 0:
         return
+    pattern = r"^(\S+?):(\d+):\d+: (?:fatal )?error: (.*)$"
     found = []
-    for line, message in re.findall(
-        rf"^{re.escape(KERNEL_FILE)}:(\d+):\d+: (?:fatal )?error: (.*)$", result.stderr, flags=re.M
-    ):
-        found.append(finding(f"does not compile: {message}", int(line), source))
+    for file, line, message in re.findall(pattern, result.stderr, flags=re.M):
+        if file == KERNEL_FILE:
+            found.append(finding(f"does not compile: {message}", int(line), source))
+        else:
+            found.append(Finding(f"does not compile: {Path(file).name}:{line}: {message}"))
     raise KernelError(kernel, found or [Finding("does not compile:\n" + result.stderr[:4000])])

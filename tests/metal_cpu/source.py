@@ -83,13 +83,12 @@ def for_execution(text: str) -> str:
 
     def variable(match: re.Match[str]) -> str:
         names = _declared_names(match["declarators"])
-        notes = " ".join(f'mtl_threadgroup_variable(&{n}, sizeof({n}), "{n}");' for n in names)
+        notes = " ".join(f'mtl::threadgroup_variable({n}, "{n}");' for n in names)
         return f"{match['align']}static {match['type']} {match['declarators']}; {notes}"
 
     def constant(match: re.Match[str]) -> str:
         kind, name, number = match.groups()
-        read = f"mtl::function_constant<{kind}>({number})"
-        setter = f"[] {{ {name} = {read}; }}"
+        setter = f"[] {{ {name} = mtl::function_constant<{kind}>({number}); }}"
         return f"static {kind} {name}; static mtl::on_constants_set mtl_set_{name}({setter});"
 
     return _rewrite(text, variable, constant)

@@ -218,7 +218,6 @@ void access(const void* address, size_t bytes, bool write, void* pc, bool atomic
   if (static_cast<size_t>(p - state.current->stack) < kStackBytes) {
     return;  // a private variable
   }
-  ++state.counters.accesses;
   Region* region = region_at(p);
   if (region == nullptr || p + bytes > region->base + region->bytes) {
     if (region != nullptr || (p >= arena_begin && p < arena_end)) {
@@ -227,6 +226,7 @@ void access(const void* address, size_t bytes, bool write, void* pc, bool atomic
     }
     return;  // constant tables and the like
   }
+  ++state.counters.accesses;
   if (write && region->read_only()) {
     report(pc, 0, "write to input '%s'", region->name);
   }

@@ -1,5 +1,6 @@
-// The interface between a compiled kernel and the runtime that executes it. Plain C types only: it is
-// included by both sides, which are compiled with different flags and possibly different compilers.
+// The interface between a compiled kernel and the runtime that executes it. Plain C types only: it
+// is included by both sides, which are compiled with different flags and possibly different
+// compilers.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -43,8 +44,8 @@ enum { MTL_SIMD_WIDTH = 32, MTL_SLOT_BYTES = 64 };
 extern "C" {
 // The thread that is running now.
 const mtl_thread* mtl_self();
-// Publishes `bytes` (at most MTL_SLOT_BYTES) to the simdgroup, waits until all its lanes have done the
-// same, and returns the lanes' values: 32 slots of MTL_SLOT_BYTES.
+// Publishes `bytes` (at most MTL_SLOT_BYTES) to the simdgroup, waits until all its lanes have done
+// the same, and returns the lanes' values: 32 slots of MTL_SLOT_BYTES.
 const char* mtl_exchange(const void* value, uint32_t bytes, int line, const char* operation);
 // One bit for each lane that took part in the last exchange.
 uint32_t mtl_active_lanes();
@@ -52,8 +53,8 @@ uint32_t mtl_active_lanes();
 void mtl_barrier(int scope, int flags, int line);
 // Called where a threadgroup variable is declared; `granule` is the size of its scalars.
 void mtl_threadgroup_variable(void* address, size_t bytes, size_t granule, const char* name);
-// Operates on the 32-bit word at `address`; returns the old value. `done` is false only where a compare
-// and exchange found another value.
+// Operates on the 32-bit word at `address`; returns the old value. `done` is false only where a
+// compare and exchange found another value.
 uint32_t mtl_atomic(void* address, int operation, uint32_t value, uint32_t expected, bool* done);
 // The bits of function constant `index`.
 uint64_t mtl_function_constant(int index);
