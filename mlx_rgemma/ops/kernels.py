@@ -7,8 +7,8 @@ A kernel is a file ``metal/<name>.metal``: the body of one Metal function, behin
         "linear_scan",                      # metal/linear_scan.metal
         inputs=("x", "a", ...),             # buffer names, in the order of `run`'s inputs
         outputs=("y", "h_last"),
-        launch=_launch,                     # (*arguments) -> outputs, by `SCAN.run(...)`
-        reference=_reference,               # (*arguments) -> the same outputs, in plain MLX
+        launch=_launch,                     # (*arguments) -> results, by `SCAN.run(...)`
+        reference=_reference,               # (*arguments) -> the same results, in plain MLX
         example=_example,                   # (*variant) -> arguments: tiny, of that variant
     )
 
@@ -94,6 +94,7 @@ class Kernel:
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    results: tuple[str, ...]
     launch: Callable[..., Arrays]
     reference: Callable[..., Arrays]
     example: Callable[..., Sequence[Any]]
@@ -168,7 +169,7 @@ class Kernel:
             arguments = self.example(*variant)
             got, expected = self.launch(*arguments), self.reference(*arguments)
             mx.eval(got, expected)
-            return _compare(self.outputs, got, expected, self.tolerance)
+            return _compare(self.results, got, expected, self.tolerance)
         finally:
             _State.trying = trying
 
@@ -199,13 +200,14 @@ class _State:
 def register(
     name: str,
     *,
-    inputs: Iterable[str],
-    outputs: Iterable[str],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
     launch: Callable[..., Arrays],
     reference: Callable[..., Arrays],
     example: Callable[..., Sequence[Any]],
-    variants: Iterable[tuple[Any, ...]] = tuple((dtype,) for dtype in FLOATS),
-    headers: Iterable[str] = ("common.metal",),
+    results: Sequence[str] | None = None,
+    variants: Sequence[tuple[Any, ...]] = tuple((dtype,) for dtype in FLOATS),
+    headers: Sequence[str] = ("common.metal",),
     tolerance: Mapping[mx.Dtype, float] = TOLERANCE,
 ) -> Kernel:
     """Make a kernel known; nothing is read or built before it is needed.
@@ -213,9 +215,10 @@ def register(
     Args:
         name: Of the file ``metal/<name>.metal``.
         inputs, outputs: Names of the buffers, as the source has them.
-        launch: ``(*arguments) -> outputs``, through `Kernel.run`.
+        launch: ``(*arguments) -> results``, through `Kernel.run`.
         reference: The same in plain MLX operations.
         example: ``(*variant) -> arguments``.
+        results: Names of what `launch` returns, where that is not `outputs`.
         variants: The variants that the self-test command goes through.
         headers: Files that come before the function, in this order.
         tolerance: Bound of a trial by output dtype; see `TOLERANCE`.
@@ -224,6 +227,7 @@ def register(
         name=name,
         inputs=tuple(inputs),
         outputs=tuple(outputs),
+        results=tuple(outputs if results is None else results),
         launch=launch,
         reference=reference,
         example=example,

@@ -7,13 +7,27 @@
 
 At a reset ``a_t = 0`` and the multiplier of the input is 1, as DeepMind's code has it. Everything
 after the gates' matrix products is float32: in bfloat16 a coefficient of 0.999 becomes 1.
+
+Two forms: the kernels ``metal/rg_lru.metal`` and ``metal/rg_lru_backward.metal`` where `kernels`
+lets them run, and plain MLX operations around `scan_reference`.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_rgemma.ops.scan import scan_gradients, scan_reference
+from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops.scan import (
+    BACKWARD_STEPS,
+    FORWARD_STEPS,
+    SEGMENT,
+    one_or_each,
+    scan_entries,
+    scan_geometry,
+    scan_gradients,
+    scan_reference,
+    scan_template,
+)
 
 C = 8.0
 """The paper's constant c."""
@@ -30,6 +44,9 @@ def rg_lru(
     h0: mx.array | None = None,
     reset: mx.array | None = None,
     mask: mx.array | None = None,
+    *,
+    input_gate_bias: mx.array | None = None,
+    recurrent_gate_bias: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Run the RG-LRU over a sequence (Griffin, arXiv:2402.19427, eq. 4 to 6).
 
@@ -41,6 +58,7 @@ def rg_lru(
         h0: (B, D), fp32. The state before the first step; zeros when omitted.
         reset: (B, L), bool. True at the first token of each document.
         mask: (B, L), bool. False on padding, where the state passes through unchanged.
+        input_gate_bias, recurrent_gate_bias: (D,), any float. Added to the gates in fp32.
 
     Returns:
         ``(y, h_last)``: the states (B, L, D) in the dtype of `x`, and the last one (B, D) in fp32.
@@ -48,17 +66,35 @@ def rg_lru(
     Raises:
         ValueError: If the shapes do not agree.
     """
-    _check(x, input_gate, recurrent_gate, a_param, h0, reset, mask)
-    batch, length, width = x.shape
-    if h0 is None:
-        h0 = mx.zeros((batch, width), mx.float32)
+    batch, length, width = x.shape if x.ndim == 3 else (0, 0, 0)
+    steps, channels = (batch, length), (width,)
+    _check(
+        x,
+        input_gate=(input_gate, x.shape),
+        recurrent_gate=(recurrent_gate, x.shape),
+        a_param=(a_param, channels),
+        h0=(h0, (batch, width)),
+        reset=(reset, steps),
+        mask=(mask, steps),
+        input_gate_bias=(input_gate_bias, channels),
+        recurrent_gate_bias=(recurrent_gate_bias, channels),
+    )
+    h0 = mx.zeros((batch, width), mx.float32) if h0 is None else h0.astype(mx.float32)
     kind = step_kinds(batch, length, reset, mask)
-    h = _rg_lru(x, input_gate, recurrent_gate, a_param, h0.astype(mx.float32), kind)
+    if input_gate.dtype == recurrent_gate.dtype and FORWARD.usable(x.dtype, input_gate.dtype):
+        biases = _both(input_gate_bias, recurrent_gate_bias)
+        y, h_last, _ = _fused(x, input_gate, recurrent_gate, a_param, h0, kind, *biases)
+        return y, h_last
+    input_gate = _biased(input_gate, input_gate_bias)
+    recurrent_gate = _biased(recurrent_gate, recurrent_gate_bias)
+    h = _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind)
     return h.astype(x.dtype), h[:, -1]
 
 
 NORMAL, RESET, PADDING = 0, 1, 2
 """What a step does: the recurrence, a new document, nothing."""
+
+_ALL_NORMAL = mx.array([[NORMAL]], mx.uint8)
 
 
 def step_kinds(batch: int, length: int, reset: mx.array | None, mask: mx.array | None) -> mx.array:
@@ -121,21 +157,174 @@ def _coefficients(input_gate, recurrent_gate, a_param, kind):
     return a, i, multiplier
 
 
+def _of_each_step(kind: mx.array, x: mx.array) -> bool:
+    """False when one kind, `NORMAL`, holds for all steps."""
+    return kind.shape == x.shape[:2]
+
+
 def _softplus(a_param: mx.array) -> mx.array:
     return mx.logaddexp(a_param.astype(mx.float32), 0.0)
 
 
-def _check(x, input_gate, recurrent_gate, a_param, h0, reset, mask) -> None:
+def _biased(gate: mx.array, bias: mx.array | None) -> mx.array:
+    return gate if bias is None else gate.astype(mx.float32) + bias.astype(mx.float32)
+
+
+def _check(x: mx.array, **expected: tuple[mx.array | None, tuple[int, ...]]) -> None:
     if x.ndim != 3 or x.shape[1] == 0:
         raise ValueError(f"[rg_lru] x must be (B, L, D) with L > 0, not {x.shape}.")
-    batch, length, width = x.shape
-    for name, array, shape in (
-        ("input_gate", input_gate, x.shape),
-        ("recurrent_gate", recurrent_gate, x.shape),
-        ("a_param", a_param, (width,)),
-        ("h0", h0, (batch, width)),
-        ("reset", reset, (batch, length)),
-        ("mask", mask, (batch, length)),
-    ):
+    for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"[rg_lru] {name} has shape {array.shape}, expected {shape}.")
+
+
+# The fused form.
+
+_NO_BIAS = mx.array([0.0])
+
+
+def _both(one: mx.array | None, other: mx.array | None) -> tuple[mx.array, mx.array]:
+    """The gates' biases for the kernel, which has one way for both: (1,) where there are none."""
+    if one is None and other is None:
+        return _NO_BIAS, _NO_BIAS
+    one = mx.zeros_like(other) if one is None else one
+    return one, mx.zeros_like(one) if other is None else other
+
+
+@mx.custom_function
+def _fused(x, input_gate, recurrent_gate, a_param, h0, kind, bias_i, bias_r):
+    return tuple(FORWARD.launch(x, input_gate, recurrent_gate, a_param, h0, kind, bias_i, bias_r))
+
+
+@_fused.vjp
+def _fused_vjp(primals, cotangents, outputs):
+    x, input_gate, recurrent_gate, a_param, _, kind, bias_i, bias_r = primals
+    dy, dh_last, _ = cotangents
+    usable = BACKWARD.usable(x.dtype, input_gate.dtype)
+    gradients = (BACKWARD.launch if usable else _reference_backward)(
+        x, input_gate, recurrent_gate, a_param, kind, bias_i, bias_r, outputs[2], dy, dh_last
+    )
+    dx, d_input_gate, d_recurrent_gate, dh0, d_a_param, d_bias_i, d_bias_r = gradients
+    return (
+        dx,
+        d_input_gate,
+        d_recurrent_gate,
+        d_a_param.astype(a_param.dtype),
+        dh0,
+        mx.zeros_like(kind),
+        d_bias_i.astype(bias_i.dtype) if bias_i.shape == a_param.shape else mx.zeros_like(bias_i),
+        d_bias_r.astype(bias_r.dtype) if bias_r.shape == a_param.shape else mx.zeros_like(bias_r),
+    )
+
+
+def _dims(x: mx.array, kind: mx.array, bias: mx.array) -> mx.array:
+    batch, length, width = x.shape
+    bias_step = int(bias.shape == (width,))
+    return mx.array([length, width, *one_or_each(kind, batch, length), bias_step], mx.int32)
+
+
+def _launch(x, input_gate, recurrent_gate, a_param, h0, kind, bias_i, bias_r):
+    batch, length, width = x.shape
+    entries = (batch, kernels.ceil_div(length, SEGMENT), width)
+    return FORWARD.run(
+        [
+            *(x, input_gate, recurrent_gate, a_param, h0, kind),
+            *(bias_i, bias_r, _dims(x, kind, bias_i)),
+        ],
+        [(x.shape, x.dtype), (h0.shape, mx.float32), (entries, mx.float32)],
+        **scan_geometry(batch, length, width, FORWARD_STEPS),
+        template={"T": x.dtype, **scan_template(FORWARD_STEPS)},
+    )
+
+
+def _launch_backward(
+    x, input_gate, recurrent_gate, a_param, kind, bias_i, bias_r, entry, dy, dh_last
+):
+    batch, length, width = x.shape
+    dx, d_input_gate, d_recurrent_gate, dh0, d_channels = BACKWARD.run(
+        [
+            *(x, input_gate, recurrent_gate, a_param, kind, bias_i, bias_r),
+            *(entry, dy, dh_last, _dims(x, kind, bias_i)),
+        ],
+        [
+            (x.shape, x.dtype),
+            (input_gate.shape, input_gate.dtype),
+            (recurrent_gate.shape, recurrent_gate.dtype),
+            (dh_last.shape, mx.float32),
+            ((batch, 3, width), mx.float32),
+        ],
+        **scan_geometry(batch, length, width, BACKWARD_STEPS),
+        template={"T": x.dtype, "G": input_gate.dtype, **scan_template(BACKWARD_STEPS)},
+    )
+    d_a_param, d_bias_i, d_bias_r = d_channels.sum(axis=0)
+    return dx, d_input_gate, d_recurrent_gate, dh0, d_a_param, d_bias_i, d_bias_r
+
+
+def _reference(x, input_gate, recurrent_gate, a_param, h0, kind, bias_i, bias_r):
+    gates = _biased(input_gate, bias_i), _biased(recurrent_gate, bias_r)
+    h = _rg_lru(x, *gates, a_param, h0, kind)
+    return h.astype(x.dtype), h[:, -1], scan_entries(h0, h)
+
+
+def _reference_backward(
+    x, input_gate, recurrent_gate, a_param, kind, bias_i, bias_r, entry, dy, dh_last
+):
+    def states(x, input_gate, recurrent_gate, h0, *parameters):
+        return _reference(x, input_gate, recurrent_gate, parameters[0], h0, kind, *parameters[1:])[
+            :2
+        ]
+
+    # The kernel's gradients of parameters are fp32: those of the arrays given are cast later.
+    parameters = [z.astype(mx.float32) for z in (a_param, bias_i, bias_r)]
+    primals = [x, input_gate, recurrent_gate, entry[:, 0], *parameters]
+    return mx.vjp(states, primals, [dy, dh_last])[1]
+
+
+def _example(x_dtype: mx.Dtype, gate_dtype: mx.Dtype) -> tuple[mx.array, ...]:
+    """More than one tile, and neither length nor width a whole number of anything."""
+    shape, channels = (2, 150, 35), (35,)
+    kind = (mx.arange(300).reshape(2, 150) % 70 == 69).astype(mx.uint8)
+    kind = mx.where(mx.arange(150) < mx.array([[150], [140]]), kind, mx.array(PADDING, mx.uint8))
+    return (
+        kernels.sample(shape, x_dtype, 0),
+        kernels.sample(shape, gate_dtype, 1),
+        kernels.sample(shape, gate_dtype, 2) - 2,
+        kernels.sample(channels, x_dtype, 3) - 2,
+        kernels.sample((2, 35), mx.float32, 4),
+        kind,
+        kernels.sample(channels, x_dtype, 5),
+        kernels.sample(channels, x_dtype, 6),
+    )
+
+
+def _example_backward(x_dtype: mx.Dtype, gate_dtype: mx.Dtype) -> tuple[mx.array, ...]:
+    arguments = _example(x_dtype, gate_dtype)
+    x, input_gate, recurrent_gate, a_param, h0, kind, bias_i, bias_r = arguments
+    entry = _reference(*arguments)[2]
+    dy = kernels.sample(x.shape, x_dtype, 7)
+    dh_last = kernels.sample(h0.shape, mx.float32, 8)
+    return x, input_gate, recurrent_gate, a_param, kind, bias_i, bias_r, entry, dy, dh_last
+
+
+_INPUTS = ("x", "input_gate", "recurrent_gate", "a_param")
+_BIASES = ("input_gate_bias", "recurrent_gate_bias")
+_GRADIENTS = ("dx", "d_input_gate", "d_recurrent_gate", "dh0")
+FORWARD = kernels.register(
+    "rg_lru",
+    inputs=(*_INPUTS, "h0", "kind", *_BIASES, "dims"),
+    outputs=("y", "h_last", "entry"),
+    launch=_launch,
+    reference=_reference,
+    example=_example,
+    variants=[(dtype, dtype) for dtype in kernels.FLOATS],
+)
+BACKWARD = kernels.register(
+    "rg_lru_backward",
+    inputs=(*_INPUTS, "kind", *_BIASES, "entry", "dy", "dh_last", "dims"),
+    outputs=(*_GRADIENTS, "d_channels"),
+    results=(*_GRADIENTS, "d_a_param", "d_input_gate_bias", "d_recurrent_gate_bias"),
+    launch=_launch_backward,
+    reference=_reference_backward,
+    example=_example_backward,
+    variants=[(dtype, dtype) for dtype in kernels.FLOATS],
+)

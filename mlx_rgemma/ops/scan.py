@@ -1,14 +1,20 @@
 """The linear recurrence ``h_t = a_t h_{t-1} + x_t``, without a loop over time.
 
-The sequence is cut into chunks of `CHUNK` steps. All chunks advance one step together, so the
-Python loop has `CHUNK` rounds whatever the length; what each chunk hands to the next is again a
-linear recurrence, `CHUNK` times shorter, solved the same way. Coefficients are only ever
-multiplied (never divided, no logarithms), so 0, 1 and 1e-30 are all exact enough.
+Two forms: the kernels ``metal/linear_scan.metal`` and ``metal/linear_scan_backward.metal`` where
+`kernels` lets them run, and plain MLX operations. In the plain form the sequence is cut into chunks
+of `CHUNK` steps. All chunks advance one step together, so the Python loop has `CHUNK` rounds
+whatever the length; what each chunk hands to the next is again a linear recurrence, `CHUNK` times
+shorter, solved the same way. In both forms coefficients are only ever multiplied (never divided, no
+logarithms), so 0, 1 and 1e-30 are all exact enough.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
+
+from mlx_rgemma.ops import kernels
 
 CHUNK = 16
 
@@ -37,13 +43,22 @@ def linear_scan(
         ValueError: If the shapes do not agree.
     """
     _check(x, a, h0, reset)
+    if h0 is None:
+        h0 = mx.zeros((x.shape[0], x.shape[2]), mx.float32)
+    h0 = h0.astype(mx.float32)
+    if FORWARD.usable(x.dtype, a.dtype):
+        y, h_last, _ = _fused(x, a, h0, _NO_RESET if reset is None else reset)
+        return y, h_last
+    h = _plain(x, a, h0, reset)
+    return h.astype(x.dtype), h[:, -1]
+
+
+def _plain(x: mx.array, a: mx.array, h0: mx.array, reset: mx.array | None) -> mx.array:
+    """All states, (B, L, D) fp32, in plain MLX operations."""
     a = a.astype(mx.float32)
     if reset is not None:
         a = mx.where(reset[..., None], 0.0, a)
-    if h0 is None:
-        h0 = mx.zeros((x.shape[0], x.shape[2]), mx.float32)
-    h = _linear_scan(x.astype(mx.float32), a, h0.astype(mx.float32))
-    return h.astype(x.dtype), h[:, -1]
+    return _linear_scan(x.astype(mx.float32), a, h0)
 
 
 @mx.custom_function
@@ -131,6 +146,136 @@ def _scan_steps(x: mx.array, a: mx.array, h0: mx.array | None, reverse: bool) ->
         h = x[:, t] if h is None else a[:, t] * h + x[:, t]
         states[t] = h
     return mx.stack(states, axis=1)
+
+
+# The fused form. Its backward pass starts from the state before each `SEGMENT` steps, which the
+# forward pass leaves behind, and so keeps the inputs alone.
+
+SEGMENT = 64
+FORWARD_STEPS, BACKWARD_STEPS = 8, 4
+SPLITS = 16
+"""Simdgroups of a threadgroup, at most; each takes that many steps in registers at a time.
+``SPLITS * BACKWARD_STEPS == SEGMENT``: a backward tile begins where the forward pass left a state.
+512 threads leave each the 100 registers that the backward pass of the RG-LRU wants."""
+
+_NO_RESET = mx.array([[False]])
+
+
+def scan_geometry(batch: int, length: int, width: int, steps: int) -> dict[str, Any]:
+    """Launch arguments of a kernel that scans `steps` steps a simdgroup, up to `SPLITS` at once."""
+    splits = min(SPLITS, kernels.ceil_div(length, steps))
+    return {
+        "groups": (kernels.ceil_div(width, kernels.SIMD), 1, batch),
+        "threadgroup": (kernels.SIMD, splits, 1),
+    }
+
+
+def scan_template(steps: int) -> dict[str, int]:
+    """Template arguments of such a kernel."""
+    return {"STEPS": steps, "SEGMENT": SEGMENT, "SPLITS": SPLITS}
+
+
+def scan_entries(h0: mx.array, h: mx.array) -> mx.array:
+    """The states before every `SEGMENT` steps: (B, D), (B, L, D) -> (B, ceil(L / SEGMENT), D)."""
+    return mx.concatenate([h0[:, None], h[:, SEGMENT - 1 : -1 : SEGMENT]], axis=1)
+
+
+def one_or_each(array: mx.array, batch: int, length: int) -> list[int]:
+    """Steps of a (B, L) or (1, 1) array from row to row and from token to token."""
+    return [length, 1] if array.shape == (batch, length) else [0, 0]
+
+
+@mx.custom_function
+def _fused(x, a, h0, reset):
+    return tuple(FORWARD.launch(x, a, h0, reset))
+
+
+@_fused.vjp
+def _fused_vjp(primals, cotangents, outputs):
+    x, a, _, reset = primals
+    dy, dh_last, _ = cotangents
+    arguments = (x, a, reset, outputs[2], dy, dh_last)
+    usable = BACKWARD.usable(x.dtype, a.dtype)
+    dx, da, dh0 = (BACKWARD.launch if usable else _reference_backward)(*arguments)
+    return dx, da, dh0, mx.zeros_like(reset)
+
+
+def _launch(x, a, h0, reset):
+    batch, length, width = x.shape
+    dims = mx.array([length, width, *one_or_each(reset, batch, length)], mx.int32)
+    entries = (batch, kernels.ceil_div(length, SEGMENT), width)
+    return FORWARD.run(
+        [x, a, h0, reset, dims],
+        [(x.shape, x.dtype), (h0.shape, mx.float32), (entries, mx.float32)],
+        **scan_geometry(batch, length, width, FORWARD_STEPS),
+        template={"T": x.dtype, **scan_template(FORWARD_STEPS)},
+    )
+
+
+def _launch_backward(x, a, reset, entry, dy, dh_last):
+    batch, length, width = x.shape
+    dims = mx.array([length, width, *one_or_each(reset, batch, length)], mx.int32)
+    return BACKWARD.run(
+        [x, a, reset, entry, dy, dh_last, dims],
+        [(x.shape, x.dtype), (a.shape, a.dtype), (dh_last.shape, mx.float32)],
+        **scan_geometry(batch, length, width, BACKWARD_STEPS),
+        template={"T": x.dtype, "A": a.dtype, **scan_template(BACKWARD_STEPS)},
+    )
+
+
+def _reference(x, a, h0, reset):
+    h = _plain(x, a, h0, reset)
+    return h.astype(x.dtype), h[:, -1], scan_entries(h0, h)
+
+
+def _reference_backward(x, a, reset, entry, dy, dh_last):
+    def states(x, a, h0):
+        h = _plain(x, a, h0, reset)
+        return h.astype(x.dtype), h[:, -1]
+
+    return mx.vjp(states, [x, a, entry[:, 0]], [dy, dh_last])[1]
+
+
+def _example(x_dtype: mx.Dtype, a_dtype: mx.Dtype) -> tuple[mx.array, ...]:
+    """More than one tile, and neither length nor width a whole number of anything."""
+    shape = (2, 150, 35)
+    reset = mx.arange(300).reshape(2, 150) % 70 == 69
+    a = mx.sigmoid(2.0 * kernels.sample(shape, mx.float32, 1)).astype(a_dtype)
+    return kernels.sample(shape, x_dtype, 0), a, kernels.sample((2, 35), mx.float32, 2), reset
+
+
+def _example_backward(x_dtype: mx.Dtype, a_dtype: mx.Dtype) -> tuple[mx.array, ...]:
+    x, a, h0, reset = _example(x_dtype, a_dtype)
+    entry = _reference(x, a, h0, reset)[2]
+    return (
+        x,
+        a,
+        reset,
+        entry,
+        kernels.sample(x.shape, x_dtype, 3),
+        kernels.sample(h0.shape, mx.float32, 4),
+    )
+
+
+VARIANTS = tuple((x, a) for x in kernels.FLOATS for a in sorted({x, mx.float32}, key=str))
+FORWARD = kernels.register(
+    "linear_scan",
+    inputs=("x", "a", "h0", "reset", "dims"),
+    outputs=("y", "h_last", "entry"),
+    launch=_launch,
+    reference=_reference,
+    example=_example,
+    variants=VARIANTS,
+)
+BACKWARD = kernels.register(
+    "linear_scan_backward",
+    inputs=("x", "a", "reset", "entry", "dy", "dh_last", "dims"),
+    outputs=("dx", "da", "dh0"),
+    launch=_launch_backward,
+    reference=_reference_backward,
+    example=_example_backward,
+    variants=VARIANTS,
+)
 
 
 def _check(x: mx.array, a: mx.array, h0: mx.array | None, reset: mx.array | None) -> None:
