@@ -34,18 +34,40 @@ RUNTIME = HERE / "runtime"
 STDLIB = HERE / "stdlib"
 KERNEL_FILE = "kernel.metal"  # what the compiler calls the generated source in its messages
 
-_LANGUAGE = ("-std=c++17", "-fPIC", "-fsigned-char", "-w", "-fno-exceptions", "-fno-rtti")
+_LANGUAGE = (
+    "-std=c++17",
+    "-fPIC",
+    "-fsigned-char",
+    "-w",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-threadsafe-statics",
+)
 _NUMERICS = ("-ffp-contract=off", "-ftrivial-auto-var-init=pattern")
+# Calls keep their frames and dead operations their checks, so that what the source says is what is watched.
 _CHECKED = (
     "-fsanitize=thread",
     "-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow,alignment,null"
     ",float-cast-overflow,bool",
-    "-fno-inline",
     "-fno-optimize-sibling-calls",
-    "-fno-tree-vectorize",
-    "-fno-tree-slp-vectorize",
     "-DMTL_CHECKED",
 )
+# Literals without suffix are float, as in Metal.
+_OF_FAMILY = {
+    "gcc": ("-fsingle-precision-constant", "-fno-gnu-unique"),
+    "clang": ("-Xclang", "-cl-single-precision-constant"),
+}
+_CHECKED_OF_FAMILY = {
+    "gcc": (
+        "-fno-inline",
+        "-fno-tree-dce",
+        "-fno-tree-dse",
+        "-fno-tree-sink",
+        "-fno-tree-vectorize",
+        "-fno-tree-slp-vectorize",
+    ),
+    "clang": ("-fno-inline", "-fno-vectorize", "-fno-slp-vectorize"),
+}
 _SMALLEST = {"gcc": 12, "clang": 14}
 
 
@@ -67,12 +89,12 @@ class Compiler:
     def major(self) -> int:
         return int(self.version.split(".")[0])
 
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Flags that every kernel gets: literals without suffix are float, as in Metal."""
-        if self.family == "gcc":
-            return ("-fsingle-precision-constant", "-fno-gnu-unique")
-        return ("-Xclang", "-cl-single-precision-constant")
+    def flags(self, checked: bool) -> tuple[str, ...]:
+        """What every kernel is compiled with."""
+        flags = (*_LANGUAGE, *_NUMERICS, *_OF_FAMILY[self.family])
+        if checked:
+            flags += (*_CHECKED, *_CHECKED_OF_FAMILY[self.family])
+        return (*flags, "-O1", "-g1", "-gdwarf-4", "-fvisibility=hidden")
 
 
 @dataclass(frozen=True)
@@ -137,10 +159,7 @@ def build(source: str, function: str, instance: str = "", checked: bool = False)
     found = required_compiler()
     params = tuple(parameters(source, function))
     text = _translation_unit(source, params, instance or function)
-    mode = _CHECKED + ("-O1",) if checked else ("-O1",)
-    flags = (*_LANGUAGE, *_NUMERICS, *found.flags, *mode, "-g1", "-fvisibility=hidden")
-    if found.family == "clang" and checked:
-        flags = tuple(f.replace("-fno-tree-", "-fno-") for f in flags)
+    flags = found.flags(checked)
     runtime = runtime_library(found)
     key = _digest(text, *found.command, found.version, *flags, runtime.name, _headers_digest())
     path = cache_directory() / f"kernel-{key}.so"
@@ -220,6 +239,7 @@ using namespace metal;
 #include "mlx/backend/metal/kernels/utils.h"
 #line 1 "{KERNEL_FILE}"
 {for_execution(source)}
+#line 1 "entry.cpp"
 using mtl_signature = mtl::signature<decltype(&{instance})>;
 #define MTL_EXPORT extern "C" __attribute__((visibility("default")))
 MTL_EXPORT void mtl_set_constants() {{

@@ -63,40 +63,40 @@ struct small_float {
   uint16_t bits;
 
   small_float() = default;
-  constexpr small_float(float value) : bits(Format::encode(value)) {}
-  constexpr small_float(double value) : bits(Format::encode(static_cast<float>(value))) {}
+  MTL_CONSTEXPR small_float(float value) : bits(Format::encode(value)) {}
+  MTL_CONSTEXPR small_float(double value) : bits(Format::encode(static_cast<float>(value))) {}
   template <class I, if_integer<I> = 0>
-  constexpr small_float(I value) : bits(Format::encode(static_cast<float>(value))) {}
+  MTL_CONSTEXPR small_float(I value) : bits(Format::encode(static_cast<float>(value))) {}
   template <class Other, std::enable_if_t<!std::is_same_v<Other, Format>, int> = 0>
-  explicit constexpr small_float(small_float<Other> other)
+  explicit MTL_CONSTEXPR small_float(small_float<Other> other)
       : bits(Format::encode(static_cast<float>(other))) {}
 
-  constexpr operator float() const { return Format::decode(bits); }
+  MTL_CONSTEXPR operator float() const { return Format::decode(bits); }
 
-  constexpr small_float operator-() const { return small_float(-static_cast<float>(*this)); }
-  constexpr small_float operator+() const { return *this; }
+  MTL_CONSTEXPR small_float operator-() const { return small_float(-static_cast<float>(*this)); }
+  MTL_CONSTEXPR small_float operator+() const { return *this; }
 
   // With an integer the result is small, with a float it is float.
 #define MTL_ARITHMETIC(op)                                                          \
-  friend constexpr small_float operator op(small_float a, small_float b) {          \
+  friend MTL_CONSTEXPR small_float operator op(small_float a, small_float b) {      \
     return small_float(static_cast<float>(a) op static_cast<float>(b));             \
   }                                                                                 \
   template <class I, if_integer<I> = 0>                                             \
-  friend constexpr small_float operator op(small_float a, I b) {                    \
+  friend MTL_CONSTEXPR small_float operator op(small_float a, I b) {                \
     return a op small_float(b);                                                     \
   }                                                                                 \
   template <class I, if_integer<I> = 0>                                             \
-  friend constexpr small_float operator op(I a, small_float b) {                    \
+  friend MTL_CONSTEXPR small_float operator op(I a, small_float b) {                \
     return small_float(a) op b;                                                     \
   }                                                                                 \
-  friend constexpr float operator op(small_float a, float b) {                      \
+  friend MTL_CONSTEXPR float operator op(small_float a, float b) {                  \
     return static_cast<float>(a) op b;                                              \
   }                                                                                 \
-  friend constexpr float operator op(float a, small_float b) {                      \
+  friend MTL_CONSTEXPR float operator op(float a, small_float b) {                  \
     return a op static_cast<float>(b);                                              \
   }                                                                                 \
   template <class T>                                                                \
-  constexpr small_float& operator op##=(T b) {                                      \
+  MTL_CONSTEXPR small_float& operator op##=(T b) {                                  \
     return *this = small_float(static_cast<float>(*this) op static_cast<float>(b)); \
   }
   MTL_ARITHMETIC(+)
@@ -105,19 +105,23 @@ struct small_float {
   MTL_ARITHMETIC(/)
 #undef MTL_ARITHMETIC
 
-#define MTL_COMPARISON(op)                                                                         \
-  friend constexpr bool operator op(small_float a, small_float b) {                                \
-    return static_cast<float>(a) op static_cast<float>(b);                                         \
-  }                                                                                                \
-  friend constexpr bool operator op(small_float a, float b) { return static_cast<float>(a) op b; } \
-  friend constexpr bool operator op(float a, small_float b) { return a op static_cast<float>(b); } \
-  template <class I, if_integer<I> = 0>                                                            \
-  friend constexpr bool operator op(small_float a, I b) {                                          \
-    return static_cast<float>(a) op static_cast<float>(b);                                         \
-  }                                                                                                \
-  template <class I, if_integer<I> = 0>                                                            \
-  friend constexpr bool operator op(I a, small_float b) {                                          \
-    return static_cast<float>(a) op static_cast<float>(b);                                         \
+#define MTL_COMPARISON(op)                                              \
+  friend MTL_CONSTEXPR bool operator op(small_float a, small_float b) { \
+    return static_cast<float>(a) op static_cast<float>(b);              \
+  }                                                                     \
+  friend MTL_CONSTEXPR bool operator op(small_float a, float b) {       \
+    return static_cast<float>(a) op b;                                  \
+  }                                                                     \
+  friend MTL_CONSTEXPR bool operator op(float a, small_float b) {       \
+    return a op static_cast<float>(b);                                  \
+  }                                                                     \
+  template <class I, if_integer<I> = 0>                                 \
+  friend MTL_CONSTEXPR bool operator op(small_float a, I b) {           \
+    return static_cast<float>(a) op static_cast<float>(b);              \
+  }                                                                     \
+  template <class I, if_integer<I> = 0>                                 \
+  friend MTL_CONSTEXPR bool operator op(I a, small_float b) {           \
+    return static_cast<float>(a) op static_cast<float>(b);              \
   }
   MTL_COMPARISON(<)
   MTL_COMPARISON(>)

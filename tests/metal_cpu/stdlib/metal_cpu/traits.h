@@ -37,9 +37,9 @@ template <class T, size_t N>
 struct array {
   T elements[N];
 
-  constexpr T& operator[](size_t i) { return elements[i]; }
-  constexpr const T& operator[](size_t i) const { return elements[i]; }
-  constexpr size_t size() const { return N; }
+  MTL_CONSTEXPR T& operator[](size_t i) { return elements[i]; }
+  MTL_CONSTEXPR const T& operator[](size_t i) const { return elements[i]; }
+  MTL_CONSTEXPR size_t size() const { return N; }
 };
 
 }  // namespace metal

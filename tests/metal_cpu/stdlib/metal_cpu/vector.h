@@ -56,14 +56,14 @@ struct vec : mtl::components<T, N> {
   vec() = default;
 
   template <class S, mtl::if_scalar<S> = 0>
-  constexpr vec(S value) {
+  MTL_CONSTEXPR vec(S value) {
     for (int i = 0; i < N; ++i) {
       this->at[i] = static_cast<T>(value);
     }
   }
 
   template <class U, std::enable_if_t<!std::is_same_v<U, T>, int> = 0>
-  explicit constexpr vec(const vec<U, N>& other) {
+  explicit MTL_CONSTEXPR vec(const vec<U, N>& other) {
     for (int i = 0; i < N; ++i) {
       this->at[i] = static_cast<T>(other.at[i]);
     }
@@ -71,25 +71,25 @@ struct vec : mtl::components<T, N> {
 
   // float4(x, y, z, w), float4(xy, zw), float4(x, yzw), ...
   template <class A, class B, class... Rest>
-  constexpr vec(const A& a, const B& b, const Rest&... rest) {
+  MTL_CONSTEXPR vec(const A& a, const B& b, const Rest&... rest) {
     int filled = 0;
     append(filled, a);
     append(filled, b);
     (append(filled, rest), ...);
   }
 
-  constexpr T& operator[](int i) { return this->at[i]; }
-  constexpr const T& operator[](int i) const { return this->at[i]; }
+  MTL_CONSTEXPR T& operator[](int i) { return this->at[i]; }
+  MTL_CONSTEXPR const T& operator[](int i) const { return this->at[i]; }
 
-#define MTL_ELEMENTWISE(op)                                      \
-  friend constexpr vec operator op(const vec& a, const vec& b) { \
-    vec result;                                                  \
-    for (int i = 0; i < N; ++i) {                                \
-      result.at[i] = static_cast<T>(a.at[i] op b.at[i]);         \
-    }                                                            \
-    return result;                                               \
-  }                                                              \
-  constexpr vec& operator op##=(const vec & b) { return *this = *this op b; }
+#define MTL_ELEMENTWISE(op)                                          \
+  friend MTL_CONSTEXPR vec operator op(const vec& a, const vec& b) { \
+    vec result;                                                      \
+    for (int i = 0; i < N; ++i) {                                    \
+      result.at[i] = static_cast<T>(a.at[i] op b.at[i]);             \
+    }                                                                \
+    return result;                                                   \
+  }                                                                  \
+  MTL_CONSTEXPR vec& operator op##=(const vec & b) { return *this = *this op b; }
   MTL_ELEMENTWISE(+)
   MTL_ELEMENTWISE(-)
   MTL_ELEMENTWISE(*)
@@ -102,13 +102,13 @@ struct vec : mtl::components<T, N> {
   MTL_ELEMENTWISE(>>)
 #undef MTL_ELEMENTWISE
 
-#define MTL_COMPARISON(op)                                                  \
-  friend constexpr vec<bool, N> operator op(const vec & a, const vec & b) { \
-    vec<bool, N> result;                                                    \
-    for (int i = 0; i < N; ++i) {                                           \
-      result.at[i] = a.at[i] op b.at[i];                                    \
-    }                                                                       \
-    return result;                                                          \
+#define MTL_COMPARISON(op)                                                      \
+  friend MTL_CONSTEXPR vec<bool, N> operator op(const vec & a, const vec & b) { \
+    vec<bool, N> result;                                                        \
+    for (int i = 0; i < N; ++i) {                                               \
+      result.at[i] = a.at[i] op b.at[i];                                        \
+    }                                                                           \
+    return result;                                                              \
   }
   MTL_COMPARISON(<)
   MTL_COMPARISON(>)
@@ -119,7 +119,7 @@ struct vec : mtl::components<T, N> {
 #undef MTL_COMPARISON
 
 #define MTL_UNARY(op)                                \
-  constexpr vec operator op() const {                \
+  MTL_CONSTEXPR vec operator op() const {            \
     vec result;                                      \
     for (int i = 0; i < N; ++i) {                    \
       result.at[i] = static_cast<T>(op this->at[i]); \
@@ -133,7 +133,7 @@ struct vec : mtl::components<T, N> {
 
  private:
   template <class A>
-  constexpr void append(int& filled, const A& a) {
+  MTL_CONSTEXPR void append(int& filled, const A& a) {
     if constexpr (mtl::count_of<A> == 1) {
       this->at[filled++] = static_cast<T>(a);
     } else {

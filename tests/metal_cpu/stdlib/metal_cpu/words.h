@@ -23,6 +23,7 @@
 // Functions of this library always vanish into the kernel, so that a finding is on the kernel's
 // line.
 #define MTL_INLINE inline __attribute__((always_inline))
+#define MTL_CONSTEXPR __attribute__((always_inline)) constexpr
 // A kernel's own functions keep their frames where calls are watched.
 #if defined(MTL_CHECKED)
 #define METAL_FUNC inline __attribute__((noinline))
