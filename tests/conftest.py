@@ -32,8 +32,8 @@ def golden_weights(name: str) -> dict[str, mx.array]:
     return weights
 
 
-def golden_model(name: str, dtype: mx.Dtype = mx.float32, **changes):
-    """A golden checkpoint as a model, with changed keys of its config."""
+def golden_model(name: str, dtype: mx.Dtype = mx.float32, *, fuse: bool = True, **changes):
+    """A golden checkpoint as a model, with changed keys of its config; fused as `load` does."""
     from mlx_rgemma import GriffinConfig, Model
 
     values = json.loads((GOLDEN / name / "config.json").read_text())
@@ -42,6 +42,8 @@ def golden_model(name: str, dtype: mx.Dtype = mx.float32, **changes):
     kept = [(k, v.astype(dtype)) for k, v in weights.items() if _belongs(model, k)]
     model.load_weights(kept)
     mx.eval(model.parameters())
+    if fuse:
+        model.fuse_projections()
     return model
 
 

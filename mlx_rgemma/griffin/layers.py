@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.layout import TokenLayout
+from mlx_rgemma.griffin.projection import SharedInputBlock
 from mlx_rgemma.ops import apply_rotary, causal_conv1d, rg_lru, ring_attention, windowed_attention
 
 
@@ -95,8 +96,10 @@ class RGLRU(nn.Module):
         return None if reset is None else mx.broadcast_to(reset, x.shape[:2])
 
 
-class RecurrentBlock(nn.Module):
+class RecurrentBlock(SharedInputBlock):
     """``linear_out(gelu(linear_y(x)) * RG-LRU(conv(linear_x(x))))``."""
+
+    shared = ("linear_y", "linear_x")
 
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
@@ -108,8 +111,7 @@ class RecurrentBlock(nn.Module):
         self.rg_lru = RGLRU(lru_width, config.num_attention_heads)
 
     def __call__(self, x: mx.array, layout: TokenLayout, cache: RecurrentCache | None) -> mx.array:
-        y = self.linear_y(x)
-        x = self.linear_x(x)
+        y, x = self.project(x)
         x, conv = self.conv_1d(x, layout, None if cache is None else cache.conv)
         x, h = self.rg_lru(x, layout, None if cache is None else cache.h)
         if cache is not None:
@@ -117,8 +119,10 @@ class RecurrentBlock(nn.Module):
         return self.linear_out((gelu_tanh(y) * x.astype(mx.float32)).astype(x.dtype))
 
 
-class LocalAttentionBlock(nn.Module):
+class LocalAttentionBlock(SharedInputBlock):
     """Sliding-window attention, many query heads over one key/value head."""
+
+    shared = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
@@ -133,9 +137,9 @@ class LocalAttentionBlock(nn.Module):
 
     def __call__(self, x: mx.array, layout: TokenLayout, cache: AttentionCache | None) -> mx.array:
         batch, length, _ = x.shape
-        q = self.q_proj(x).reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
-        k = self.k_proj(x)[:, None]
-        v = self.v_proj(x)[:, None]
+        q, k, v = self.project(x)
+        q = q.reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
+        k, v = k[:, None], v[:, None]
         q = apply_rotary(q, layout.cos, layout.sin)
         k = apply_rotary(k, layout.cos, layout.sin)
         if cache is not None and layout.one_step:
@@ -149,8 +153,10 @@ class LocalAttentionBlock(nn.Module):
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
 
 
-class MLPBlock(nn.Module):
+class MLPBlock(SharedInputBlock):
     """``down(gelu(gate(x)) * up(x))``."""
+
+    shared = ("gate_proj", "up_proj")
 
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
@@ -160,7 +166,7 @@ class MLPBlock(nn.Module):
         self.down_proj = nn.Linear(inner, width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.project(x)
         return self.down_proj((gelu_tanh(gate) * up.astype(mx.float32)).astype(x.dtype))
 
 
@@ -178,6 +184,11 @@ class ResidualBlock(nn.Module):
             self.temporal_block = LocalAttentionBlock(config)
         self.channel_pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_block = MLPBlock(config)
+
+    def fuse(self) -> None:
+        """Join the projections that read the same input."""
+        self.temporal_block.fuse()
+        self.mlp_block.fuse()
 
     def __call__(
         self,

@@ -105,6 +105,15 @@ class Model(nn.Module):
             for kind in c.layer_types
         ]
 
+    def fuse_projections(self) -> None:
+        """Lay out projections of the same input end to end, so that a decode step has fewer.
+
+        Layer by layer, without storing anything twice. Training and adapters may follow: layers
+        that they replace run by themselves again.
+        """
+        for layer in self.layers:
+            layer.fuse()
+
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Names and layouts of a file as this class has them. Does nothing to its own output."""
         c = self.args

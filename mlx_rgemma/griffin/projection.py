@@ -1,0 +1,89 @@
+"""Projections of the same input as one matrix product, for the steps of a decode loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+KEYS = ("weight", "scales", "biases", "bias")
+
+
+class FusedProjection:
+    """Several linear layers over one input, their weights laid out end to end.
+
+    The layers stay what they are: their parameters become views into the joint arrays, so that
+    nothing is stored twice. When one of them is replaced (by training, or by an adapter), the
+    joint arrays no longer serve and the layers run by themselves.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        widths = [layer["weight"].shape[0] for layer in layers]
+        self.cuts = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
+        joint = nn.Linear(1, 1) if type(layers[0]) is nn.Linear else nn.QuantizedLinear(64, 1)
+        for key in KEYS:
+            joint.pop(key, None)
+            if key in layers[0]:
+                joint[key] = mx.concatenate([layer[key] for layer in layers])
+        if isinstance(joint, nn.QuantizedLinear):
+            first = layers[0]
+            joint.group_size, joint.bits, joint.mode = first.group_size, first.bits, first.mode
+        self.joint = joint
+        mx.eval(joint.parameters())
+        for layer, start, width in zip(layers, [0, *self.cuts], widths, strict=True):
+            for key in KEYS:
+                if key in layer:
+                    layer[key] = joint[key][start : start + width]
+        self.parts = [layer["weight"] for layer in layers]
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        return mx.split(self.joint(x), self.cuts, axis=-1)
+
+    def serves(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether the layers are still the ones that were joined."""
+        return all(
+            layer.get("weight") is part for layer, part in zip(layers, self.parts, strict=True)
+        )
+
+    @staticmethod
+    def can_join(layers: Sequence[nn.Module]) -> bool:
+        """Whether the layers are plain or alike quantized, with a bias all or none."""
+        first = layers[0]
+        if type(first) not in (nn.Linear, nn.QuantizedLinear):
+            return False
+        if any(type(layer) is not type(first) for layer in layers):
+            return False
+        if any(set(layer) & set(KEYS) != set(first) & set(KEYS) for layer in layers):
+            return False
+        if any(layer["weight"].dtype != first["weight"].dtype for layer in layers):
+            return False
+        settings = ("group_size", "bits", "mode")
+        return all(
+            getattr(layer, s, None) == getattr(first, s, None) for layer in layers for s in settings
+        )
+
+
+class SharedInputBlock(nn.Module):
+    """A block some of whose linear layers read the same input: those named in `shared`."""
+
+    shared: tuple[str, ...] = ()
+
+    def fuse(self) -> None:
+        """Join the layers named in `shared`, if they can be."""
+        layers = [self[name] for name in self.shared]
+        if FusedProjection.can_join(layers):
+            # A plain attribute: joint weights are no parameters of their own.
+            object.__setattr__(self, "_fused", FusedProjection(layers))
+
+    def project(self, x: mx.array) -> list[mx.array]:
+        """Outputs of the layers named in `shared`; x is (B, L, width).
+
+        One product for one token a row. For longer inputs one product saves nothing, and its
+        parts would have to be copied apart.
+        """
+        layers = [self[name] for name in self.shared]
+        fused = self.__dict__.get("_fused")
+        if fused is not None and x.shape[1] == 1 and fused.serves(layers):
+            return fused(x)
+        return [layer(x) for layer in layers]
