@@ -1,8 +1,17 @@
-"""The causal depthwise convolution before the recurrence, with its state."""
+"""The causal depthwise convolution before the recurrence, with its state.
+
+Two forms: the kernels ``metal/causal_conv1d.metal`` and ``metal/causal_conv1d_backward.metal``
+where `kernels` lets them run, and plain MLX operations.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
+
+from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops.scan import token_strides
 
 
 def causal_conv1d(
@@ -25,7 +34,7 @@ def causal_conv1d(
         weight: (D, K, 1), as mlx-lm stores it.
         bias: (D,).
         state: (B, K-1, D). The inputs before the first one, oldest first; zeros when omitted.
-        segment_pos: (B, L), int. Each token's position in its document; None when no document
+        segment_pos: (1 or B, L), int. Each token's position in its document; None when no document
             starts inside the sequence and the state belongs to the document that goes on.
         lengths: (B,), int. How many tokens of each row are real, the rest being padding on the
             right; None when all are.
@@ -50,9 +59,29 @@ def causal_conv1d(
         raise ValueError(
             f"[causal_conv1d] state has shape {state.shape}, expected {(batch, memory, width)}."
         )
-    inputs = mx.concatenate([state.astype(x.dtype), x], axis=1)
-    y = _convolve(inputs, weight, bias, segment_pos, length)
-    return y.astype(x.dtype), _last_inputs(inputs, memory, segment_pos, lengths)
+    state = state.astype(x.dtype)
+    if memory > 0 and FORWARD.usable(x.dtype, taps):
+        bias = _NO_BIAS if bias is None else bias
+        segment_pos = _NO_BORDER if segment_pos is None else segment_pos
+        lengths = mx.array([length]) if lengths is None else lengths
+        y, new_state = _fused(x, weight, bias, state, segment_pos, lengths)
+        return y, new_state
+    return _plain(x, weight, bias, state, segment_pos, lengths)
+
+
+def _plain(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    state: mx.array,
+    segment_pos: mx.array | None,
+    lengths: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    inputs = mx.concatenate([state, x], axis=1)
+    if segment_pos is not None:
+        segment_pos = mx.broadcast_to(segment_pos, x.shape[:2])
+    y = _convolve(inputs, weight, bias, segment_pos, x.shape[1])
+    return y.astype(x.dtype), _last_inputs(inputs, state.shape[1], segment_pos, lengths)
 
 
 def _convolve(
@@ -99,3 +128,139 @@ def _last_inputs(
         return state
     distance = mx.arange(memory - 1, -1, -1)  # from the last token
     return mx.where((last_pos >= distance)[..., None], state, mx.zeros_like(state))
+
+
+# The fused form. What the caller leaves out becomes one value that holds for all.
+
+STEPS = 16
+"""Tokens that a thread slides over."""
+GROUPS = 8
+"""Simdgroups of a threadgroup, at most."""
+
+_NO_BIAS = mx.array([0.0])
+_NO_BORDER = mx.array([2**30])
+
+
+@mx.custom_function
+def _fused(x, weight, bias, state, segment_pos, lengths):
+    return tuple(FORWARD.launch(x, weight, bias, state, segment_pos, lengths))
+
+
+@_fused.vjp
+def _fused_vjp(primals, cotangents, _outputs):
+    x, weight, bias, state, segment_pos, lengths = primals
+    usable = BACKWARD.usable(x.dtype, weight.shape[1])
+    dx, dweight, dbias, dstate = (BACKWARD.launch if usable else _reference_backward)(
+        x, weight, bias, state, segment_pos, lengths, *cotangents
+    )
+    return (
+        dx,
+        dweight.astype(weight.dtype),
+        dbias.astype(bias.dtype) if bias.size == dbias.size else mx.zeros_like(bias),
+        dstate,
+        mx.zeros_like(segment_pos),
+        mx.zeros_like(lengths),
+    )
+
+
+def _dims(x: mx.array, bias: mx.array, segment_pos: mx.array, lengths: mx.array) -> mx.array:
+    _, length, width = x.shape
+    strides = [int(bias.size > 1), *token_strides(segment_pos), int(lengths.size > 1)]
+    return mx.array([length, width, *strides], mx.int32)
+
+
+def _geometry(x: mx.array) -> dict[str, Any]:
+    batch, length, width = x.shape
+    groups = min(GROUPS, kernels.ceil_div(length, STEPS))
+    return {
+        "groups": (
+            kernels.ceil_div(width, kernels.SIMD),
+            kernels.ceil_div(length, STEPS * groups),
+            batch,
+        ),
+        "threadgroup": (kernels.SIMD, groups, 1),
+    }
+
+
+def _launch(x, weight, bias, state, segment_pos, lengths):
+    return FORWARD.run(
+        [x, weight, bias, state, segment_pos, lengths, _dims(x, bias, segment_pos, lengths)],
+        [(x.shape, x.dtype), (state.shape, x.dtype)],
+        **_geometry(x),
+        template={"T": x.dtype, "K": weight.shape[1], "STEPS": STEPS},
+    )
+
+
+def _launch_backward(x, weight, bias, state, segment_pos, lengths, dy, d_new_state):
+    batch, _, width = x.shape
+    taps = weight.shape[1]
+    geometry = _geometry(x)
+    shares = (batch * geometry["groups"][1], taps + 1, width)
+    dims = _dims(x, bias, segment_pos, lengths)
+    dx, dstate, d_parameters = BACKWARD.run(
+        [x, weight, state, segment_pos, lengths, dy, d_new_state, dims],
+        [(x.shape, x.dtype), (state.shape, x.dtype), (shares, mx.float32)],
+        **geometry,
+        template={"T": x.dtype, "K": taps, "STEPS": STEPS, "GROUPS": GROUPS},
+    )
+    d_parameters = d_parameters.sum(axis=0)
+    return dx, d_parameters[:taps].T[..., None], d_parameters[taps], dstate
+
+
+def _reference_backward(x, weight, bias, state, segment_pos, lengths, dy, d_new_state):
+    given_pos = None if segment_pos.ndim == 1 else segment_pos
+    given_lengths = lengths if lengths.size == x.shape[0] else None
+
+    def outputs(x, weight, bias, state):
+        return _plain(x, weight, bias, state, given_pos, given_lengths)
+
+    # The kernel's gradients of parameters are fp32: those of the arrays given are cast later.
+    bias = mx.broadcast_to(bias, x.shape[2:]).astype(mx.float32)
+    primals = [x, weight.astype(mx.float32), bias, state]
+    dx, dweight, dbias, dstate = mx.vjp(outputs, primals, [dy, d_new_state])[1]
+    return dx, dweight, dbias, dstate
+
+
+def _example(dtype: mx.Dtype, taps: int) -> tuple[mx.array, ...]:
+    """More tokens than a threadgroup takes, documents shorter than the taps, a short row."""
+    batch, length, width = 8, 150, 35
+    segment_pos = (mx.arange(batch * length) % 71 % 70).reshape(batch, length)
+    return (
+        kernels.sample((batch, length, width), dtype, 0),
+        kernels.sample((width, taps, 1), dtype, 1),
+        kernels.sample((width,), dtype, 2),
+        kernels.sample((batch, taps - 1, width), dtype, 3),
+        segment_pos,
+        mx.array([length, 0, 1, 2, 3, 140, 71, length]),
+    )
+
+
+def _example_backward(dtype: mx.Dtype, taps: int) -> tuple[mx.array, ...]:
+    arguments = _example(dtype, taps)
+    x, state = arguments[0], arguments[3]
+    return (
+        *arguments,
+        kernels.sample(x.shape, dtype, 4),
+        kernels.sample(state.shape, dtype, 5),
+    )
+
+
+FORWARD = kernels.register(
+    "causal_conv1d",
+    inputs=("x", "weight", "bias", "state", "segment_pos", "lengths", "dims"),
+    outputs=("y", "new_state"),
+    launch=_launch,
+    reference=_plain,
+    example=_example,
+    variants=[(dtype, 4) for dtype in kernels.FLOATS],
+)
+BACKWARD = kernels.register(
+    "causal_conv1d_backward",
+    inputs=("x", "weight", "state", "segment_pos", "lengths", "dy", "d_new_state", "dims"),
+    outputs=("dx", "dstate", "d_parameters"),
+    results=("dx", "dweight", "dbias", "dstate"),
+    launch=_launch_backward,
+    reference=_reference_backward,
+    example=_example_backward,
+    variants=[(dtype, 4) for dtype in kernels.FLOATS],
+)

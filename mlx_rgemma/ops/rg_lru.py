@@ -21,12 +21,12 @@ from mlx_rgemma.ops.scan import (
     BACKWARD_STEPS,
     FORWARD_STEPS,
     SEGMENT,
-    one_or_each,
     scan_entries,
     scan_geometry,
     scan_gradients,
     scan_reference,
     scan_template,
+    token_strides,
 )
 
 C = 8.0
@@ -56,8 +56,8 @@ def rg_lru(
         recurrent_gate: (B, L, D), any float. Pre-activation of the recurrence gate r.
         a_param: (D,), any float. Lambda.
         h0: (B, D), fp32. The state before the first step; zeros when omitted.
-        reset: (B, L), bool. True at the first token of each document.
-        mask: (B, L), bool. False on padding, where the state passes through unchanged.
+        reset: (1 or B, L), bool. True at the first token of each document.
+        mask: (1 or B, L), bool. False on padding, where the state passes through unchanged.
         input_gate_bias, recurrent_gate_bias: (D,), any float. Added to the gates in fp32.
 
     Returns:
@@ -67,20 +67,20 @@ def rg_lru(
         ValueError: If the shapes do not agree.
     """
     batch, length, width = x.shape if x.ndim == 3 else (0, 0, 0)
-    steps, channels = (batch, length), (width,)
+    channels = (width,)
     _check(
         x,
         input_gate=(input_gate, x.shape),
         recurrent_gate=(recurrent_gate, x.shape),
         a_param=(a_param, channels),
         h0=(h0, (batch, width)),
-        reset=(reset, steps),
-        mask=(mask, steps),
+        reset=(reset, (batch, length)),
+        mask=(mask, (batch, length)),
         input_gate_bias=(input_gate_bias, channels),
         recurrent_gate_bias=(recurrent_gate_bias, channels),
     )
     h0 = mx.zeros((batch, width), mx.float32) if h0 is None else h0.astype(mx.float32)
-    kind = step_kinds(batch, length, reset, mask)
+    kind = step_kinds(reset, mask)
     if input_gate.dtype == recurrent_gate.dtype and FORWARD.usable(x.dtype, input_gate.dtype):
         biases = _both(input_gate_bias, recurrent_gate_bias)
         y, h_last, _ = _fused(x, input_gate, recurrent_gate, a_param, h0, kind, *biases)
@@ -94,15 +94,18 @@ def rg_lru(
 NORMAL, RESET, PADDING = 0, 1, 2
 """What a step does: the recurrence, a new document, nothing."""
 
-_ALL_NORMAL = mx.array([[NORMAL]], mx.uint8)
+_ALL_NORMAL = mx.array([NORMAL], mx.uint8)
 
 
-def step_kinds(batch: int, length: int, reset: mx.array | None, mask: mx.array | None) -> mx.array:
-    """One byte a step: (B, L) uint8, or (1,), one dimension, when all steps are `NORMAL`."""
-    if reset is None and mask is None:
-        return mx.zeros((1,), mx.uint8)
-    kind = mx.zeros((batch, length), mx.uint8) if reset is None else reset.astype(mx.uint8)
-    return kind if mask is None else mx.where(mask, kind, mx.array(PADDING, mx.uint8))
+def step_kinds(reset: mx.array | None, mask: mx.array | None) -> mx.array:
+    """The kind of each step, (1 or B, L) bool or uint8; (1,), one dimension, when all are `NORMAL`.
+
+    True is `RESET`: without padding `reset` serves as it is.
+    """
+    if mask is None:
+        return _ALL_NORMAL if reset is None else reset
+    kind = mx.array(NORMAL, mx.uint8) if reset is None else reset.astype(mx.uint8)
+    return mx.where(mask, kind, mx.array(PADDING, mx.uint8))
 
 
 @mx.custom_function
@@ -157,11 +160,6 @@ def _coefficients(input_gate, recurrent_gate, a_param, kind):
     return a, i, multiplier
 
 
-def _of_each_step(kind: mx.array, x: mx.array) -> bool:
-    """False when one kind, `NORMAL`, holds for all steps."""
-    return kind.shape == x.shape[:2]
-
-
 def _softplus(a_param: mx.array) -> mx.array:
     return mx.logaddexp(a_param.astype(mx.float32), 0.0)
 
@@ -174,7 +172,8 @@ def _check(x: mx.array, **expected: tuple[mx.array | None, tuple[int, ...]]) -> 
     if x.ndim != 3 or x.shape[1] == 0:
         raise ValueError(f"[rg_lru] x must be (B, L, D) with L > 0, not {x.shape}.")
     for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
+        allowed = [shape, (1, *shape[1:])] if name in ("reset", "mask") else [shape]
+        if array is not None and array.shape not in allowed:
             raise ValueError(f"[rg_lru] {name} has shape {array.shape}, expected {shape}.")
 
 
@@ -218,9 +217,9 @@ def _fused_vjp(primals, cotangents, outputs):
 
 
 def _dims(x: mx.array, kind: mx.array, bias: mx.array) -> mx.array:
-    batch, length, width = x.shape
+    _, length, width = x.shape
     bias_step = int(bias.shape == (width,))
-    return mx.array([length, width, *one_or_each(kind, batch, length), bias_step], mx.int32)
+    return mx.array([length, width, *token_strides(kind), bias_step], mx.int32)
 
 
 def _launch(x, input_gate, recurrent_gate, a_param, h0, kind, bias_i, bias_r):

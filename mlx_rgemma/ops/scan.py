@@ -34,7 +34,7 @@ def linear_scan(
         x: (B, L, D), any float. What is added at each step.
         a: (B, L, D), any float. What the state is multiplied with at each step.
         h0: (B, D), fp32. The state before the first step; zeros when omitted.
-        reset: (B, L), bool. True where the state is dropped before the step (as if ``a`` were 0).
+        reset: (1 or B, L), bool. True where the state is dropped before the step, as if ``a`` were 0.
 
     Returns:
         ``(y, h_last)``: the states (B, L, D) in the dtype of `x`, and the last one (B, D) in fp32.
@@ -158,7 +158,7 @@ SPLITS = 16
 ``SPLITS * BACKWARD_STEPS == SEGMENT``: a backward tile begins where the forward pass left a state.
 512 threads leave each the 100 registers that the backward pass of the RG-LRU wants."""
 
-_NO_RESET = mx.array([[False]])
+_NO_RESET = mx.array([False])
 
 
 def scan_geometry(batch: int, length: int, width: int, steps: int) -> dict[str, Any]:
@@ -180,9 +180,15 @@ def scan_entries(h0: mx.array, h: mx.array) -> mx.array:
     return mx.concatenate([h0[:, None], h[:, SEGMENT - 1 : -1 : SEGMENT]], axis=1)
 
 
-def one_or_each(array: mx.array, batch: int, length: int) -> list[int]:
-    """Steps of a (B, L) or (1, 1) array from row to row and from token to token."""
-    return [length, 1] if array.shape == (batch, length) else [0, 0]
+def token_strides(array: mx.array) -> list[int]:
+    """Strides of a (1 or B, 1 or L) array from row to row and from token to token, for a kernel.
+
+    0 where one value holds for all; also for an array of one dimension, a single value.
+    """
+    if array.ndim == 1:
+        return [0, 0]
+    rows, steps = array.shape
+    return [steps if rows > 1 else 0, 1 if steps > 1 else 0]
 
 
 @mx.custom_function
@@ -202,7 +208,7 @@ def _fused_vjp(primals, cotangents, outputs):
 
 def _launch(x, a, h0, reset):
     batch, length, width = x.shape
-    dims = mx.array([length, width, *one_or_each(reset, batch, length)], mx.int32)
+    dims = mx.array([length, width, *token_strides(reset)], mx.int32)
     entries = (batch, kernels.ceil_div(length, SEGMENT), width)
     return FORWARD.run(
         [x, a, h0, reset, dims],
@@ -214,7 +220,7 @@ def _launch(x, a, h0, reset):
 
 def _launch_backward(x, a, reset, entry, dy, dh_last):
     batch, length, width = x.shape
-    dims = mx.array([length, width, *one_or_each(reset, batch, length)], mx.int32)
+    dims = mx.array([length, width, *token_strides(reset)], mx.int32)
     return BACKWARD.run(
         [x, a, reset, entry, dy, dh_last, dims],
         [(x.shape, x.dtype), (a.shape, a.dtype), (dh_last.shape, mx.float32)],
@@ -285,5 +291,5 @@ def _check(x: mx.array, a: mx.array, h0: mx.array | None, reset: mx.array | None
         raise ValueError(f"[linear_scan] a has shape {a.shape}, x has {x.shape}.")
     if h0 is not None and h0.shape != (x.shape[0], x.shape[2]):
         raise ValueError(f"[linear_scan] h0 has shape {h0.shape}, x has {x.shape}.")
-    if reset is not None and reset.shape != x.shape[:2]:
+    if reset is not None and reset.shape not in (x.shape[:2], (1, x.shape[1])):
         raise ValueError(f"[linear_scan] reset has shape {reset.shape}, x has {x.shape}.")
