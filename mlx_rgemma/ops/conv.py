@@ -64,8 +64,8 @@ def causal_conv1d(
         bias = _NO_BIAS if bias is None else bias
         segment_pos = _NO_BORDER if segment_pos is None else segment_pos
         lengths = mx.array([length]) if lengths is None else lengths
-        y, new_state = _fused(x, weight, bias, state, segment_pos, lengths)
-        return y, new_state
+        fused: Any = _fused(x, weight, bias, state, segment_pos, lengths)
+        return fused[0], fused[1]
     return _plain(x, weight, bias, state, segment_pos, lengths)
 
 
@@ -94,13 +94,17 @@ def _convolve(
     """The weighted sum over the taps, fp32; `inputs` starts K-1 tokens before the output."""
     taps = weight.shape[1]
     weight = weight.astype(mx.float32)
-    y = None if bias is None else bias.astype(mx.float32)
-    for back in range(taps):
+
+    def term(back: int) -> mx.array:
         start = taps - 1 - back
-        term = inputs[:, start : start + length].astype(mx.float32) * weight[:, start, 0]
-        if segment_pos is not None and back > 0:
-            term = mx.where((segment_pos >= back)[..., None], term, 0.0)
-        y = term if y is None else y + term
+        return inputs[:, start : start + length].astype(mx.float32) * weight[:, start, 0]
+
+    y = term(0) if bias is None else bias.astype(mx.float32) + term(0)
+    for back in range(1, taps):
+        if segment_pos is None:
+            y = y + term(back)
+        else:
+            y = y + mx.where((segment_pos >= back)[..., None], term(back), 0.0)
     return y
 
 

@@ -52,6 +52,9 @@ MODES = ("auto", "metal", "off")
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 """The dtypes that kernels read and write; all of them compute in float32."""
 
+BY_DTYPE = tuple((dtype,) for dtype in FLOATS)
+"""The variants of a kernel that compiles once a dtype."""
+
 SIMD = 32
 """Threads in a simdgroup; threadgroups are a multiple of it."""
 
@@ -179,7 +182,7 @@ class Kernel:
         except Exception as error:  # whatever a compiler or driver comes up with
             return f"{type(error).__name__}: {_first_line(error)}"
 
-    def _build(self) -> Callable[..., Any]:
+    def _build(self) -> Any:
         return mx.fast.metal_kernel(
             name=f"mlx_rgemma_{self.name}",
             input_names=list(self.inputs),
@@ -206,7 +209,7 @@ def register(
     reference: Callable[..., Arrays],
     example: Callable[..., Sequence[Any]],
     results: Sequence[str] | None = None,
-    variants: Sequence[tuple[Any, ...]] = tuple((dtype,) for dtype in FLOATS),
+    variants: Sequence[tuple[Any, ...]] = BY_DTYPE,
     headers: Sequence[str] = ("common.metal",),
     tolerance: Mapping[mx.Dtype, float] = TOLERANCE,
 ) -> Kernel:
@@ -334,13 +337,17 @@ def _compare(
             continue
         bound = tolerance.get(one.dtype, 0.0)
         one, other = one.astype(mx.float32), other.astype(mx.float32)
-        largest = mx.abs(other).max().item()
-        error = mx.abs(one - other).max().item() / max(largest, 1e-30)
+        largest = max(_largest(other), 1e-30)
+        error = _largest(one - other) / largest
         errors.append(error)
         allowed.append(bound)
         if not error <= bound:  # also when it is not a number
             faults.append(f"{name} is off by {error:.1e} of its largest value")
     return Comparison(tuple(errors), tuple(allowed), "; ".join(faults))
+
+
+def _largest(array: mx.array) -> float:
+    return float(mx.abs(array).max().item())  # type: ignore[arg-type]
 
 
 def _words(variant: Iterable[Any]) -> str:

@@ -14,6 +14,8 @@ lets them run, and plain MLX operations around `scan_reference`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from mlx_rgemma.ops import kernels
@@ -83,11 +85,11 @@ def rg_lru(
     kind = step_kinds(reset, mask)
     if input_gate.dtype == recurrent_gate.dtype and FORWARD.usable(x.dtype, input_gate.dtype):
         biases = _both(input_gate_bias, recurrent_gate_bias)
-        y, h_last, _ = _fused(x, input_gate, recurrent_gate, a_param, h0, kind, *biases)
-        return y, h_last
+        fused: Any = _fused(x, input_gate, recurrent_gate, a_param, h0, kind, *biases)
+        return fused[0], fused[1]
     input_gate = _biased(input_gate, input_gate_bias)
     recurrent_gate = _biased(recurrent_gate, recurrent_gate_bias)
-    h = _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind)
+    h: Any = _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind)
     return h.astype(x.dtype), h[:, -1]
 
 
@@ -184,10 +186,9 @@ _NO_BIAS = mx.array([0.0])
 
 def _both(one: mx.array | None, other: mx.array | None) -> tuple[mx.array, mx.array]:
     """The gates' biases for the kernel, which has one way for both: (1,) where there are none."""
-    if one is None and other is None:
-        return _NO_BIAS, _NO_BIAS
-    one = mx.zeros_like(other) if one is None else one
-    return one, mx.zeros_like(one) if other is None else other
+    given = one if one is not None else other
+    absent = _NO_BIAS if given is None else mx.zeros_like(given)
+    return absent if one is None else one, absent if other is None else other
 
 
 @mx.custom_function

@@ -34,7 +34,7 @@ def linear_scan(
         x: (B, L, D), any float. What is added at each step.
         a: (B, L, D), any float. What the state is multiplied with at each step.
         h0: (B, D), fp32. The state before the first step; zeros when omitted.
-        reset: (1 or B, L), bool. True where the state is dropped before the step, as if ``a`` were 0.
+        reset: (1 or B, L), bool. True where the state is dropped first: ``a`` counts as 0.
 
     Returns:
         ``(y, h_last)``: the states (B, L, D) in the dtype of `x`, and the last one (B, D) in fp32.
@@ -47,8 +47,8 @@ def linear_scan(
         h0 = mx.zeros((x.shape[0], x.shape[2]), mx.float32)
     h0 = h0.astype(mx.float32)
     if FORWARD.usable(x.dtype, a.dtype):
-        y, h_last, _ = _fused(x, a, h0, _NO_RESET if reset is None else reset)
-        return y, h_last
+        fused: Any = _fused(x, a, h0, _NO_RESET if reset is None else reset)
+        return fused[0], fused[1]
     h = _plain(x, a, h0, reset)
     return h.astype(x.dtype), h[:, -1]
 
@@ -58,7 +58,8 @@ def _plain(x: mx.array, a: mx.array, h0: mx.array, reset: mx.array | None) -> mx
     a = a.astype(mx.float32)
     if reset is not None:
         a = mx.where(reset[..., None], 0.0, a)
-    return _linear_scan(x.astype(mx.float32), a, h0)
+    states: Any = _linear_scan(x.astype(mx.float32), a, h0)
+    return states
 
 
 @mx.custom_function
@@ -117,12 +118,11 @@ def scan_reference(
 
     x, a = slabs(x), slabs(a)
     steps = range(CHUNK - 1, -1, -1) if reverse else range(CHUNK)
-    partial: list[mx.array] = [x] * CHUNK
-    product: list[mx.array] = [a] * CHUNK
-    h, p = None, None
-    for i in steps:
-        h = x[i] if h is None else a[i] * h + x[i]
-        p = a[i] if p is None else a[i] * p
+    partial = [x[i] for i in range(CHUNK)]
+    product = [a[i] for i in range(CHUNK)]
+    h, p = x[steps[0]], a[steps[0]]
+    for i in steps[1:]:
+        h, p = a[i] * h + x[i], a[i] * p
         partial[i], product[i] = h, p
 
     carry = scan_reference(h, p, h0, reverse=reverse)
