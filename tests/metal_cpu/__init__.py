@@ -13,11 +13,11 @@ What it cannot show: whether Apple's compiler accepts the text, register pressur
 rounding of fast maths functions, weak memory ordering.
 """
 
-from .build import compiler
-from .capture import Capture, KernelDefinition, capture, capture_calls
+from .capture import Capture, KernelDefinition, capture_call, capture_calls
 from .errors import Finding, KernelError
 from .install import ArrayInfo, Launch, executed
 from .run import Counters, Traffic
+from .toolchain import compiler
 
 __all__ = [
     "ArrayInfo",
@@ -28,7 +28,7 @@ __all__ = [
     "KernelError",
     "Launch",
     "Traffic",
-    "capture",
+    "capture_call",
     "capture_calls",
     "compiler",
     "executed",

@@ -58,7 +58,9 @@ def to_mlx(values: np.ndarray[Any, Any], shape: tuple[int, ...], dtype: mx.Dtype
     return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
 
 
-def empty_output(shape: tuple[int, ...], dtype: mx.Dtype, value: Any = None) -> np.ndarray[Any, Any]:
+def empty_output(
+    shape: tuple[int, ...], dtype: mx.Dtype, value: Any = None
+) -> np.ndarray[Any, Any]:
     """Memory for an output: full of `value`, or of ones in every bit (NaN) where nobody may read."""
     output = np.empty(shape, NUMPY_TYPES[dtype])
     if value is None:

@@ -1,100 +1,42 @@
 """Compile a kernel's source to a shared library, once.
 
-Everything compiled is kept in a cache directory under a name made of its content: the kernel's text, the
-headers of this package and of MLX, the compiler and its flags. Several processes may fill one cache: each
-file is written under a name of its own and then renamed.
-
-Environment:
-    MLX_RGEMMA_METAL_CPU_CACHE: the cache directory.
-    MLX_RGEMMA_METAL_CPU_CXX: the compiler to use, with its leading arguments.
+A kernel's library is linked with the runtime's, which lies beside it in the cache. With g++ the headers that
+every kernel includes are compiled in advance.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
-import platform
-import re
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from .errors import Finding, KernelError, finding
 from .source import VECTOR_FIELDS, Parameter, for_execution, parameters
+from .toolchain import (
+    KERNEL_FILE,
+    Compiler,
+    cache_directory,
+    digest,
+    make,
+    required_compiler,
+    run_compiler,
+)
 
 HERE = Path(__file__).resolve().parent
-MLX_INCLUDE = Path(mx.__file__).resolve().parent / "include"
 RUNTIME = HERE / "runtime"
 STDLIB = HERE / "stdlib"
-KERNEL_FILE = "kernel.metal"  # what the compiler calls the generated source in its messages
+MLX_INCLUDE = Path(mx.__file__).resolve().parent / "include"
+INCLUDE_FLAGS = (f"-I{STDLIB}", f"-I{MLX_INCLUDE}")
 
-_LANGUAGE = (
-    "-std=c++17",
-    "-fPIC",
-    "-fsigned-char",
-    "-w",
-    "-fno-exceptions",
-    "-fno-rtti",
-    "-fno-threadsafe-statics",
-)
-_NUMERICS = ("-ffp-contract=off", "-ftrivial-auto-var-init=pattern")
-# Calls keep their frames and dead operations their checks, so that what the source says is what is watched.
-_CHECKED = (
-    "-fsanitize=thread",
-    "-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow,alignment,null"
-    ",float-cast-overflow,bool",
-    "-fno-optimize-sibling-calls",
-    "-DMTL_CHECKED",
-)
-# Literals without suffix are float, as in Metal.
-_OF_FAMILY = {
-    "gcc": ("-fsingle-precision-constant", "-fno-gnu-unique"),
-    "clang": ("-Xclang", "-cl-single-precision-constant"),
-}
-_CHECKED_OF_FAMILY = {
-    "gcc": (
-        "-fno-inline",
-        "-fno-tree-dce",
-        "-fno-tree-dse",
-        "-fno-tree-sink",
-        "-fno-tree-vectorize",
-        "-fno-tree-slp-vectorize",
-    ),
-    "clang": ("-fno-inline", "-fno-vectorize", "-fno-slp-vectorize"),
-}
-_SMALLEST = {"gcc": 12, "clang": 14}
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A C++ compiler that can build kernels.
-
-    Attributes:
-        command: how it is called.
-        family: `gcc` or `clang`.
-        version: its version, as it says it.
-    """
-
-    command: tuple[str, ...]
-    family: str
-    version: str
-
-    @property
-    def major(self) -> int:
-        return int(self.version.split(".")[0])
-
-    def flags(self, checked: bool) -> tuple[str, ...]:
-        """What every kernel is compiled with."""
-        flags = (*_LANGUAGE, *_NUMERICS, *_OF_FAMILY[self.family])
-        if checked:
-            flags += (*_CHECKED, *_CHECKED_OF_FAMILY[self.family])
-        return (*flags, "-O1", "-g1", "-gdwarf-4", "-fvisibility=hidden")
+# What MLX puts before a custom kernel.
+PRELUDE = """#include <metal_stdlib>
+using namespace metal;
+#include "mlx/backend/metal/kernels/utils.h"
+"""
 
 
 @dataclass(frozen=True)
@@ -103,45 +45,15 @@ class Library:
 
     Attributes:
         path: the shared library; it exports `mtl_entry` and `mtl_set_constants`.
+        runtime: the library of the runtime that it is linked with.
         parameters: the kernel's parameters, in order.
         source: the generated text, for messages.
     """
 
     path: Path
+    runtime: Path
     parameters: tuple[Parameter, ...]
     source: str
-
-
-def compiler(family: str | None = None) -> tuple[Compiler | None, str]:
-    """The C++ compiler to use, or None and the reason why there is none.
-
-    Args:
-        family: `gcc` or `clang`; either will do if None, and g++ is tried first: it is faster.
-    """
-    if platform.system() != "Linux":
-        return None, f"kernels are executed on Linux only, this is {platform.system()}"
-    chosen = os.environ.get("MLX_RGEMMA_METAL_CPU_CXX")
-    if chosen and family is None:
-        return _probe(tuple(chosen.split()))
-    commands = {"gcc": _candidates("g++"), "clang": _candidates("clang++")}
-    reasons = []
-    for name in [family] if family else ["gcc", "clang"]:
-        for command in commands[name]:
-            found, reason = _probe((command,))
-            if found is not None and found.family == name:
-                return found, ""
-            reasons.append(reason)
-        if not commands[name]:
-            reasons.append(f"no {'g++' if name == 'gcc' else 'clang++'} on the PATH")
-    return None, "; ".join(reasons)
-
-
-def required_compiler() -> Compiler:
-    """The compiler, or an error that says why there is none."""
-    found, reason = compiler()
-    if found is None:
-        raise KernelError("compiler", [Finding(f"cannot compile kernels: {reason}")])
-    return found
 
 
 def build(source: str, function: str, instance: str = "", checked: bool = False) -> Library:
@@ -156,88 +68,76 @@ def build(source: str, function: str, instance: str = "", checked: bool = False)
     Raises:
         KernelError: with the compiler's messages, at the lines of the source.
     """
-    found = required_compiler()
+    return _build(required_compiler(), source, function, instance or function, checked)
+
+
+@functools.lru_cache(maxsize=1024)
+def _build(found: Compiler, source: str, function: str, instance: str, checked: bool) -> Library:
     params = tuple(parameters(source, function))
-    text = _translation_unit(source, params, instance or function)
+    text = _translation_unit(source, params, instance)
     flags = found.flags(checked)
-    runtime = runtime_library(found)
-    key = _digest(text, *found.command, found.version, *flags, runtime.name, _headers_digest())
-    path = cache_directory() / f"kernel-{key}.so"
+    runtime = _runtime_library(found)
+    prelude = _prelude(found, checked)
+    key = digest(text, prelude.name, runtime.name)
 
     def compile_kernel(scratch: Path, out: Path) -> None:
         cpp = scratch / "kernel.cpp"
         cpp.write_text(text)
-        # Two steps: at the link the sanitizers' flags would bring the sanitizers' own runtimes.
-        objects = str(scratch / "kernel.o")
-        compile_command = [*found.command, *flags, *_include_flags(), "-pipe", "-c", str(cpp)]
-        _run([*compile_command, "-o", objects], function, source)
-        link_command = [*found.command, "-shared", objects, str(runtime), "-o", str(out)]
-        _run([*link_command, "-Wl,-rpath,$ORIGIN", "-Wl,-Bsymbolic"], function, source)
+        objects = scratch / "kernel.o"
+        compile_command = [*found.command, *flags, *INCLUDE_FLAGS, "-include", str(prelude)]
+        compile_command += ["-pipe", "-c", str(cpp), "-o", str(objects)]
+        run_compiler(compile_command, function, source)
+        # A step of its own: at the link the sanitizers' flags would bring the sanitizers' runtimes.
+        link_command = [*found.command, "-shared", str(objects), str(runtime), "-o", str(out)]
+        run_compiler([*link_command, "-Wl,-rpath,$ORIGIN", "-Wl,-Bsymbolic"], function)
 
-    _make(path, compile_kernel)
-    return Library(path, params, source)
+    path = make(cache_directory() / f"kernel-{key}.so", compile_kernel)
+    return Library(path, runtime, params, source)
 
 
-def runtime_library(found: Compiler) -> Path:
-    """The runtime, compiled; kernels link with it by name, side by side in the cache."""
+@functools.cache
+def _runtime_library(found: Compiler) -> Path:
     files = sorted([*RUNTIME.iterdir(), STDLIB / "metal_cpu" / "abi.h"])
-    key = _digest(*(f.read_text() for f in files), *found.command, found.version)
+    key = digest(*(f.read_text() for f in files), *found.command, found.version)
     path = cache_directory() / f"libruntime-{key}.so"
+    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", f"-I{STDLIB / 'metal_cpu'}"]
 
     def compile_runtime(scratch: Path, out: Path) -> None:
-        sources = [str(f) for f in files if f.suffix == ".cpp"]
-        command = [*found.command, "-std=c++17", "-O2", "-g1", "-fPIC", "-shared"]
-        command += [f"-I{STDLIB / 'metal_cpu'}", *sources, "-o", str(out), "-ldl"]
-        _run([*command, f"-Wl,-soname,{path.name}"], "runtime", "")
+        def compile_part(source: Path) -> str:
+            part = str(scratch / f"{source.stem}.o")
+            run_compiler([*found.command, *flags, "-c", str(source), "-o", part])
+            return part
 
-    _make(path, compile_runtime)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = list(pool.map(compile_part, [f for f in files if f.suffix == ".cpp"]))
+        link_command = [*found.command, "-shared", *parts, "-o", str(out), "-ldl"]
+        run_compiler([*link_command, f"-Wl,-soname,{path.name}"])
+
+    return make(path, compile_runtime)
+
+
+@functools.cache
+def _prelude(found: Compiler, checked: bool) -> Path:
+    """The header that comes first. g++ finds its compiled form beside it."""
+    flags = found.flags(checked)
+    headers = sorted(f for f in STDLIB.rglob("*") if f.is_file())
+    texts = [f.read_text() for f in headers]
+    key = digest(*texts, mx.__version__, *INCLUDE_FLAGS, *found.command, found.version, *flags)
+    path = cache_directory() / f"prelude-{key}.h"
+
+    def compile_prelude(scratch: Path, out: Path) -> None:
+        command = [*found.command, *flags, *INCLUDE_FLAGS, "-x", "c++-header", str(path)]
+        run_compiler([*command, "-o", str(out)])
+
+    make(path, lambda _, out: out.write_text(PRELUDE) and None)
+    if found.family == "gcc":
+        make(path.with_suffix(".h.gch"), compile_prelude)
     return path
-
-
-@functools.cache
-def cache_directory() -> Path:
-    """Where compiled kernels are kept; made if need be."""
-    chosen = os.environ.get("MLX_RGEMMA_METAL_CPU_CACHE")
-    if chosen:
-        directory = Path(chosen)
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        directory = Path(base) / "mlx_rgemma" / "metal_cpu"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        directory = Path(tempfile.gettempdir()) / f"mlx_rgemma_metal_cpu_{os.getuid()}"
-        directory.mkdir(parents=True, exist_ok=True)
-    return directory.resolve()
-
-
-def _candidates(base: str) -> list[str]:
-    newest_first = [f"{base}-{version}" for version in range(24, 11, -1)]
-    return [c for c in [base, *newest_first] if shutil.which(c)]
-
-
-@functools.cache
-def _probe(command: tuple[str, ...]) -> tuple[Compiler | None, str]:
-    name = " ".join(command)
-    try:
-        result = subprocess.run([*command, "--version"], capture_output=True, text=True)
-    except OSError as error:
-        return None, f"{name}: {error.strerror}"
-    family = "clang" if "clang" in result.stdout else "gcc"
-    match = re.search(r"(\d+)\.\d+(?:\.\d+)?", result.stdout)
-    if result.returncode or match is None:
-        return None, f"{name} --version failed"
-    if int(match.group(1)) < _SMALLEST[family]:
-        return None, f"{name} is {family} {match.group()}, {_SMALLEST[family]} or newer is needed"
-    return Compiler(command, family, match.group()), ""
 
 
 def _translation_unit(source: str, params: Sequence[Parameter], instance: str) -> str:
     arguments = ", ".join(_argument(i, p) for i, p in enumerate(params))
-    return f"""#include <metal_stdlib>
-using namespace metal;
-#include "mlx/backend/metal/kernels/utils.h"
-#line 1 "{KERNEL_FILE}"
+    return f"""#line 1 "{KERNEL_FILE}"
 {for_execution(source)}
 #line 1 "entry.cpp"
 using mtl_signature = mtl::signature<decltype(&{instance})>;
@@ -258,41 +158,3 @@ def _argument(position: int, parameter: Parameter) -> str:
     if parameter.field in VECTOR_FIELDS:
         return f"mtl::position<{kind}>(self->{parameter.field})"
     return f"{kind}(self->{parameter.field})"
-
-
-def _include_flags() -> list[str]:
-    return [f"-I{STDLIB}", f"-I{MLX_INCLUDE}"]
-
-
-@functools.cache
-def _headers_digest() -> str:
-    files = sorted(f for f in STDLIB.rglob("*") if f.is_file())
-    return _digest(mx.__version__, *(f.read_text() for f in files))
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-
-
-def _make(path: Path, produce: Callable[[Path, Path], None]) -> None:
-    """Have `produce(scratch, out)` write a file that then appears at `path` whole."""
-    if path.exists():
-        return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
-        out = Path(scratch) / path.name
-        produce(Path(scratch), out)
-        os.replace(out, path)
-
-
-def _run(command: list[str], kernel: str, source: str) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode == 0:
-        return
-    pattern = r"^(\S+?):(\d+):\d+: (?:fatal )?error: (.*)$"
-    found = []
-    for file, line, message in re.findall(pattern, result.stderr, flags=re.M):
-        if file == KERNEL_FILE:
-            found.append(finding(f"does not compile: {message}", int(line), source))
-        else:
-            found.append(Finding(f"does not compile: {Path(file).name}:{line}: {message}"))
-    raise KernelError(kernel, found or [Finding("does not compile:\n" + result.stderr[:4000])])

@@ -95,9 +95,7 @@ def capture_calls(function: Callable[..., Any], *arrays: mx.array) -> list[Captu
     return [_from_arguments(arguments) for arguments in records]
 
 
-def capture(
-    kernel: Callable[..., Any], inputs: Sequence[mx.array], **launch: Any
-) -> Capture:
+def capture_call(kernel: Callable[..., Any], inputs: Sequence[mx.array], **launch: Any) -> Capture:
     """The source and geometry of one call of `kernel`, which must be MLX's own kernel object.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .arrays import empty_output, memory_of, to_mlx, to_numpy
 from .build import build
-from .capture import Capture, KernelDefinition, Triple, capture
+from .capture import Capture, KernelDefinition, Triple, capture_call
 from .errors import Finding, KernelError
 from .run import ORDERS, Buffer, Counters, Traffic, run
 
@@ -222,7 +222,7 @@ class StandIn:
         shapes = tuple((tuple(x.shape), x.dtype) for x in arrays)
         key = (shapes, repr(launch))
         if key not in self._captures:
-            self._captures[key] = capture(self._metal, arrays, **launch)
+            self._captures[key] = capture_call(self._metal, arrays, **launch)
         return self._captures[key]
 
     def _execute(

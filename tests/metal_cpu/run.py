@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from .build import KERNEL_FILE, Library, required_compiler, runtime_library
+from .build import Library
 from .capture import Triple
 from .errors import Finding, KernelError, finding
+from .toolchain import KERNEL_FILE
 
 ORDERS = ("forward", "reverse", "random")
 ROLES = {"input": 0, "output": 1, "initialised output": 2}
@@ -217,7 +218,7 @@ def run(
         launch.function_constants = _constant_bits(function_constants)
     traffic = (_Traffic * len(buffers))()
     counters = _Counters()
-    runtime = _load(runtime_library(required_compiler()))
+    runtime = _load(library.runtime)
     runtime.mtl_findings.restype = ctypes.c_char_p
     with _lock:
         runtime.mtl_run(ctypes.byref(launch), traffic, ctypes.byref(counters))

@@ -127,7 +127,9 @@ def parameters(text: str, function: str) -> list[Parameter]:
         ValueError: when the text has no kernel of that name.
     """
     text = strip_comments(text)
-    head = re.search(r"(?:\[\[\s*kernel[^\]]*\]\]|\bkernel\b)\s+void\s+" + function + r"\s*\(", text)
+    head = re.search(
+        r"(?:\[\[\s*kernel[^\]]*\]\]|\bkernel\b)\s+void\s+" + function + r"\s*\(", text
+    )
     if head is None:
         raise ValueError(f"no kernel function '{function}' in the source")
     found: list[Parameter] = []

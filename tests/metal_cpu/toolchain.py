@@ -1,0 +1,190 @@
+"""The C++ compiler, and the cache of what it makes.
+
+Everything compiled is kept under a name made of its content: the kernel's text, the headers of this
+package, MLX's version, the compiler and its flags. Several processes may fill one cache: each file is
+written under a name of its own and then renamed.
+
+Environment:
+    MLX_RGEMMA_METAL_CPU_CACHE: the cache directory.
+    MLX_RGEMMA_METAL_CPU_CXX: the compiler to use, with its leading arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import Finding, KernelError, finding
+
+KERNEL_FILE = "kernel.metal"  # what the compiler calls the generated source in its messages
+
+_LANGUAGE = ("-std=c++17", "-fPIC", "-fsigned-char", "-w", "-fno-exceptions", "-fno-rtti")
+# No fused multiply-add that the source does not ask for; private variables start as nonsense.
+_NUMERICS = ("-ffp-contract=off", "-ftrivial-auto-var-init=pattern")
+# Calls keep their frames and dead operations their checks: what the source says is what is watched.
+_CHECKED = (
+    "-fsanitize=thread",
+    "-fsanitize=bounds,shift,integer-divide-by-zero,signed-integer-overflow,alignment,null"
+    ",float-cast-overflow,bool",
+    "-fno-inline",
+    "-fno-optimize-sibling-calls",
+    "-DMTL_CHECKED",
+)
+# Literals without suffix are float, as in Metal.
+_OF_FAMILY = {
+    "gcc": ("-fsingle-precision-constant", "-fno-gnu-unique"),
+    "clang": ("-Xclang", "-cl-single-precision-constant"),
+}
+_CHECKED_OF_FAMILY = {
+    "gcc": (
+        "-fno-tree-dce",
+        "-fno-tree-dse",
+        "-fno-tree-sink",
+        "-fno-tree-vectorize",
+        "-fno-tree-slp-vectorize",
+    ),
+    "clang": ("-fno-vectorize", "-fno-slp-vectorize"),
+}
+_OLDEST = {"gcc": 12, "clang": 14}
+_COMMAND = {"gcc": "g++", "clang": "clang++"}
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler that can build kernels.
+
+    Attributes:
+        command: how it is called.
+        family: `gcc` or `clang`.
+        version: its version, as it says it.
+    """
+
+    command: tuple[str, ...]
+    family: str
+    version: str
+
+    @property
+    def major(self) -> int:
+        return int(self.version.split(".")[0])
+
+    def flags(self, checked: bool) -> tuple[str, ...]:
+        """What every kernel is compiled with."""
+        flags = (*_LANGUAGE, *_NUMERICS, *_OF_FAMILY[self.family])
+        if checked:
+            flags += (*_CHECKED, *_CHECKED_OF_FAMILY[self.family])
+        return (*flags, "-O1", "-g1", "-gdwarf-4", "-fvisibility=hidden")
+
+
+def compiler(family: str | None = None, oldest: int = 0) -> tuple[Compiler | None, str]:
+    """The C++ compiler to use, or None and the reason why there is none.
+
+    Args:
+        family: `gcc` or `clang`; either will do if None, and g++ is tried first: it is faster.
+        oldest: the least major version.
+    """
+    if platform.system() != "Linux":
+        return None, f"kernels are executed on Linux only, this is {platform.system()}"
+    chosen = os.environ.get("MLX_RGEMMA_METAL_CPU_CXX")
+    if chosen and family is None:
+        return _probe(tuple(chosen.split()), oldest)
+    reasons = []
+    for name in [family] if family else ["gcc", "clang"]:
+        candidates = _candidates(_COMMAND[name])
+        if not candidates:
+            reasons.append(f"no {_COMMAND[name]} on the PATH")
+        for command in candidates:
+            found, reason = _probe((command,), oldest)
+            if found is not None and found.family == name:
+                return found, ""
+            reasons.append(reason)
+    return None, "; ".join(reasons)
+
+
+def required_compiler() -> Compiler:
+    """The compiler, or an error that says why there is none."""
+    found, reason = compiler()
+    if found is None:
+        raise KernelError("compiler", [Finding(f"cannot compile kernels: {reason}")])
+    return found
+
+
+@functools.cache
+def cache_directory() -> Path:
+    """Where compiled kernels are kept; made if need be."""
+    chosen = os.environ.get("MLX_RGEMMA_METAL_CPU_CACHE")
+    if chosen:
+        directory = Path(chosen)
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        directory = Path(base) / "mlx_rgemma" / "metal_cpu"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        directory = Path(tempfile.gettempdir()) / f"mlx_rgemma_metal_cpu_{os.getuid()}"
+        directory.mkdir(parents=True, exist_ok=True)
+    return directory.resolve()
+
+
+def digest(*parts: str) -> str:
+    """A name for what these texts make."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def make(path: Path, produce: Callable[[Path, Path], None]) -> Path:
+    """Have `produce(scratch, out)` write a file that then appears at `path`, whole, unless it is there."""
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
+            out = Path(scratch) / path.name
+            produce(Path(scratch), out)
+            os.replace(out, path)
+    return path
+
+
+def run_compiler(command: list[str], kernel: str = "compiler", source: str = "") -> None:
+    """Run it.
+
+    Raises:
+        KernelError: with its messages, at the lines of `source` where they belong there.
+    """
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode == 0:
+        return
+    found = []
+    pattern = r"^(\S+?):(\d+):\d+: (?:fatal )?error: (.*)$"
+    for file, line, message in re.findall(pattern, result.stderr, flags=re.M):
+        if file == KERNEL_FILE:
+            found.append(finding(f"does not compile: {message}", int(line), source))
+        else:
+            found.append(Finding(f"does not compile: {Path(file).name}:{line}: {message}"))
+    raise KernelError(kernel, found or [Finding("does not compile:\n" + result.stderr[:4000])])
+
+
+def _candidates(base: str) -> list[str]:
+    newest_first = [f"{base}-{version}" for version in range(24, 11, -1)]
+    return [c for c in [base, *newest_first] if shutil.which(c)]
+
+
+@functools.cache
+def _probe(command: tuple[str, ...], oldest: int) -> tuple[Compiler | None, str]:
+    name = " ".join(command)
+    try:
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        return None, f"{name}: {error.strerror}"
+    family = "clang" if "clang" in result.stdout else "gcc"
+    match = re.search(r"(\d+)\.\d+(?:\.\d+)?", result.stdout)
+    if result.returncode or match is None:
+        return None, f"{name} --version failed"
+    needed = max(oldest, _OLDEST[family])
+    if int(match.group(1)) < needed:
+        return None, f"{name} is {family} {match.group()}, {needed} or newer is needed"
+    return Compiler(command, family, match.group()), ""
