@@ -144,7 +144,7 @@ def _tensors(path: Path, header: dict[str, Any], data: int, size: int) -> dict[s
     """The header's entries, checked against each other and the size of the file."""
     header.pop(METADATA, None)
     found = sorted(
-        (_entry(path, name, value) for name, value in header.items()), key=lambda entry: entry[1]
+        (_entry(path, name, value) for name, value in header.items()), key=lambda entry: entry[1:]
     )
     tensors, at = {}, 0
     for info, begin, end in found:
@@ -162,19 +162,21 @@ def _tensors(path: Path, header: dict[str, Any], data: int, size: int) -> dict[s
 
 
 def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
-    def whole(numbers: Any) -> bool:
-        return isinstance(numbers, list) and all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in numbers
-        )
-
     if not isinstance(value, dict):
         raise _damaged(path, f"the entry of {name!r} is not an object")
-    dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype = value.get("dtype")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise _damaged(path, f"{name!r} has the unknown dtype {dtype!r}")
-    if not whole(shape) or not whole(offsets) or len(offsets) != 2:  # type: ignore[arg-type]
+    shape, offsets = (_whole_numbers(value.get(key)) for key in ("shape", "data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
         raise _damaged(path, f"{name!r} has no proper shape and place")
-    return TensorInfo(name, dtype, tuple(shape)), offsets[0], offsets[1]  # type: ignore[arg-type]
+    return TensorInfo(name, dtype, shape), offsets[0], offsets[1]
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...] | None:
+    if isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in values):
+        return tuple(values)
+    return None
 
 
 def write_file(

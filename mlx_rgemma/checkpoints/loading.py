@@ -1,0 +1,150 @@
+"""From a checkpoint to a model that runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_rgemma.checkpoints.contents import Contents, check_contents
+from mlx_rgemma.checkpoints.folder import CheckpointFolder
+from mlx_rgemma.checkpoints.safetensors import check_file
+from mlx_rgemma.checkpoints.source import Source, locate
+from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
+from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.griffin.config import DTYPES, GriffinConfig
+from mlx_rgemma.griffin.model import Model
+
+ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
+
+
+def load(
+    path_or_repo: str | os.PathLike[str] | None = None,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    adapter_path: str | os.PathLike[str] | None = None,
+    lazy: bool = False,
+    window: str = "google",
+    revision: str | None = None,
+) -> tuple[Model, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        path_or_repo: A folder in Hugging Face's layout, also one that mlx-lm wrote; a repository
+            of the Hugging Face Hub; or None for the small model that comes with the package.
+        dtype: dtype of the weights ("float32", "bfloat16", "float16"). By default that of the
+            files, but float32 on a CPU, where MLX multiplies the others slowly.
+        adapter_path: Folder with LoRA adapters that mlx-lm trained.
+        lazy: Leave the weights in their files until they are used.
+        window: "google" for the attention window that the released models were trained with,
+            "hf" for one key less, as transformers and mlx-lm have it.
+        revision: Branch, tag or commit of a repository.
+
+    Returns:
+        The model, and mlx-lm's `TokenizerWrapper`.
+
+    Raises:
+        CheckpointError: If anything is missing, damaged or does not fit; the message says what.
+    """
+    source = locate(path_or_repo, revision)
+    model, config = _load_model(source, dtype, lazy or adapter_path is not None, window)
+    tokenizer = load_tokenizer(source.folder, config.eos_token_ids, name=source.name)
+    if adapter_path is not None:
+        _load_adapters(model, Path(adapter_path).expanduser())
+        if not lazy:
+            mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def load_model(
+    path: str | os.PathLike[str] | None,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    lazy: bool = False,
+    window: str = "google",
+    revision: str | None = None,
+) -> tuple[Model, GriffinConfig]:
+    """A model without its tokenizer, and its configuration; the arguments are those of `load`.
+
+    Raises:
+        CheckpointError: If anything is missing, damaged or does not fit; the message says what.
+    """
+    return _load_model(locate(path, revision), dtype, lazy, window)
+
+
+def read_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
+    """A dtype by its name.
+
+    Raises:
+        UserError: If weights cannot have it.
+    """
+    name = str(dtype).removeprefix("mlx.core.")
+    if name not in DTYPES:
+        raise UserError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}.")
+    return getattr(mx, name)
+
+
+def read_tensors(folder: CheckpointFolder, contents: Contents) -> dict[str, mx.array]:
+    """All tensors of a checkpoint, left in their files until they are used.
+
+    Raises:
+        CheckpointError: If MLX cannot read a file.
+    """
+    tensors: dict[str, mx.array] = {}
+    for file in folder.files:
+        try:
+            tensors.update(mx.load(str(file)))  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}).") from error
+    for name in contents.redundant:
+        del tensors[name]
+    return tensors
+
+
+def _load_model(
+    source: Source, dtype: mx.Dtype | str | None, lazy: bool, window: str
+) -> tuple[Model, GriffinConfig]:
+    chosen = None if dtype is None else read_dtype(dtype)
+    if chosen is None and mx.default_device() == mx.Device(mx.cpu):
+        chosen = mx.float32
+    folder = CheckpointFolder.open(source.folder)
+    # A file that was made for the other rule keeps it unless it is asked for.
+    config = folder.config if window == "google" else folder.config.with_window(window)
+    contents = check_contents(folder)
+    model = Model(config)
+    quantized = {path: how.as_dict() for path, how in contents.quantized.items()}
+    if quantized:
+        nn.quantize(model, class_predicate=lambda path, _: quantized.get(path, False))
+    weights = model.sanitize(read_tensors(folder, contents))
+    if chosen is not None:
+        weights = {
+            name: value.astype(chosen) if mx.issubdtype(value.dtype, mx.floating) else value
+            for name, value in weights.items()
+        }
+    model.load_weights(list(weights.items()))
+    del weights
+    model.eval()
+    if not lazy:
+        mx.eval(model.parameters())
+    return model, config
+
+
+def _load_adapters(model: Model, folder: Path) -> None:
+    """Put mlx-lm's trained adapters on a model."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; adapters are what mlx_lm.lora writes.")
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: no such file; the adapters are incomplete.")
+    check_file(folder / ADAPTER_FILES[1])
+    try:
+        load_adapters(model, str(folder))
+    except Exception as error:  # whatever a foreign file makes mlx-lm stumble over
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{folder}: adapters of another model: {what}") from error
+    model.eval()

@@ -1,0 +1,100 @@
+"""Where a checkpoint comes from: a folder, the Hugging Face Hub, or this package."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_rgemma.errors import CheckpointError
+
+EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
+"""The model that comes with the package."""
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+PATTERNS = ["*.json", "model*.safetensors", "weights*.safetensors", "tokenizer.model", "*.jinja"]
+"""What is downloaded of a repository: of what mlx-lm downloads, all but code."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that is on this machine now.
+
+    Attributes:
+        folder: Its folder.
+        repository: The Hub repository that it was downloaded from, if it was.
+    """
+
+    folder: Path
+    repository: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What its publisher or its folder calls it."""
+        return (self.repository or str(self.folder.resolve())).rpartition("/")[2]
+
+
+def locate(path_or_repo: str | os.PathLike[str] | None, revision: str | None = None) -> Source:
+    """Find a checkpoint, downloading it if it is a repository that is not here yet.
+
+    Args:
+        path_or_repo: A folder, a Hub repository (`owner/name`), or None for the embedded model.
+        revision: Branch, tag or commit of a repository.
+
+    Raises:
+        CheckpointError: If there is no such folder or repository, it is gated, or the Hub cannot
+            be reached.
+    """
+    if path_or_repo is None:
+        return Source(EMBEDDED)
+    folder = Path(path_or_repo).expanduser()
+    if os.path.lexists(folder):
+        return Source(folder)
+    if isinstance(path_or_repo, str) and REPOSITORY.fullmatch(path_or_repo):
+        return Source(_download(path_or_repo, revision), path_or_repo)
+    raise CheckpointError(
+        f"{folder}: no such folder (a repository of the Hugging Face Hub is written owner/name)."
+    )
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repository}: its licence must be accepted first: open"
+            f" https://huggingface.co/{repository}, accept, then log in with 'hf auth login'."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repository}: has no revision {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repository}: neither a folder here nor a repository of the Hugging Face Hub that"
+            " you may see; if it is private, log in with 'hf auth login'."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repository}: neither a folder here nor downloaded already, and the Hugging Face Hub"
+            " cannot be reached; connect to the network, or give a folder."
+        ) from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{repository}: {_first_line(error)}") from error
+    except Exception as error:  # the network's many ways to fail
+        raise CheckpointError(
+            f"{repository}: cannot be downloaded ({_first_line(error)})."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,65 @@
+"""The command `python -m mlx_rgemma.convert`: a checkpoint as an MLX folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mlx_rgemma import command_line
+from mlx_rgemma.checkpoints.quantization import MODES
+from mlx_rgemma.griffin.config import DTYPES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments: mlx-lm's."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_rgemma.convert",
+        description="Convert a RecurrentGemma checkpoint to MLX, and quantize it.",
+    )
+    add = parser.add_argument
+    add(
+        "--hf-path",
+        "--model",
+        required=True,
+        help="Folder in Hugging Face's layout, or repository of the Hugging Face Hub.",
+    )
+    add("--mlx-path", default="mlx_model", help="The new folder. Default: %(default)s.")
+    add("-q", "--quantize", action="store_true", help="Quantize the weights.")
+    add("--q-bits", type=int, help="Bits of a weight. Default: that of the mode (affine: 4).")
+    add(
+        "--q-group-size",
+        type=int,
+        help="Weights that share a scale. Default: that of the mode (affine: 64).",
+    )
+    add("--q-mode", default="affine", metavar="MODE", help=f"One of {', '.join(MODES)}.")
+    add("--dtype", choices=DTYPES, help="dtype of what is not quantized. Default: the config's.")
+    add("-d", "--dequantize", action="store_true", help="Make a quantized model a plain one.")
+    add("--revision", help="Branch, tag or commit of a repository.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    return command_line.run(lambda: _convert(args))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from mlx_rgemma.checkpoints.conversion import convert
+    from mlx_rgemma.checkpoints.folder import shortened
+    from mlx_rgemma.checkpoints.output import gigabytes
+
+    made = convert(**vars(args), progress=True)
+    print(f"Wrote {made.folder}: {made.stored}.")
+    print(
+        f"{made.parameters / 1e6:.1f} M parameters, {gigabytes(made.nbytes)},"
+        f" {made.bits_per_weight:.3f} bits per weight"
+    )
+    if made.kept:
+        print(f"Not quantized, no whole number of groups: {shortened(made.kept)}.")
+    for note in made.notes:
+        print(f"Note: {note}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
