@@ -3,35 +3,36 @@
 One rule says what a query sees: a key lies ``d`` tokens back, and is visible if
 ``0 <= d <= reach``, where ``reach`` is the smaller of the window and the query's position in its
 document. Window, document borders and slots of the ring never written are all that one rule.
+
+One rule says what runs: where `kernels` allows it, all arrays share one float dtype and
+``8 <= head_dim <= 256``, it is
+
+* one kernel for a decode step (`ring_step`): rotation, ring and the step's own token,
+* one kernel for a chunk (`windowed_attention`), of any length, which holds no scores in memory,
+* one kernel for a chunk's rotation, before it (`local_attention`);
+
+everywhere else it is the plain operations of `attention_plain`. Gradients and `mx.vmap` are always
+those of the plain operations, which for a chunk of L tokens hold scores of H * 512 * (512 + window)
+numbers a row at once.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import mlx.core as mx
 
-QUERY_BLOCK = 512
-"""Queries handled at once: scores take H * QUERY_BLOCK * (QUERY_BLOCK + window) numbers a row."""
+from mlx_rgemma.ops.attention_kernels import (
+    RING,
+    ROTARY,
+    WINDOW,
+    launch_ring,
+    launch_rotary,
+    launch_window,
+    supported,
+)
+from mlx_rgemma.ops.attention_plain import Ring, plain_ring, plain_rotary, plain_step, plain_window
+from mlx_rgemma.ops.fused import run_fused
 
-
-class Ring(NamedTuple):
-    """The last R rotated keys and their values, in a circle.
-
-    Attributes:
-        kv: (B, 2, R, head_dim). The keys, then the values.
-        head: The slot that the next token goes to; the token d back lies in slot
-            ``(head - d) mod R``.
-    """
-
-    kv: mx.array
-    head: int
-
-    def in_order(self) -> mx.array:
-        """(B, 2, R, head_dim), oldest first."""
-        if self.head == 0:
-            return self.kv
-        return mx.concatenate([self.kv[:, :, self.head :], self.kv[:, :, : self.head]], axis=2)
+__all__ = ["Ring", "local_attention", "ring_attention", "ring_step", "windowed_attention"]
 
 
 def windowed_attention(
@@ -45,14 +46,13 @@ def windowed_attention(
 ) -> mx.array:
     """Attention of a chunk of queries over the chunk and the keys before it.
 
-    Works through blocks of `QUERY_BLOCK` queries, each over the slice of keys that it can see:
-    there is no L x L array, and what is held at once does not grow with L.
+    What is held at once does not grow with L: there is no L x L array.
 
     Args:
         q: (B, H, L, head_dim), any float, rotated.
         k, v: (B, 1, L, head_dim); k rotated.
         window: How many past tokens a query sees beside its own.
-        reach: (B, L), int32. ``min(window, position in the document)``; None when no document
+        reach: (1 or B, L), int32. ``min(window, position in the document)``; None when no document
             starts inside the chunk and the ring (if any) is full.
         ring: The tokens before the chunk; None at the start of a sequence.
 
@@ -62,36 +62,89 @@ def windowed_attention(
     Raises:
         ValueError: If the shapes do not agree.
     """
-    batch, _, length, head_dim = q.shape
-    if k.shape != (batch, 1, length, head_dim) or v.shape != k.shape:
-        raise ValueError(
-            f"[windowed_attention] q has shape {q.shape}, k {k.shape}, v {v.shape};"
-            " k and v must have one head and the rest of q's shape."
-        )
-    past = 0
-    if ring is not None:
-        slots = ring.kv.shape[2]
-        past = min(slots, window)
-        kv = ring.in_order()[:, :, slots - past :]
-        k = mx.concatenate([kv[:, :1], k], axis=2)
-        v = mx.concatenate([kv[:, 1:], v], axis=2)
+    _check("windowed_attention", q, k, v, reach, ring)
+    return _window(q, mx.concatenate([k, v], axis=1), ring, window, reach)
 
-    outputs = []
-    for first in range(0, length, QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, length)
-        oldest = max(0, past + first - window)
-        block_reach = None if reach is None else reach[:, first:last]
-        mask = _band(past + first, last - first, oldest, past + last, window, block_reach)
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(
-                q[:, :, first:last],
-                k[:, :, oldest : past + last],
-                v[:, :, oldest : past + last],
-                scale=head_dim**-0.5,
-                mask=mask,
-            )
-        )
-    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+def local_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    *,
+    window: int,
+    reach: mx.array | None = None,
+    ring: Ring | None = None,
+) -> tuple[mx.array, mx.array]:
+    """The attention of one call of a layer, rotation included: a whole chunk or a decode step.
+
+    Args:
+        q: (B, H, L, head_dim), any float, not rotated. Nothing is copied when it is a view of
+            (B, L, H, head_dim), as the projections give it.
+        k, v: (B, 1, L, head_dim); k not rotated.
+        cos, sin: (1 or B, 1, L, P), fp32, from `rotary_angles`.
+        window, reach, ring: As for `windowed_attention`.
+
+    Returns:
+        ``(out, kv)``: (B, H, L, head_dim) in the dtype of `q`, and what belongs into the ring, the
+        rotated keys and the values, (B, 2, L, head_dim).
+
+    Raises:
+        ValueError: If the shapes do not agree.
+    """
+    if q.shape[2] == 1 and ring is not None:
+        return ring_step(q, k, v, cos, sin, ring, window=window, reach=reach)
+    _check("local_attention", q, k, v, reach, ring, cos, sin)
+    q, kv = _rotary(q, k, v, cos, sin)
+    return _window(q, kv, ring, window, reach), kv
+
+
+def ring_step(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    ring: Ring,
+    *,
+    window: int,
+    reach: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Attention of one token a row over the ring as it was before that token, and the token.
+
+    Keys carry their rotation, so the ring is read as it lies.
+
+    Args:
+        q: (B, H, 1, head_dim), any float, not rotated.
+        k, v: (B, 1, 1, head_dim); k not rotated.
+        cos, sin: (1 or B, 1, 1, P), fp32, from `rotary_angles`.
+        ring: The tokens before this one.
+        window: How many past tokens a query sees beside its own.
+        reach: (1 or B, 1), int32. ``min(window, position)``; None when the whole window is there.
+
+    Returns:
+        ``(out, kv)``: (B, H, 1, head_dim) in the dtype of `q`, and what belongs into slot
+        ``ring.head``, the rotated key and the value, (B, 2, 1, head_dim).
+
+    Raises:
+        ValueError: If the shapes do not agree.
+    """
+    _check("ring_step", q, k, v, reach, ring, cos, sin)
+    head = ring.head
+
+    def plain(q, k, v, cos, sin, kv, *reach):
+        return plain_step(q, k, v, cos, sin, Ring(kv, head), window, *(reach or (None,)))
+
+    def launch(q, k, v, cos, sin, kv, *reach):
+        return launch_ring(q, k, v, cos, sin, kv, head, window, *(reach or (None,)))
+
+    arrays = [q, k, v, cos, sin, ring.kv, *([] if reach is None else [reach])]
+    if supported(q, k, v, ring.kv) and RING.usable(q.dtype, q.shape[-1]):
+        out, kv = run_fused(launch, plain, *arrays)
+    else:
+        out, kv = plain(*arrays)
+    return out, kv
 
 
 def ring_attention(
@@ -99,40 +152,89 @@ def ring_attention(
 ) -> mx.array:
     """Attention of one query a row over a ring that already holds the query's own token.
 
-    Keys carry their rotation, so their order does not matter: the ring is read as it lies.
+    Plain operations, whose fast form on a GPU is MLX's own: `ring_step` does more in one launch.
 
     Args:
         q: (B, H, 1, head_dim), any float, rotated.
         ring: The window, the newest token in slot ``head - 1``.
         window: How many past tokens a query sees beside its own.
-        reach: (B, 1), int32. ``min(window, position)``; None when every slot is visible.
+        reach: (1 or B, 1), int32. ``min(window, position)``; None when every slot is visible.
 
     Returns:
         (B, H, 1, head_dim), dtype of `q`.
     """
-    slots = ring.kv.shape[2]
-    mask = None
-    if reach is not None or slots > window + 1:
-        distance = (ring.head - 1 - mx.arange(slots)) % slots
-        limit = mx.array(window) if reach is None else reach[:, None, :, None]
-        mask = distance <= limit
-    return mx.fast.scaled_dot_product_attention(
-        q, ring.kv[:, :1], ring.kv[:, 1:], scale=q.shape[-1] ** -0.5, mask=mask
-    )
+    return plain_ring(q, ring, window, reach)
 
 
-def _band(
-    first_query: int,
-    queries: int,
-    first_key: int,
-    end_key: int,
-    window: int,
+def _window(
+    q: mx.array, kv: mx.array, ring: Ring | None, window: int, reach: mx.array | None
+) -> mx.array:
+    head = 0 if ring is None else ring.head
+
+    def split(rest):
+        """What stands behind the first arrays -> the ring's arrays, reach."""
+        past = None if ring is None else rest[0]
+        return past, (None if reach is None else rest[-1])
+
+    def plain(q, kv, *rest):
+        past, reach = split(rest)
+        return [plain_window(q, kv, None if past is None else Ring(past, head), window, reach)]
+
+    def launch(q, kv, *rest):
+        past, reach = split(rest)
+        return launch_window(q, kv, past, head, window, reach)
+
+    arrays = [q, kv]
+    if ring is not None:
+        arrays.append(ring.kv)
+    fits = supported(q, *arrays) and WINDOW.usable(q.dtype, q.shape[-1])
+    if reach is not None:
+        arrays.append(reach)
+    (out,) = run_fused(launch, plain, *arrays) if fits else plain(*arrays)
+    return out
+
+
+def _rotary(
+    q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array
+) -> tuple[mx.array, mx.array]:
+    if supported(q, k, v) and ROTARY.usable(q.dtype, q.shape[-1]):
+        rotated, kv = run_fused(launch_rotary, plain_rotary, q, k, v, cos, sin)
+        return rotated, kv
+    return plain_rotary(q, k, v, cos, sin)
+
+
+def _check(
+    name: str,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
     reach: mx.array | None,
-) -> mx.array | str | None:
-    """Which of the keys each query sees, as a mask for MLX's attention: (B or 1, 1, q, k)."""
-    if reach is None and first_key == 0 and first_query == 0 and end_key <= window + 1:
-        return "causal" if queries > 1 else None
-    query = mx.arange(first_query, first_query + queries)[:, None]
-    distance = query - mx.arange(first_key, end_key)
-    limit = mx.array(window) if reach is None else reach[:, None, :, None]
-    return (distance >= 0) & (distance <= limit)
+    ring: Ring | None,
+    cos: mx.array | None = None,
+    sin: mx.array | None = None,
+) -> None:
+    batch, _, length, head_dim = q.shape
+    if k.shape != (batch, 1, length, head_dim) or v.shape != k.shape:
+        raise ValueError(
+            f"[{name}] q has shape {q.shape}, k {k.shape}, v {v.shape};"
+            " k and v must have one head and the rest of q's shape."
+        )
+    if reach is not None and reach.shape not in ((1, length), (batch, length)):
+        raise ValueError(
+            f"[{name}] reach has shape {reach.shape}, expected {(batch, length)} or {(1, length)}."
+        )
+    if ring is not None:
+        slots = ring.kv.shape[2]
+        if ring.kv.shape != (batch, 2, slots, head_dim) or not 0 <= ring.head < slots:
+            raise ValueError(
+                f"[{name}] the ring has shape {ring.kv.shape} and head {ring.head}, expected"
+                f" {(batch, 2, 'R', head_dim)} and a head in [0, R)."
+            )
+    if cos is not None and sin is not None:
+        pairs = cos.shape[-1]
+        shapes = ((1, 1, length, pairs), (batch, 1, length, pairs))
+        if cos.shape not in shapes or sin.shape != cos.shape or 2 * pairs > head_dim:
+            raise ValueError(
+                f"[{name}] cos has shape {cos.shape}, sin {sin.shape}, expected"
+                f" {(batch, 1, length, 'P')} with 2 P <= {head_dim}."
+            )

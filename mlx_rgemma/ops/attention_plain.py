@@ -1,0 +1,127 @@
+"""Sliding-window attention in plain MLX operations: what the kernels are measured against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_rgemma.ops.rotary import apply_rotary
+
+QUERY_BLOCK = 512
+"""Queries handled at once: scores take H * QUERY_BLOCK * (QUERY_BLOCK + window) numbers a row."""
+
+
+class Ring(NamedTuple):
+    """The last R rotated keys and their values, in a circle.
+
+    Attributes:
+        kv: (B, 2, R, head_dim). The keys, then the values.
+        head: The slot that the next token goes to; the token d back lies in slot
+            ``(head - d) mod R``.
+    """
+
+    kv: mx.array
+    head: int
+
+    def in_order(self) -> mx.array:
+        """(B, 2, R, head_dim), oldest first."""
+        if self.head == 0:
+            return self.kv
+        return mx.concatenate([self.kv[:, :, self.head :], self.kv[:, :, : self.head]], axis=2)
+
+    def appended(self, kv: mx.array) -> Ring:
+        """A ring with one more token, (B, 2, 1, head_dim), in place of the oldest."""
+        before, after = self.kv[:, :, : self.head], self.kv[:, :, self.head + 1 :]
+        head = (self.head + 1) % self.kv.shape[2]
+        return Ring(mx.concatenate([before, kv, after], axis=2), head)
+
+
+def plain_window(
+    q: mx.array,
+    kv: mx.array,
+    ring: Ring | None,
+    window: int,
+    reach: mx.array | None,
+) -> mx.array:
+    """`windowed_attention` on keys and values side by side, (B, 2, L, head_dim).
+
+    Works through blocks of `QUERY_BLOCK` queries, each over the slice of keys that it can see:
+    there is no L x L array, and what is held at once does not grow with L.
+    """
+    length, head_dim = q.shape[2:]
+    past = 0
+    if ring is not None:
+        slots = ring.kv.shape[2]
+        past = min(slots, window)
+        kv = mx.concatenate([ring.in_order()[:, :, slots - past :], kv], axis=2)
+
+    outputs = []
+    for first in range(0, length, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, length)
+        oldest = max(0, past + first - window)
+        block_reach = None if reach is None else reach[:, first:last]
+        mask = _band(past + first, last - first, oldest, past + last, window, block_reach)
+        keys = kv[:, :, oldest : past + last]
+        outputs.append(
+            mx.fast.scaled_dot_product_attention(
+                q[:, :, first:last], keys[:, :1], keys[:, 1:], scale=head_dim**-0.5, mask=mask
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def plain_ring(q: mx.array, ring: Ring, window: int, reach: mx.array | None) -> mx.array:
+    """`ring_attention`: one query a row over a ring that holds the query's own token."""
+    slots = ring.kv.shape[2]
+    mask = None
+    if reach is not None or slots > window + 1:
+        distance = (ring.head - 1 - mx.arange(slots)) % slots
+        limit = mx.array(window) if reach is None else reach[:, None, :, None]
+        mask = distance <= limit
+    return mx.fast.scaled_dot_product_attention(
+        q, ring.kv[:, :1], ring.kv[:, 1:], scale=q.shape[-1] ** -0.5, mask=mask
+    )
+
+
+def plain_rotary(
+    q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The rotated queries, and the rotated keys with their values: (B, 2, L, head_dim)."""
+    return apply_rotary(q, cos, sin), mx.concatenate([apply_rotary(k, cos, sin), v], axis=1)
+
+
+def plain_step(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    ring: Ring,
+    window: int,
+    reach: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """`ring_step`: rotate, put the token into the ring, attend to the ring as it then lies."""
+    q, kv = plain_rotary(q, k, v, cos, sin)
+    if ring.kv.shape[2] > window:
+        held = ring.appended(kv)
+    else:  # the oldest slot is still seen
+        held = Ring(mx.concatenate([ring.in_order(), kv], axis=2), 0)
+    return plain_ring(q, held, window, reach), kv
+
+
+def _band(
+    first_query: int,
+    queries: int,
+    first_key: int,
+    end_key: int,
+    window: int,
+    reach: mx.array | None,
+) -> mx.array | str | None:
+    """Which of the keys each query sees, as a mask for MLX's attention: (1 or B, 1, q, k)."""
+    if reach is None and first_key == 0 and first_query == 0 and end_key <= window + 1:
+        return "causal" if queries > 1 else None
+    query = mx.arange(first_query, first_query + queries)[:, None]
+    distance = query - mx.arange(first_key, end_key)
+    limit = mx.array(window) if reach is None else reach[:, None, :, None]
+    return (distance >= 0) & (distance <= limit)
