@@ -1,0 +1,251 @@
+"""The command: its flags, its output, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+from conftest import GOLDEN, golden_model
+
+from mlx_rgemma import generate, load, save_prompt_cache
+from mlx_rgemma.checkpoints.source import EMBEDDED
+
+COMMAND = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mlx_rgemma.generate"]
+
+
+def run(*args: str, stdin: str | None = None, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, *args], input=stdin, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def output(*args: str, stdin: str | None = None) -> str:
+    result = run(*args, stdin=stdin)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What the function gives for the command's defaults."""
+    model, tokenizer = load()
+    return generate(model, tokenizer, "Once upon a time", max_tokens=100)
+
+
+def test_output_has_mlx_lms_format(expected):
+    result = run()
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.split("==========\n")
+    assert lines[0] == ""
+    assert lines[1] == expected + "\n"
+    statistics = lines[2].splitlines()
+    for line, start in zip(
+        statistics, ("Prompt: ", "Generation: ", "Peak memory: ", "State: 0.111 MB"), strict=True
+    ):
+        assert line.startswith(start), line
+    assert statistics[0].endswith("tokens-per-sec")
+
+
+def test_text_only(expected):
+    assert output("--verbose", "False") == expected + "\n"
+
+
+@pytest.mark.parametrize("source", ["argument", "stdin", "file"])
+def test_prompt_from_anywhere(source, tmp_path):
+    prompt = "The old king had\ntwo sons. "
+    options = ["--max-tokens", "8", "--verbose", "f"]
+    if source == "argument":
+        text = output("--prompt", prompt.replace("\n", "\\n"), *options)
+    elif source == "stdin":
+        text = output("-p", "-", *options, stdin=prompt)
+    else:
+        (tmp_path / "prompt.txt").write_text(prompt)
+        text = output("--prompt-file", str(tmp_path / "prompt.txt"), *options)
+    model, tokenizer = load()
+    assert text == generate(model, tokenizer, prompt, max_tokens=8) + "\n"
+
+
+def test_json():
+    answer = json.loads(output("--json", "--prompt", "A cat", "-m", "5"))
+    assert set(answer) == {
+        "text",
+        "finish_reason",
+        "prompt_tokens",
+        "prompt_tps",
+        "generation_tokens",
+        "generation_tps",
+        "peak_memory_gb",
+        "state_bytes",
+    }
+    assert answer["generation_tokens"] == 5
+    assert answer["finish_reason"] == "length"
+    assert answer["state_bytes"] == 111_360
+
+
+def test_several_prompts_at_once():
+    prompts = ["A cat", "The king and the queen"]
+    lines = output("--json", "-p", prompts[0], "-p", prompts[1], "-m", "6").splitlines()
+    model, tokenizer = load()
+    for line, prompt in zip(lines, prompts, strict=True):
+        assert json.loads(line)["text"] == generate(model, tokenizer, prompt, max_tokens=6)
+    shown = output("-p", prompts[0], "-p", prompts[1], "-m", "6")
+    assert "========== 'A cat'\n" in shown
+    assert "State: 2 x 0.111 MB" in shown
+
+
+def test_sampling_options_are_heard():
+    options = ["--json", "--prompt", "The", "-m", "12"]
+
+    def text(*more: str) -> str:
+        return json.loads(output(*options, *more))["text"]
+
+    plain = text()
+    assert text("--temp", "1.5", "--seed", "1") == text("--temp", "1.5", "--seed", "1") != plain
+    assert text("--temp", "1.5", "--top-k", "1") == plain
+    assert text("--temp", "1.5", "--top-p", "0.000001") == plain
+    assert text("--temp", "1.5", "--min-p", "1") == plain
+    assert text("--repetition-penalty", "5") != plain
+    assert text("--stop", plain[4:7]) == plain[:4]
+
+
+def test_chat_template(tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(EMBEDDED, folder)
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    config["chat_template"] = (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}<model>"
+    )
+    config_file.write_text(json.dumps(config))
+    options = ["--model", str(folder), "--prompt", "A cat", "-m", "6", "--json"]
+    model, tokenizer = load()
+    plain = generate(model, tokenizer, "A cat", max_tokens=6)
+    chat = generate(model, tokenizer, "<bos><user>A cat<model>", max_tokens=6)
+    bos = tokenizer.bos_token
+    chat = generate(model, tokenizer, f"{bos}<user>A cat<model>", max_tokens=6)
+    assert json.loads(output(*options))["text"] == chat
+    assert json.loads(output(*options, "--ignore-chat-template"))["text"] == plain
+    result = run(*options, "--system-prompt", "Be brief")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and "System role not supported" in result.stderr
+
+
+def test_prompt_cache_file(tmp_path):
+    model, tokenizer = load()
+    text, rest = "Once upon a time", " there was"
+    tokens = tokenizer.encode(text) + tokenizer.encode(rest, add_special_tokens=False)
+    cache = model.make_cache()
+    model(mx.array([tokenizer.encode(text)]), cache=cache)
+    file = tmp_path / "state.safetensors"
+    save_prompt_cache(file, model, cache)
+    options = ["--prompt-cache-file", str(file), "--json", "-m", "8"]
+    found = json.loads(output("--prompt", rest, *options))["text"]
+    assert found == generate(model, tokenizer, tokens, max_tokens=8)
+
+    other = golden_model("tiny-2b")
+    cache = other.make_cache()
+    save_prompt_cache(file, other, cache)
+    result = run("--prompt", rest, *options)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {file}: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_ctrl_c_is_clean():
+    process = subprocess.Popen(
+        [*COMMAND, "--max-tokens", "-1", "--temp", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "==========\n"
+    process.stdout.read(20)  # text is coming
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "Generation: " in rest
+
+
+def test_a_reader_that_leaves_is_no_error():
+    process = subprocess.Popen(
+        [*COMMAND, "--max-tokens", "200"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.wait(timeout=120)
+    assert errors == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "no/such/folder/here"], "no/such/folder/here"),
+        (["--prompt-file", "missing.txt"], "missing.txt: No such file"),
+        (["-p", "-", "-p", "-"], "stdin can be read once"),
+        (["--adapter-path", "no-adapters"], "no-adapters"),
+        (["--prompt-cache-file", "no-cache.safetensors"], "no-cache.safetensors"),
+        (["--kv-bits", "4"], "bounded already, 0.1 MB at any length"),
+        (["--max-kv-size", "100"], "bounded already, 0.1 MB at any length"),
+        (["-p", "a", "-p", "b", "-m", "-1"], "--max-tokens -1 goes with one prompt"),
+        (["-p", "a", "-p", "b", "--prompt-cache-file", "x"], "goes with one prompt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_get_one_line(args, message, tmp_path):
+    result = run(*args, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--max-tokens", "0"], "0 is not at least 1"),
+        (["--max-tokens", "-5"], "-5 is not at least 1"),
+        (["--max-tokens", "many"], "invalid whole number value: 'many'"),
+        (["--temp", "-1"], "-1 is not 0 or more"),
+        (["--top-p", "1.5"], "1.5 is not between 0 and 1"),
+        (["--top-k", "-2"], "-2 is not at least 0"),
+        (["--prefill-step-size", "0"], "0 is not at least 1"),
+        (["--dtype", "int4"], "invalid choice"),
+        (["--window", "wide"], "invalid choice"),
+        (["--temp", "nan"], "nan is not"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_impossible_values_are_refused_by_the_parser(args, message):
+    result = run(*args)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_no_model_is_needed_for_help():
+    start = time.perf_counter()
+    assert "--prompt" in output("--help")
+    assert time.perf_counter() - start < 10  # imports nothing: see test_house
+
+
+def test_a_folder_of_another_precision(tmp_path):
+    options = ["--model", str(GOLDEN / "tiny-2b")]
+    result = run(*options)
+    assert result.returncode == 1
+    assert "tokenizer" in result.stderr
