@@ -27,7 +27,15 @@ from .errors import Finding, KernelError, finding
 
 KERNEL_FILE = "kernel.metal"  # what the compiler calls the generated source in its messages
 
-_LANGUAGE = ("-std=c++17", "-fPIC", "-fsigned-char", "-w", "-fno-exceptions", "-fno-rtti")
+_LANGUAGE = (
+    "-std=c++17",
+    "-fPIC",
+    "-fsigned-char",
+    "-w",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-threadsafe-statics",
+)
 # No fused multiply-add that the source does not ask for; private variables start as nonsense.
 _NUMERICS = ("-ffp-contract=off", "-ftrivial-auto-var-init=pattern")
 # Calls keep their frames and dead operations their checks: what the source says is what is watched.
