@@ -6,6 +6,7 @@ where `kernels` lets them run, and plain MLX operations.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -225,28 +226,32 @@ def _reference_backward(x, weight, bias, state, segment_pos, lengths, dy, d_new_
     return dx, dweight, dbias, dstate
 
 
-def _example(dtype: mx.Dtype, taps: int) -> tuple[mx.array, ...]:
-    """More tokens than a threadgroup takes, documents shorter than the taps, a short row."""
-    batch, length, width = 8, 150, 35
-    segment_pos = (mx.arange(batch * length) % 71 % 70).reshape(batch, length)
+_TINY = (8, 150, 35)
+"""More tokens than a threadgroup takes, and neither length nor width a whole number of anything."""
+_MODEL = (1, 2048, 2560)
+
+
+def _example(
+    dtype: mx.Dtype, taps: int, shape: tuple[int, int, int] = _TINY
+) -> tuple[mx.array, ...]:
+    """Documents shorter than the taps, rows without a token and shorter than the taps."""
+    batch, length, width = shape
     return (
-        kernels.sample((batch, length, width), dtype, 0),
+        kernels.sample(shape, dtype, 0),
         kernels.sample((width, taps, 1), dtype, 1),
         kernels.sample((width,), dtype, 2),
         kernels.sample((batch, taps - 1, width), dtype, 3),
-        segment_pos,
-        mx.array([length, 0, 1, 2, 3, 140, 71, length]),
+        (mx.arange(batch * length) % 71 % 70).reshape(batch, length),
+        mx.array([length, 0, 1, 2, 3, 140, 71, length][:batch]),
     )
 
 
-def _example_backward(dtype: mx.Dtype, taps: int) -> tuple[mx.array, ...]:
-    arguments = _example(dtype, taps)
-    x, state = arguments[0], arguments[3]
-    return (
-        *arguments,
-        kernels.sample(x.shape, dtype, 4),
-        kernels.sample(state.shape, dtype, 5),
-    )
+def _example_backward(
+    dtype: mx.Dtype, taps: int, shape: tuple[int, int, int] = _TINY
+) -> tuple[mx.array, ...]:
+    arguments = _example(dtype, taps, shape)
+    dy = kernels.sample(shape, dtype, 4)
+    return *arguments, dy, kernels.sample(arguments[3].shape, dtype, 5)
 
 
 FORWARD = kernels.register(
@@ -256,6 +261,7 @@ FORWARD = kernels.register(
     launch=_launch,
     reference=_plain,
     example=_example,
+    workload=partial(_example, shape=_MODEL),
     variants=[(dtype, 4) for dtype in kernels.FLOATS],
 )
 BACKWARD = kernels.register(
@@ -266,5 +272,6 @@ BACKWARD = kernels.register(
     launch=_launch_backward,
     reference=_reference_backward,
     example=_example_backward,
+    workload=partial(_example_backward, shape=_MODEL),
     variants=[(dtype, 4) for dtype in kernels.FLOATS],
 )

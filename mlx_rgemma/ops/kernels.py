@@ -36,9 +36,10 @@ kernel is usable.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +102,7 @@ class Kernel:
     launch: Callable[..., Arrays]
     reference: Callable[..., Arrays]
     example: Callable[..., Sequence[Any]]
+    workload: Callable[..., Sequence[Any]]
     variants: tuple[tuple[Any, ...], ...]
     headers: tuple[str, ...]
     tolerance: Mapping[mx.Dtype, float]
@@ -115,7 +117,7 @@ class Kernel:
         """Whether to launch the kernel for this variant; tries it the first time it is asked."""
         if any(isinstance(part, mx.Dtype) and part not in FLOATS for part in variant):
             return False
-        if _State.trying or mode() == "off":
+        if _State.plain_only or mode() == "off":
             return False
         if mode() == "metal":
             return True
@@ -167,14 +169,11 @@ class Kernel:
 
     def compare(self, *variant: Any) -> Comparison:
         """Run kernel and reference on the example of a variant. Errors of either are raised."""
-        trying, _State.trying = _State.trying, True
-        try:
+        with plain_only():
             arguments = self.example(*variant)
             got, expected = self.launch(*arguments), self.reference(*arguments)
             mx.eval(got, expected)
-            return _compare(self.results, got, expected, self.tolerance)
-        finally:
-            _State.trying = trying
+        return _compare(self.results, got, expected, self.tolerance)
 
     def _try(self, variant: tuple[Any, ...]) -> str:
         try:
@@ -197,7 +196,7 @@ class _State:
 
     registered: dict[str, Kernel] = {}  # noqa: RUF012
     factory: Any = None
-    trying = False
+    plain_only = False
 
 
 def register(
@@ -208,6 +207,7 @@ def register(
     launch: Callable[..., Arrays],
     reference: Callable[..., Arrays],
     example: Callable[..., Sequence[Any]],
+    workload: Callable[..., Sequence[Any]] | None = None,
     results: Sequence[str] | None = None,
     variants: Sequence[tuple[Any, ...]] = BY_DTYPE,
     headers: Sequence[str] = ("common.metal",),
@@ -221,6 +221,7 @@ def register(
         launch: ``(*arguments) -> results``, through `Kernel.run`.
         reference: The same in plain MLX operations.
         example: ``(*variant) -> arguments``.
+        workload: As `example`, but as large as in the 2B model at 2048 tokens: for timing only.
         results: Names of what `launch` returns, where that is not `outputs`.
         variants: The variants that the self-test command goes through.
         headers: Files that come before the function, in this order.
@@ -234,6 +235,7 @@ def register(
         launch=launch,
         reference=reference,
         example=example,
+        workload=example if workload is None else workload,
         variants=tuple(variants),
         headers=tuple(headers),
         tolerance=tolerance,
@@ -283,13 +285,31 @@ def unavailable() -> str | None:
     """Why kernels do not run here, in a few words; None when they do."""
     if mode() == "off":
         return f"{VARIABLE} is off"
-    if mode() == "metal" or _stand_in():
+    if mode() == "metal":
         return None
-    if not mx.metal.is_available():
-        return "no Metal on this machine"
-    if mx.default_device().type != mx.gpu:
+    if missing() is None and not stand_in() and mx.default_device().type != mx.gpu:
         return "the default device is the CPU"
-    return None
+    return missing()
+
+
+def missing() -> str | None:
+    """What kernels would need that this machine has not; None when they could run."""
+    return None if stand_in() or mx.metal.is_available() else "no Metal on this machine"
+
+
+def stand_in() -> bool:
+    """Whether something other than MLX's own function builds the kernels."""
+    return type(mx.fast.metal_kernel).__module__ != "nanobind"
+
+
+@contextlib.contextmanager
+def plain_only() -> Iterator[None]:
+    """Within this context no kernel is usable; one that is launched runs all the same."""
+    before, _State.plain_only = _State.plain_only, True
+    try:
+        yield
+    finally:
+        _State.plain_only = before
 
 
 def sample(shape: Sequence[int], dtype: mx.Dtype, seed: int) -> mx.array:
@@ -313,11 +333,6 @@ def _folder() -> Path:
         if (folder / "common.metal").is_file():
             return folder
     raise FileNotFoundError(f"the Metal sources are neither in {package} nor beside it")
-
-
-def _stand_in() -> bool:
-    """Whether something other than MLX's own function builds the kernels."""
-    return type(mx.fast.metal_kernel).__module__ != "nanobind"
 
 
 def _notice_stand_in() -> None:

@@ -14,6 +14,7 @@ lets them run, and plain MLX operations around `scan_reference`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -280,25 +281,33 @@ def _reference_backward(
     return mx.vjp(states, primals, [dy, dh_last])[1]
 
 
-def _example(x_dtype: mx.Dtype, gate_dtype: mx.Dtype) -> tuple[mx.array, ...]:
-    """More than one tile, and neither length nor width a whole number of anything."""
-    shape, channels = (2, 150, 35), (35,)
-    kind = (mx.arange(300).reshape(2, 150) % 70 == 69).astype(mx.uint8)
-    kind = mx.where(mx.arange(150) < mx.array([[150], [140]]), kind, mx.array(PADDING, mx.uint8))
+_TINY = (2, 150, 35)
+"""More than one tile, and neither length nor width a whole number of anything."""
+_MODEL = (1, 2048, 2560)
+
+
+def _example(
+    x_dtype: mx.Dtype, gate_dtype: mx.Dtype, shape: tuple[int, int, int] = _TINY
+) -> tuple[mx.array, ...]:
+    batch, length, width = shape
+    kind = (mx.arange(batch * length).reshape(batch, length) % 70 == 69).astype(mx.uint8)
+    padded = mx.arange(length) >= length - 10 * mx.arange(batch)[:, None]
     return (
         kernels.sample(shape, x_dtype, 0),
         kernels.sample(shape, gate_dtype, 1),
         kernels.sample(shape, gate_dtype, 2) - 2,
-        kernels.sample(channels, x_dtype, 3) - 2,
-        kernels.sample((2, 35), mx.float32, 4),
-        kind,
-        kernels.sample(channels, x_dtype, 5),
-        kernels.sample(channels, x_dtype, 6),
+        kernels.sample((width,), x_dtype, 3) - 2,
+        kernels.sample((batch, width), mx.float32, 4),
+        mx.where(padded, mx.array(PADDING, mx.uint8), kind),
+        kernels.sample((width,), x_dtype, 5),
+        kernels.sample((width,), x_dtype, 6),
     )
 
 
-def _example_backward(x_dtype: mx.Dtype, gate_dtype: mx.Dtype) -> tuple[mx.array, ...]:
-    arguments = _example(x_dtype, gate_dtype)
+def _example_backward(
+    x_dtype: mx.Dtype, gate_dtype: mx.Dtype, shape: tuple[int, int, int] = _TINY
+) -> tuple[mx.array, ...]:
+    arguments = _example(x_dtype, gate_dtype, shape)
     x, input_gate, recurrent_gate, a_param, h0, kind, bias_i, bias_r = arguments
     entry = _reference(*arguments)[2]
     dy = kernels.sample(x.shape, x_dtype, 7)
@@ -316,6 +325,7 @@ FORWARD = kernels.register(
     launch=_launch,
     reference=_reference,
     example=_example,
+    workload=partial(_example, shape=_MODEL),
     variants=[(dtype, dtype) for dtype in kernels.FLOATS],
 )
 BACKWARD = kernels.register(
@@ -326,5 +336,6 @@ BACKWARD = kernels.register(
     launch=_launch_backward,
     reference=_reference_backward,
     example=_example_backward,
+    workload=partial(_example_backward, shape=_MODEL),
     variants=[(dtype, dtype) for dtype in kernels.FLOATS],
 )

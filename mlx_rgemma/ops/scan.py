@@ -10,6 +10,7 @@ logarithms), so 0, 1 and 1e-30 are all exact enough.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -242,25 +243,28 @@ def _reference_backward(x, a, reset, entry, dy, dh_last):
     return mx.vjp(states, [x, a, entry[:, 0]], [dy, dh_last])[1]
 
 
-def _example(x_dtype: mx.Dtype, a_dtype: mx.Dtype) -> tuple[mx.array, ...]:
-    """More than one tile, and neither length nor width a whole number of anything."""
-    shape = (2, 150, 35)
-    reset = mx.arange(300).reshape(2, 150) % 70 == 69
+_TINY = (2, 150, 35)
+"""More than one tile, and neither length nor width a whole number of anything."""
+_MODEL = (1, 2048, 2560)
+
+
+def _example(
+    x_dtype: mx.Dtype, a_dtype: mx.Dtype, shape: tuple[int, int, int] = _TINY
+) -> tuple[mx.array, ...]:
+    batch, length, width = shape
+    reset = mx.arange(batch * length).reshape(batch, length) % 70 == 69
     a = mx.sigmoid(2.0 * kernels.sample(shape, mx.float32, 1)).astype(a_dtype)
-    return kernels.sample(shape, x_dtype, 0), a, kernels.sample((2, 35), mx.float32, 2), reset
+    h0 = kernels.sample((batch, width), mx.float32, 2)
+    return kernels.sample(shape, x_dtype, 0), a, h0, reset
 
 
-def _example_backward(x_dtype: mx.Dtype, a_dtype: mx.Dtype) -> tuple[mx.array, ...]:
-    x, a, h0, reset = _example(x_dtype, a_dtype)
+def _example_backward(
+    x_dtype: mx.Dtype, a_dtype: mx.Dtype, shape: tuple[int, int, int] = _TINY
+) -> tuple[mx.array, ...]:
+    x, a, h0, reset = _example(x_dtype, a_dtype, shape)
     entry = _reference(x, a, h0, reset)[2]
-    return (
-        x,
-        a,
-        reset,
-        entry,
-        kernels.sample(x.shape, x_dtype, 3),
-        kernels.sample(h0.shape, mx.float32, 4),
-    )
+    dy = kernels.sample(x.shape, x_dtype, 3)
+    return x, a, reset, entry, dy, kernels.sample(h0.shape, mx.float32, 4)
 
 
 VARIANTS = tuple((x, a) for x in kernels.FLOATS for a in sorted({x, mx.float32}, key=str))
@@ -271,6 +275,7 @@ FORWARD = kernels.register(
     launch=_launch,
     reference=_reference,
     example=_example,
+    workload=partial(_example, shape=_MODEL),
     variants=VARIANTS,
 )
 BACKWARD = kernels.register(
@@ -280,6 +285,7 @@ BACKWARD = kernels.register(
     launch=_launch_backward,
     reference=_reference_backward,
     example=_example_backward,
+    workload=partial(_example_backward, shape=_MODEL),
     variants=VARIANTS,
 )
 

@@ -1,0 +1,189 @@
+"""The command `python -m mlx_rgemma.selftest`: every Metal kernel beside its plain reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mlx_rgemma import command_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import mlx.core as mx
+
+    from mlx_rgemma.ops.kernels import Kernel
+
+TIMINGS = ("none", "example", "model")
+
+
+class Row(NamedTuple):
+    """What was found out about one variant of a kernel; times in milliseconds, None: not taken."""
+
+    name: str
+    file: str
+    variant: str
+    shapes: str
+    error: float | None
+    allowed: float | None
+    kernel_ms: float | None
+    plain_ms: float | None
+    state: str
+    reason: str
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_rgemma.selftest",
+        description="Compare every Metal kernel with its plain MLX reference, and time both.",
+        epilog="Exits with 1 if a kernel fails or disagrees. Where there is no Metal nothing can"
+        " be compared, and the command says so.",
+    )
+    add = parser.add_argument
+    add("--kernel", nargs="+", default=[], help="Only these; default: all.")
+    add(
+        "--timing",
+        choices=TIMINGS,
+        help="On the small example that is compared, or on 2048 tokens of the 2B model's size."
+        " Default: model on Metal, none on a stand-in, whose times mean nothing.",
+    )
+    add("--repeat", type=command_line.count(1), default=20, help="Runs timed. Default: 20.")
+    add("--json", action="store_true", help="Print one JSON object, and nothing else.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    return command_line.run(lambda: _selftest(args))
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from importlib.metadata import version
+
+    import mlx.core as mx
+
+    from mlx_rgemma import __version__, ops  # noqa: F401  (importing them registers the kernels)
+    from mlx_rgemma.errors import UserError
+    from mlx_rgemma.ops import kernels
+
+    chosen = kernels.registered()
+    unknown = set(args.kernel) - {kernel.name for kernel in chosen}
+    if unknown:
+        names = ", ".join(kernel.name for kernel in chosen)
+        raise UserError(f"--kernel: found '{min(unknown)}', expected one of {names}.")
+    if args.kernel:
+        chosen = tuple(kernel for kernel in chosen if kernel.name in args.kernel)
+
+    device = mx.device_info().get("device_name", "unknown device")
+    mlx_version = version("mlx")
+    head = {"mlx_rgemma": __version__, "mlx": mlx_version, "device": device}
+    missing = kernels.missing()
+    timing = args.timing or ("none" if kernels.stand_in() else "model")
+    rows: list[Row] = []
+    if missing is None:
+        device_type = mx.cpu if kernels.stand_in() else mx.gpu
+        with mx.stream(device_type):
+            for kernel in chosen:
+                for variant in kernel.variants:
+                    rows.append(_examine(kernel, variant, timing, args.repeat))
+                    if not args.json and sys.stdout.isatty():
+                        print(f"{kernel.name} {rows[-1].variant}: {rows[-1].state}", end="\r")
+    failed = any(row.state != "agrees" for row in rows)
+    if args.json:
+        found = [row._asdict() for row in rows]
+        names = [kernel.name for kernel in chosen]
+        print(json.dumps({**head, "not_run": missing, "kernels": found or names}, indent=1))
+    else:
+        print(f"mlx_rgemma {__version__}, MLX {mlx_version}, {device}")
+        _print_rows(rows)
+        if missing is not None:
+            print(f"kernels not run: {missing}; plain MLX operations take their place.")
+            print(f"kernels: {', '.join(kernel.name for kernel in chosen)}")
+        elif failed:
+            print("Kernels that are off are replaced by plain MLX operations, at a cost in speed.")
+    return int(failed)
+
+
+def _examine(kernel: Kernel, variant: tuple[Any, ...], timing: str, repeat: int) -> Row:
+    from mlx_rgemma.ops import kernels
+
+    error = allowed = kernel_ms = plain_ms = None
+    try:
+        shapes = _shapes(kernel.example(*variant))
+        found = kernel.compare(*variant)
+        worst = max(range(len(found.errors)), key=lambda i: found.errors[i] / found.allowed[i])
+        error, allowed, reason = found.errors[worst], found.allowed[worst], found.fault
+        if timing != "none" and not reason:
+            make = kernel.example if timing == "example" else kernel.workload
+            arguments = make(*variant)
+            shapes = _shapes(arguments)
+            kernel_ms = _milliseconds(kernel.launch, arguments, repeat)
+            with kernels.plain_only():
+                plain_ms = _milliseconds(kernel.reference, arguments, repeat)
+    except Exception as exception:  # a compiler or a driver may raise anything
+        shapes, reason = "", f"{type(exception).__name__}: {exception}"
+    words = ", ".join(str(part).removeprefix("mlx.core.") for part in variant)
+    return Row(
+        name=kernel.name,
+        file=kernel.file,
+        variant=words,
+        shapes=shapes,
+        error=error,
+        allowed=allowed,
+        kernel_ms=kernel_ms,
+        plain_ms=plain_ms,
+        state="off" if reason else "agrees",
+        reason=reason,
+    )
+
+
+def _milliseconds(
+    function: Callable[..., Sequence[mx.array]], arguments: Sequence[Any], repeat: int
+) -> float:
+    """Median time of a call, arguments and results in memory."""
+    import mlx.core as mx
+
+    mx.eval(arguments)
+    mx.eval(function(*arguments))
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        mx.eval(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def _shapes(arguments: Sequence[Any]) -> str:
+    """The first argument's shape, which gives the size of the problem."""
+    return "x".join(str(n) for n in arguments[0].shape)
+
+
+def _print_rows(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    titles = ("kernel", "variant", "shape", "error", "allowed", "kernel ms", "plain ms", "state")
+    table: list[tuple[str, ...]] = [titles]
+    for row in rows:
+        errors = [_number(row.error, ".1e"), _number(row.allowed, ".1e")]
+        times = [_number(row.kernel_ms, ".3f"), _number(row.plain_ms, ".3f")]
+        table.append((row.name, row.variant, row.shapes, *errors, *times, row.state))
+    widths = [max(len(line[i]) for line in table) for i in range(len(titles))]
+    for line in table:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
+    for row in rows:
+        if row.reason:
+            print(f"{row.file} ({row.variant}) is off: {row.reason}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
