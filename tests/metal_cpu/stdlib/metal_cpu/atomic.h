@@ -39,7 +39,9 @@ MTL_INLINE T atomic_operation(void* address, int operation, T value) {
 // them.
 template <class T>
 constexpr int choose(int of_unsigned, int of_signed, int of_float) {
-  return metal::is_floating_point_v<T> ? of_float : std::is_signed_v<T> ? of_signed : of_unsigned;
+  return metal::is_floating_point_v<T> ? of_float
+         : std::is_signed<T>::value    ? of_signed
+                                       : of_unsigned;
 }
 
 }  // namespace mtl

@@ -23,7 +23,7 @@ namespace metal {
 template <class T>
 struct numeric_limits {
   static_assert(is_integral_v<T>, "numeric_limits of a type that Metal does not have");
-  static constexpr bool is_signed = std::is_signed_v<T>;
+  static constexpr bool is_signed = std::is_signed<T>::value;
   static constexpr bool has_infinity = false;
   static constexpr int digits = 8 * sizeof(T) - is_signed;
 

@@ -9,11 +9,11 @@ namespace mtl {
 // What a lane may hand over: no 64-bit type, no bool, no struct.
 template <class T>
 constexpr bool is_simd_type =
-    metal::is_arithmetic_v<T> && sizeof(T) <= 4 && !std::is_same_v<std::remove_cv_t<T>, bool>;
+    metal::is_arithmetic_v<T> && sizeof(T) <= 4 && !metal::is_same_v<std::remove_cv_t<T>, bool>;
 template <class T>
 using if_simd = std::enable_if_t<is_simd_type<element_t<T>>, int>;
 template <class T>
-using if_simd_integer = std::enable_if_t<is_simd_type<T> && std::is_integral_v<T>, int>;
+using if_simd_integer = std::enable_if_t<is_simd_type<T> && metal::is_integral_v<T>, int>;
 
 // The values of all lanes after an exchange.
 template <class T>

@@ -5,6 +5,8 @@
 namespace mtl {
 
 struct half_format {
+  static constexpr bool takes_float = true;
+
   static constexpr uint16_t encode(float value) {
     uint32_t bits = __builtin_bit_cast(uint32_t, value);
     const uint32_t sign = bits >> 16 & 0x8000;
@@ -44,7 +46,15 @@ struct half_format {
   }
 };
 
+// Metal turns a float into a bfloat only where it is asked to. Execution is lenient, the check is
+// not.
 struct bfloat_format {
+#if defined(MTL_EXPLICIT_BFLOAT)
+  static constexpr bool takes_float = false;
+#else
+  static constexpr bool takes_float = true;
+#endif
+
   static constexpr uint16_t encode(float value) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, value);
     if ((bits & 0x7fffffff) > 0x7f800000) {
@@ -58,16 +68,23 @@ struct bfloat_format {
   }
 };
 
+template <class F, class Format>
+using if_implicit = std::enable_if_t<std::is_floating_point_v<F> && Format::takes_float, int>;
+template <class F, class Format>
+using if_explicit = std::enable_if_t<std::is_floating_point_v<F> && !Format::takes_float, int>;
+
 template <class Format>
 struct small_float {
   uint16_t bits;
 
   small_float() = default;
-  MTL_CONSTEXPR small_float(float value) : bits(Format::encode(value)) {}
-  MTL_CONSTEXPR small_float(double value) : bits(Format::encode(static_cast<float>(value))) {}
+  template <class F, if_implicit<F, Format> = 0>
+  MTL_CONSTEXPR small_float(F value) : bits(Format::encode(static_cast<float>(value))) {}
+  template <class F, if_explicit<F, Format> = 0>
+  explicit MTL_CONSTEXPR small_float(F value) : bits(Format::encode(static_cast<float>(value))) {}
   template <class I, if_integer<I> = 0>
   MTL_CONSTEXPR small_float(I value) : bits(Format::encode(static_cast<float>(value))) {}
-  template <class Other, std::enable_if_t<!std::is_same_v<Other, Format>, int> = 0>
+  template <class Other, std::enable_if_t<!metal::is_same_v<Other, Format>, int> = 0>
   explicit MTL_CONSTEXPR small_float(small_float<Other> other)
       : bits(Format::encode(static_cast<float>(other))) {}
 

@@ -5,7 +5,6 @@
 
 namespace metal {
 
-using std::bool_constant;
 using std::conditional;
 using std::conditional_t;
 using std::enable_if;
@@ -13,15 +12,10 @@ using std::enable_if_t;
 using std::false_type;
 using std::integral_constant;
 using std::is_convertible;
-using std::is_convertible_v;
 using std::is_integral;
-using std::is_integral_v;
 using std::is_pointer;
-using std::is_pointer_v;
 using std::is_same;
-using std::is_same_v;
 using std::is_void;
-using std::is_void_v;
 using std::remove_const;
 using std::remove_const_t;
 using std::remove_cv;
@@ -29,6 +23,20 @@ using std::remove_cv_t;
 using std::remove_reference;
 using std::remove_reference_t;
 using std::true_type;
+
+// These the host has only since C++17; the type check is C++14, as Metal is.
+template <bool value>
+using bool_constant = integral_constant<bool, value>;
+template <class A, class B>
+constexpr bool is_same_v = is_same<A, B>::value;
+template <class From, class To>
+constexpr bool is_convertible_v = is_convertible<From, To>::value;
+template <class T>
+constexpr bool is_integral_v = is_integral<T>::value;
+template <class T>
+constexpr bool is_pointer_v = is_pointer<T>::value;
+template <class T>
+constexpr bool is_void_v = is_void<T>::value;
 
 template <class T>
 using remove_addrspace_t = T;
@@ -62,6 +70,6 @@ using if_vector = std::enable_if_t<(count_of<T> > 1), int>;
 template <class T>
 using if_scalar = std::enable_if_t<count_of<T> == 1, int>;
 template <class T>
-using if_integer = std::enable_if_t<std::is_integral_v<T>, int>;
+using if_integer = std::enable_if_t<std::is_integral<T>::value, int>;
 
 }  // namespace mtl

@@ -51,11 +51,11 @@ constexpr bool is_arithmetic_v = is_integral_v<T> || is_floating_point_v<T>;
 template <class T>
 struct is_arithmetic : bool_constant<is_arithmetic_v<T>> {};
 template <class T>
-constexpr bool is_signed_v = is_floating_point_v<T> || std::is_signed_v<T>;
+constexpr bool is_signed_v = is_floating_point_v<T> || std::is_signed<T>::value;
 template <class T>
 struct is_signed : bool_constant<is_signed_v<T>> {};
 template <class T>
-constexpr bool is_unsigned_v = std::is_unsigned_v<T>;
+constexpr bool is_unsigned_v = std::is_unsigned<T>::value;
 template <class T>
 struct is_unsigned : bool_constant<is_unsigned_v<T>> {};
 

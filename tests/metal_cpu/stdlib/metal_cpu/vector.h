@@ -62,7 +62,7 @@ struct vec : mtl::components<T, N> {
     }
   }
 
-  template <class U, std::enable_if_t<!std::is_same_v<U, T>, int> = 0>
+  template <class U, std::enable_if_t<!metal::is_same_v<U, T>, int> = 0>
   explicit MTL_CONSTEXPR vec(const vec<U, N>& other) {
     for (int i = 0; i < N; ++i) {
       this->at[i] = static_cast<T>(other.at[i]);

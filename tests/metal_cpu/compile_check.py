@@ -1,0 +1,109 @@
+"""What a C++ compiler can say about a kernel without running it: errors, recursion, use of nothing.
+
+In this pass a float does not become a bfloat unasked, as in Metal, and no function vanishes into another.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from .build import INCLUDE_FLAGS, PRELUDE
+from .errors import Finding, finding
+from .source import for_execution
+from .toolchain import KERNEL_FILE, Compiler
+
+_WARNINGS = ("-Wuninitialized", "-Wvla", "-Wreturn-type")
+_FLAGS = ("-std=c++17", "-O1", "-fno-inline", "-fno-optimize-sibling-calls", "-fno-exceptions")
+_DEFINES = ("-DMTL_CHECKED", "-DMTL_EXPLICIT_BFLOAT")
+
+
+def compile_findings(found: Compiler, source: str, instance: str) -> list[Finding]:
+    """Errors, warnings that matter, and recursive functions of a kernel.
+
+    Args:
+        found: any compiler that can build kernels.
+        source: the generated text.
+        instance: the expression that names the kernel function.
+    """
+    text = f'{PRELUDE}#line 1 "{KERNEL_FILE}"\n{for_execution(source)}\nauto mtl_kernel = &{instance};\n'
+    with tempfile.TemporaryDirectory() as scratch:
+        cpp = Path(scratch) / "kernel.cpp"
+        cpp.write_text(text)
+        command = [*found.command, *_FLAGS, *_DEFINES, *_WARNINGS, *INCLUDE_FLAGS, "-S", str(cpp)]
+        if found.family == "gcc":
+            command += ["-fsingle-precision-constant", "-fcallgraph-info", "-o", f"{scratch}/kernel.s"]
+        else:
+            command += ["-Xclang", "-cl-single-precision-constant", "-Wno-everything", *_WARNINGS]
+            command += ["-emit-llvm", "-o", f"{scratch}/kernel.ll"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
+        findings = messages(result.stderr, source)
+        if result.returncode:
+            return findings or [Finding("does not compile:\n" + result.stderr[:2000])]
+        if found.family == "gcc":
+            graph, lines = _gcc_calls((Path(scratch) / "kernel.ci").read_text())
+        else:
+            graph, lines = _llvm_calls((Path(scratch) / "kernel.ll").read_text())
+    for function in sorted(recursive(graph)):
+        findings.append(finding("recursion, which Metal does not have", lines.get(function, 0), source))
+    return findings
+
+
+def messages(output: str, source: str) -> list[Finding]:
+    """A compiler's errors, and its warnings about the kernel's own lines."""
+    found = []
+    pattern = r"^(\S+?):(\d+):(?:\d+:)? (?:fatal )?(error|warning): (.*)$"
+    for file, line, kind, message in re.findall(pattern, output, flags=re.M):
+        if file == KERNEL_FILE:
+            found.append(finding(message, int(line), source))
+        elif kind == "error":
+            found.append(Finding(f"{Path(file).name}:{line}: {message}"))
+    return list(dict.fromkeys(found))
+
+
+def recursive(graph: dict[str, set[str]]) -> set[str]:
+    """The functions that may call themselves, directly or not; one of each cycle at least."""
+    found: set[str] = set()
+    finished: set[str] = set()
+
+    def visit(function: str, path: tuple[str, ...]) -> None:
+        if function in path:
+            found.add(function)
+            return
+        if function in finished:
+            return
+        for callee in sorted(graph.get(function, ())):
+            visit(callee, (*path, function))
+        finished.add(function)
+
+    for function in sorted(graph):
+        visit(function, ())
+    return found
+
+
+def _gcc_calls(graph: str) -> tuple[dict[str, set[str]], dict[str, int]]:
+    """Calls between the kernel's functions, from `-fcallgraph-info`, and the line of each function."""
+    place = rf'node: {{ title: "(.*?)" label: "[^"]*?\\n{re.escape(KERNEL_FILE)}:(\d+):'
+    lines = {name: int(line) for name, line in re.findall(place, graph)}
+    calls: dict[str, set[str]] = {name: set() for name in lines}
+    for caller, callee in re.findall(r'edge: { sourcename: "(.*?)" targetname: "(.*?)"', graph):
+        if caller in calls and callee in calls:
+            calls[caller].add(callee)
+    return calls, lines
+
+
+def _llvm_calls(module: str) -> tuple[dict[str, set[str]], dict[str, int]]:
+    """Calls between functions, from LLVM's assembly. It has no lines without debug information."""
+    calls: dict[str, set[str]] = {}
+    current = ""
+    for line in module.splitlines():
+        head = re.match(r"define .*?@\"?([\w.$]+)\"?\(", line)
+        if head:
+            current = head.group(1)
+            calls[current] = set()
+        elif " call " in line and current:
+            calls[current] |= set(re.findall(r"@\"?([\w.$]+)\"?\(", line))
+    own = {name: callees & set(calls) for name, callees in calls.items()}
+    return own, {}

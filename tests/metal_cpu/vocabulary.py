@@ -1,0 +1,237 @@
+"""Words that Apple's compiler is known to take.
+
+MLX and mlx-lm ship Metal kernels that are compiled on many machines every day. A function, type or
+attribute that also occurs there exists, under that name. What a kernel uses beyond that must stand in the
+list below with its section of the Metal Shading Language Specification.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from .build import MLX_INCLUDE
+from .errors import Finding, finding
+from .source import strip_comments, without_instantiations
+
+KERNELS = MLX_INCLUDE / "mlx" / "backend" / "metal" / "kernels"
+
+# Name -> section of the specification. Names in `metal::` are written without it.
+SPECIFIED = {
+    "precise::divide": "Math Functions",
+    "fast::exp2": "Math Functions",
+    "fast::tanh": "Math Functions",
+    "fast::rsqrt": "Math Functions",
+    "precise::exp2": "Math Functions",
+    "simd_ballot": "SIMD-Group Functions",
+    "simd_broadcast_first": "SIMD-Group Functions",
+    "mem_flags::mem_none": "Synchronization Functions",
+    "mem_flags::mem_device": "Synchronization Functions",
+    "threadgroups_per_grid": "Attributes for Kernel Function Input Arguments",
+    "threads_per_grid": "Attributes for Kernel Function Input Arguments",
+    "threads_per_simdgroup": "Attributes for Kernel Function Input Arguments",
+    "threads_per_threadgroup": "Attributes for Kernel Function Input Arguments",
+    "thread_index_in_threadgroup": "Attributes for Kernel Function Input Arguments",
+    "simdgroups_per_threadgroup": "Attributes for Kernel Function Input Arguments",
+}
+_KEYWORDS = frozenset(
+    """
+    alignas alignof auto bool break case char class const const_cast constexpr continue decltype default
+    do else enum explicit extern false float for friend if inline int long mutable namespace nullptr
+    operator private protected public reinterpret_cast restrict return short signed sizeof static
+    static_assert static_cast struct switch template this true typedef typename union unsigned using
+    void volatile while device constant threadgroup thread kernel
+    define undef ifdef ifndef endif elif defined pragma include error once line
+    """.split()
+)
+_WORD = r"[A-Za-z_]\w*"
+_CHAIN = re.compile(rf"(?<![\w.:])(?<!->){_WORD}(?:\s*::\s*{_WORD})*")
+_ATTRIBUTES = re.compile(r"\[\[(.*?)\]\]", flags=re.S)
+_NUMBER = re.compile(r"(?<!\w)(?:0[xX][\da-fA-F]+|\d+\.?\d*(?:[eE][-+]?\d+)?)[uUlLfFhH]*")
+
+
+class Words(NamedTuple):
+    """The words of a text, by what they are.
+
+    Attributes:
+        used: position of each name that is used; qualified names joined by `::`, without `metal::`.
+        attributes: likewise, names within `[[...]]`.
+        types: names of types, functions, macros and namespaces that the text defines.
+        variables: names of variables, members and parameters that it declares.
+    """
+
+    used: dict[str, int]
+    attributes: dict[str, int]
+    types: set[str]
+    variables: set[str]
+
+
+def words(text: str) -> Words:
+    """Sort the words of a Metal text. It is no parser: a declaration is known by its shape."""
+    text = without_instantiations(strip_comments(text))
+    attributes: dict[str, int] = {}
+    for group in _ATTRIBUTES.finditer(text):
+        for match in re.finditer(_WORD, group.group(1)):
+            attributes.setdefault(match.group(), group.start(1) + match.start())
+    plain = _ATTRIBUTES.sub(lambda m: " " * len(m.group()), text)
+    plain = re.sub(r'"[^"\n]*"', lambda m: " " * len(m.group()), plain)
+    plain = re.sub(r"^\s*#\s*(?:include|pragma)[^\n]*", lambda m: " " * len(m.group()), plain, flags=re.M)
+    plain = _NUMBER.sub(lambda m: "0" * len(m.group()), plain)
+    used: dict[str, int] = {}
+    for match in _CHAIN.finditer(plain):
+        parts = re.split(r"\s*::\s*", match.group())
+        if parts[0] == "metal" and len(parts) > 1:
+            name = "metal::" + "::".join(parts[1:])
+        else:
+            name = "::".join(parts)
+        used.setdefault(name, match.start())
+    types = _defined_names(plain)
+    return Words(used, attributes, types, _declared_variables(plain, types))
+
+
+def unknown_words(source: str) -> list[Finding]:
+    """Functions, types and attributes that no shipped kernel uses and no list explains."""
+    own = words(source)
+    known = shipped()
+    found = []
+    for name, position in own.used.items():
+        if not _is_known(name, own, known):
+            message = f"'{name}' occurs in no kernel that MLX or mlx-lm ships"
+            found.append(finding(message, _line(source, position), source))
+    for name, position in own.attributes.items():
+        if name not in known.attributes and name not in SPECIFIED:
+            message = f"attribute '{name}' occurs in no kernel that MLX or mlx-lm ships"
+            found.append(finding(message, _line(source, position), source))
+    return found
+
+
+class Shipped(NamedTuple):
+    """What the shipped kernels use."""
+
+    unqualified: frozenset[str]  # found without `metal::`
+    qualified: frozenset[str]  # under `metal::`, written without it
+    prelude: frozenset[str]  # defined by the headers that MLX puts before each custom kernel
+    attributes: frozenset[str]
+
+
+@functools.cache
+def shipped() -> Shipped:
+    """The words of the kernels in the installed packages `mlx` and `mlx_lm`."""
+    texts = {path: path.read_text() for path in sorted(KERNELS.rglob("*.h"))}
+    sorted_words = [words(text) for text in [*texts.values(), *_mlx_lm_kernels()]]
+    prelude = set().union(
+        *(w.types | w.variables for p, w in zip(texts, sorted_words) if p.name in _PRELUDE_HEADERS)
+    )
+    defined = set().union(*(w.types for w in sorted_words))
+    unqualified: set[str] = set()
+    # MLX adds overloads for bfloat in namespace metal, to functions that are there.
+    qualified = words((KERNELS / "bf16_math.h").read_text()).types
+    attributes: set[str] = set()
+    for entry in sorted_words:
+        attributes |= set(entry.attributes)
+        for name in entry.used:
+            if name.startswith("metal::"):
+                qualified.add(name.removeprefix("metal::"))
+            elif name not in defined and name not in entry.variables:
+                unqualified.add(name)
+    return Shipped(
+        frozenset(unqualified), frozenset(qualified), frozenset(prelude), frozenset(attributes)
+    )
+
+
+_PRELUDE_HEADERS = {"utils.h", "bf16.h", "bf16_math.h", "complex.h", "defines.h", "logging.h"}
+
+
+def _is_known(name: str, own: Words, known: Shipped) -> bool:
+    if name.startswith("metal::"):
+        name = name.removeprefix("metal::")
+        return name in known.qualified | known.unqualified or name in SPECIFIED
+    if name in _KEYWORDS or name in own.types or name in own.variables:
+        return True
+    if name.split("::")[0] in own.types | own.variables:
+        return True  # a member of the kernel's own struct or namespace
+    return name in known.unqualified | known.qualified | known.prelude or name in SPECIFIED
+
+
+def _defined_names(text: str) -> set[str]:
+    names = set(re.findall(rf"#\s*define\s+({_WORD})", text))
+    names |= set(re.findall(rf"\b(?:struct|class|union|enum|namespace|typename)\s+({_WORD})", text))
+    names |= set(re.findall(rf"\busing\s+({_WORD})\s*=", text))
+    names |= set(re.findall(rf"\btypedef\b[^;]*?\b({_WORD})\s*;", text))
+    # A function: a type, its name, parameters, and a body.
+    head = rf"[\w>&*]\s+[*&]?\s*({_WORD})\s*\((?:[^()]|\([^()]*\))*\)\s*(?:const\s*)?(?:thread\s*)?\{{"
+    names |= set(re.findall(head, text))
+    return names - _KEYWORDS
+
+
+_QUALIFIER = r"(?:const|constexpr|static|inline|volatile|device|constant|threadgroup|thread|struct)"
+_BUILTIN = (
+    r"(?:(?:unsigned|signed)\s+)?(?:auto|void|bool|float|half|bfloat\w*|char|short|int|long|unsigned"
+    r"|u(?:char|short|int|long)|size_t|u?int\d+_t|float16_t"
+    r"|(?:float|half|bfloat|u?char|u?short|u?int|u?long|bool)[234])"
+)
+_POINTER = r"\s*(?:const\s*)?(?:[*&]+\s*(?:const\s+|restrict\s+)?|\s)\s*"
+_END = r"\s*(?=[=;,)\[({:])"
+
+
+def _declared_variables(text: str, types: Iterable[str]) -> set[str]:
+    own = "|".join(map(re.escape, types)) or "$^"
+    argument = r"(?:\s*<[^;{}]*?>)?"
+    # A statement that starts with a type: any name can be one.
+    any_type = rf"(?:{_QUALIFIER}\s+)*(?:{_BUILTIN}|{_WORD}(?:::{_WORD})*){argument}"
+    statement = re.compile(rf"(?:^|(?<=[;{{}}]))\s*{any_type}{_POINTER}({_WORD}){_END}", re.M)
+    # A parameter, a template parameter or a loop variable: only what is surely a type.
+    sure = rf"(?:(?:{_QUALIFIER}\s+)+(?:{_BUILTIN}|{_WORD}(?:::{_WORD})*)|{_BUILTIN}|{own}){argument}"
+    parameter = re.compile(rf"(?<=[(,<])\s*{sure}{_POINTER}({_WORD})\s*(?=[=;,)\[({{:>])")
+    names: set[str] = set()
+    for pattern in (statement, parameter):
+        for match in pattern.finditer(text):
+            names.add(match.group(1))
+            names |= _further_declarators(text, match.end())
+    names |= set(re.findall(rf"\benum\b[^{{;]*\{{\s*({_WORD})", text))
+    return names - _KEYWORDS
+
+
+def _further_declarators(text: str, start: int) -> set[str]:
+    """The other names of `int i = 0, j = 1;`."""
+    depth, names, position = 0, set(), start
+    while position < len(text) and text[position] not in ";{}":
+        char = text[position]
+        depth += {"(": 1, "[": 1, "<": 1, ")": -1, "]": -1, ">": -1}.get(char, 0)
+        if depth < 0:
+            break
+        if char == "," and depth == 0:
+            match = re.match(rf",\s*[*&]*\s*({_WORD})\s*(?=[=;,\[])", text[position:])
+            if match:
+                names.add(match.group(1))
+        position += 1
+    return names
+
+
+def _mlx_lm_kernels() -> list[str]:
+    """The strings of mlx-lm's modules that make custom kernels."""
+    spec = importlib.util.find_spec("mlx_lm")
+    if spec is None or spec.origin is None:
+        return []
+    texts = []
+    for path in sorted(Path(spec.origin).parent.rglob("*.py")):
+        content = path.read_text()
+        if "metal_kernel" not in content:
+            continue
+        tree = list(ast.walk(ast.parse(content)))
+        documentation = {id(node.value) for node in tree if isinstance(node, ast.Expr)}
+        for node in tree:
+            if id(node) in documentation or not isinstance(node, ast.Constant):
+                continue
+            if isinstance(node.value, str) and ";" in node.value:
+                texts.append(node.value)
+    return texts
+
+
+def _line(source: str, position: int) -> int:
+    return source.count("\n", 0, position) + 1
