@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_rgemma.checkpoints.contents import EMBEDDING, PACKED, Contents, Expected, check_contents
 from mlx_rgemma.checkpoints.folder import CheckpointFolder, shortened
 from mlx_rgemma.checkpoints.loading import read_dtype, read_tensors
+from mlx_rgemma.checkpoints.model_card import ignored_by_mlx_lm
 from mlx_rgemma.checkpoints.output import refuse_existing
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.safetensors import MLX_NAME, TensorInfo
@@ -25,7 +26,7 @@ from mlx_rgemma.checkpoints.writing import (
     write_checkpoint,
 )
 from mlx_rgemma.errors import CheckpointError, UserError
-from mlx_rgemma.griffin.config import ATTENTION, GriffinConfig
+from mlx_rgemma.griffin.config import GriffinConfig
 
 
 @dataclass(frozen=True)
@@ -284,22 +285,6 @@ def _notes(
         yield f"NaN or infinite values in: {shortened(weights.not_finite)}."
     if not has_tokenizer(folder.path):
         yield f"There is no tokenizer in {folder.path}."
-    ignored = list(_ignored_by_mlx_lm(folder.config))
+    ignored = ignored_by_mlx_lm(folder.config)
     if ignored:
         yield f"This package runs the model, plain mlx-lm cannot: {', '.join(ignored)}."
-
-
-def _ignored_by_mlx_lm(config: GriffinConfig) -> Iterator[str]:
-    """What plain mlx-lm does not look at, where that changes the model."""
-    if config.lru_width != config.hidden_size:
-        yield "it takes lru_width to be hidden_size"
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        yield "it takes head_dim to be hidden_size / num_attention_heads"
-    if config.rope_theta != 10000.0 or config.partial_rotary_factor != 0.5:
-        yield "it has rotary embeddings of another base or width"
-    if config.conv1d_width != 4:
-        yield "it takes conv1d_width to be 4"
-    if config.attention_bias:
-        yield "it has no attention biases"
-    if ATTENTION not in config.block_types:
-        yield "it needs an attention layer"

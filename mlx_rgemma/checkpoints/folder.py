@@ -19,6 +19,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 WEIGHT_FILES = ("model*.safetensors", "weights*.safetensors")
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.npz", "*.gguf")
+MAX_NAME = 200
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
@@ -206,7 +207,12 @@ def _count(number: int, what: str) -> str:
 
 
 def shortened(items: Iterable[str], limit: int = 5) -> str:
-    """The first few of many, for a message of one line."""
+    """The first few of many names, printable, for a message of one line."""
     items = list(items)
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    return ", ".join(_printable(item) for item in items[:limit]) + more
+
+
+def _printable(name: str) -> str:
+    text = name if name.isprintable() else repr(name)[1:-1]
+    return text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}..."

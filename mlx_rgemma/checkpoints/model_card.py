@@ -8,13 +8,15 @@ from typing import Any
 
 from mlx_rgemma import __version__
 from mlx_rgemma.checkpoints.source import Source
+from mlx_rgemma.griffin.config import ATTENTION, GriffinConfig
 
 MODEL_CARD = "README.md"
+FRONT_MATTER = re.compile(r"---\r?\n(?P<yaml>.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 RELEASED = re.compile(r"recurrentgemma-(2b|9b)(-it)?", re.IGNORECASE)
 """Names of the released models, whose publisher and licence are known."""
 
 
-def write_model_card(folder: Path, source: Source | None, how: str) -> None:
+def write_model_card(folder: Path, source: Source | None, how: str, config: GriffinConfig) -> None:
     """Write the model card of a checkpoint.
 
     What the card of the source says (its licence, languages, tags, the model that it is based on)
@@ -23,28 +25,29 @@ def write_model_card(folder: Path, source: Source | None, how: str) -> None:
     Args:
         folder: The folder that holds the new checkpoint.
         source: Where the model came from, if it was converted.
-        how: One sentence on how it was made.
+        how: One sentence on how its weights are stored.
+        config: The shape of the model.
     """
-    from huggingface_hub import ModelCardData
+    import yaml  # type: ignore[import-untyped]
 
     stated = _stated(source)
-    tags = stated.pop("tags", None)
-    tags = [tags] if isinstance(tags, str) else list(tags or ())
+    tags = stated.pop("tags", [])
+    tags = tags if isinstance(tags, list) else [tags]
     stated |= {
         "library_name": "mlx",
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys([*tags, "mlx", "recurrent_gemma"])),
     }
-    name = folder_title(source)
+    name = f"{source.name} in MLX" if source is not None else "RecurrentGemma in MLX"
     if source is not None and source.repository is not None:
         stated["base_model"] = source.repository
     elif source is not None and RELEASED.fullmatch(source.name):
         stated.setdefault("base_model", f"google/{source.name.lower()}")
     if RELEASED.fullmatch(str(stated.get("base_model", "")).rpartition("/")[2]):
         stated.setdefault("license", "gemma")
+    header = yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
     text = f"""---
-{ModelCardData(**stated).to_yaml()}
----
+{header}---
 
 # {name}
 
@@ -63,27 +66,46 @@ model, tokenizer = load("<this folder>")
 print(generate(model, tokenizer, "Once upon a time"))
 ```
 
-Plain `mlx_lm` reads the same files: `mlx_lm.generate --model <this folder>`.
+{_in_mlx_lm(config)}
 """
     (folder / MODEL_CARD).write_text(text, encoding="utf-8")
 
 
-def folder_title(source: Source | None) -> str:
-    """What to call a model that came from `source`."""
-    return f"{source.name}, converted to MLX" if source is not None else "RecurrentGemma in MLX"
+def ignored_by_mlx_lm(config: GriffinConfig) -> list[str]:
+    """What plain mlx-lm does not look at, where that changes the model."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    limits = {
+        "it takes lru_width to be hidden_size": config.lru_width != width,
+        "it takes head_dim to be hidden_size / heads": config.head_dim * heads != width,
+        "its rotary base is 10000": config.rope_theta != 10000.0,
+        "it rotates half of each head": config.partial_rotary_factor != 0.5,
+        "its conv1d_width is 4": config.conv1d_width != 4,
+        "it has no attention biases": config.attention_bias,
+        "it needs an attention layer": ATTENTION not in config.block_types,
+    }
+    return [what for what, applies in limits.items() if applies]
+
+
+def _in_mlx_lm(config: GriffinConfig) -> str:
+    ignored = ignored_by_mlx_lm(config)
+    if ignored:
+        return f"Plain `mlx_lm` cannot run this model: {', '.join(ignored)}."
+    return "Plain `mlx_lm` reads the same files: `mlx_lm.generate --model <this folder>`."
 
 
 def _stated(source: Source | None) -> dict[str, Any]:
     """The metadata of the source's own card, as far as there is one that can be read."""
-    from huggingface_hub import ModelCard
+    import yaml
+    from huggingface_hub import hf_hub_download
 
     if source is None:
         return {}
     card = source.folder / MODEL_CARD
-    origin = card if card.is_file() else source.repository
-    if origin is None:
-        return {}
     try:
-        return ModelCard.load(origin).data.to_dict()
+        if source.repository is not None and not card.is_file():
+            card = Path(hf_hub_download(source.repository, MODEL_CARD))
+        header = FRONT_MATTER.match(card.read_text(encoding="utf-8"))
+        values = yaml.safe_load(header["yaml"]) if header else None
     except Exception:  # a card is welcome, but nothing depends on it
         return {}
+    return values if isinstance(values, dict) else {}
