@@ -6,8 +6,6 @@ recurrence and softmax are float32 whatever that dtype is.
 
 from __future__ import annotations
 
-import math
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -15,7 +13,20 @@ from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.layout import TokenLayout
 from mlx_rgemma.griffin.projection import SharedInputBlock
-from mlx_rgemma.ops import apply_rotary, causal_conv1d, rg_lru, ring_attention, windowed_attention
+from mlx_rgemma.ops import (
+    RecurrentWeights,
+    add_rms_norm,
+    add_to_stream,
+    apply_rotary,
+    block_diagonal,
+    causal_conv1d,
+    gated_gelu,
+    recurrent_step,
+    rg_lru,
+    ring_attention,
+    rms_norm,
+    windowed_attention,
+)
 
 
 class RMSNorm(nn.Module):
@@ -27,14 +38,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        scale = 1.0 + self.weight.astype(mx.float32)
-        return mx.fast.rms_norm(x.astype(mx.float32), scale, self.eps).astype(self.weight.dtype)
+        return rms_norm(x, self.weight, self.eps, dtype=self.weight.dtype)
 
-
-def gelu_tanh(x: mx.array) -> mx.array:
-    """GELU by its tanh approximation, in fp32."""
-    x = x.astype(mx.float32)
-    return 0.5 * x * (1.0 + mx.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+    def after_adding(self, x: mx.array, delta: mx.array) -> tuple[mx.array, mx.array]:
+        """-> ``x + delta``, and its norm."""
+        return add_rms_norm(x, delta, self.weight, self.eps, dtype=self.weight.dtype)
 
 
 class Conv1d(nn.Module):
@@ -76,24 +84,15 @@ class RGLRU(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         return rg_lru(
             x,
-            self._gate(x, self.input_gate_weight, self.input_gate_bias),
-            self._gate(x, self.recurrent_gate_weight, self.recurrent_gate_bias),
+            block_diagonal(x, self.input_gate_weight),
+            block_diagonal(x, self.recurrent_gate_weight),
             self.recurrent_param,
             h0,
-            reset=self._rows(layout.reset, x),
+            reset=layout.reset,
             mask=layout.mask,
+            input_gate_bias=self.input_gate_bias.flatten(),
+            recurrent_gate_bias=self.recurrent_gate_bias.flatten(),
         )
-
-    def _gate(self, x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-        """Pre-activation of a gate, one block of channels a head, fp32: (B, L, D) -> (B, L, D)."""
-        batch, length, width = x.shape
-        heads = x.reshape(batch, length, self.num_heads, -1).swapaxes(1, 2)
-        gate = (heads @ weight).swapaxes(1, 2).reshape(batch, length, width)
-        return gate.astype(mx.float32) + bias.reshape(width).astype(mx.float32)
-
-    @staticmethod
-    def _rows(reset: mx.array | None, x: mx.array) -> mx.array | None:
-        return None if reset is None else mx.broadcast_to(reset, x.shape[:2])
 
 
 class RecurrentBlock(SharedInputBlock):
@@ -112,11 +111,28 @@ class RecurrentBlock(SharedInputBlock):
 
     def __call__(self, x: mx.array, layout: TokenLayout, cache: RecurrentCache | None) -> mx.array:
         y, x = self.project(x)
+        if cache is not None and layout.few_steps:
+            out, cache.conv, cache.h = recurrent_step(
+                y, x, self._weights(), cache.conv, cache.h, layout.kind
+            )
+            return self.linear_out(out)
         x, conv = self.conv_1d(x, layout, None if cache is None else cache.conv)
         x, h = self.rg_lru(x, layout, None if cache is None else cache.h)
         if cache is not None:
             cache.conv, cache.h = conv, h
-        return self.linear_out((gelu_tanh(y) * x.astype(mx.float32)).astype(x.dtype))
+        return self.linear_out(gated_gelu(y, x))
+
+    def _weights(self) -> RecurrentWeights:
+        conv, rg_lru = self.conv_1d, self.rg_lru
+        return RecurrentWeights(
+            conv.weight,
+            conv.bias,
+            rg_lru.input_gate_weight,
+            rg_lru.input_gate_bias,
+            rg_lru.recurrent_gate_weight,
+            rg_lru.recurrent_gate_bias,
+            rg_lru.recurrent_param,
+        )
 
 
 class LocalAttentionBlock(SharedInputBlock):
@@ -167,7 +183,7 @@ class MLPBlock(SharedInputBlock):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = self.project(x)
-        return self.down_proj((gelu_tanh(gate) * up.astype(mx.float32)).astype(x.dtype))
+        return self.down_proj(gated_gelu(gate, up))
 
 
 class ResidualBlock(nn.Module):
@@ -196,5 +212,6 @@ class ResidualBlock(nn.Module):
         layout: TokenLayout,
         cache: RecurrentCache | AttentionCache | None = None,
     ) -> mx.array:
-        x = x + self.temporal_block(self.temporal_pre_norm(x), layout, cache)
-        return x + self.mlp_block(self.channel_pre_norm(x))
+        delta = self.temporal_block(self.temporal_pre_norm(x), layout, cache)
+        x, normalized = self.channel_pre_norm.after_adding(x, delta)
+        return add_to_stream(x, self.mlp_block(normalized))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_rgemma.griffin.cache import GriffinCache
-from mlx_rgemma.ops import rotary_angles
+from mlx_rgemma.ops import MAX_STEPS, rotary_angles, step_kinds
 
 
 class TokenLayout:
@@ -23,6 +23,8 @@ class TokenLayout:
         mask: (B, L), bool. False on padding; None when there is none.
         fresh: Whether nothing came before these tokens.
         one_step: Whether each row continues by one token.
+        few_steps: Whether the tokens are so few that the recurrent block takes them in one launch.
+        kind: What each of a few steps does, for `recurrent_step`; None when all just go on.
         next_positions: Position of each row's next token, where the caller gave positions.
     """
 
@@ -58,6 +60,9 @@ class TokenLayout:
         self.cos, self.sin = rotary_angles(positions, frequencies)
         self.lengths = None if valid is None else mx.array(valid, mx.int32)
         self.mask = None if self.lengths is None else mx.arange(length) < self.lengths[:, None]
+        self.few_steps = length <= MAX_STEPS
+        borders = self.reset is not None or self.mask is not None
+        self.kind = step_kinds(self.reset, self.mask) if self.few_steps and borders else None
         self.one_step = length == 1 and not self.fresh and valid is None
 
     @staticmethod

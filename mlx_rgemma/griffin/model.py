@@ -13,7 +13,7 @@ from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCach
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.layout import TokenLayout
-from mlx_rgemma.ops import rotary_frequencies
+from mlx_rgemma.ops import rotary_frequencies, soft_cap
 
 
 class Griffin(nn.Module):
@@ -82,9 +82,9 @@ class Model(nn.Module):
         """
         self._check(tokens, cache, segment_pos)
         x = self.model(tokens, cache, segment_pos)
-        logits = self.model.embed_tokens.as_linear(x).astype(mx.float32)
+        logits = self.model.embed_tokens.as_linear(x)
         cap = self.args.logits_soft_cap
-        return mx.tanh(logits / cap) * cap if cap else logits
+        return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)
 
     @property
     def layers(self) -> list[ResidualBlock]:

@@ -11,18 +11,24 @@ from mlx_rgemma.ops.attention import (
     windowed_attention,
 )
 from mlx_rgemma.ops.conv import causal_conv1d
+from mlx_rgemma.ops.elementwise import add_to_stream, gated_gelu, soft_cap
+from mlx_rgemma.ops.gates import block_diagonal
 from mlx_rgemma.ops.norm import add_rms_norm, rms_norm
 from mlx_rgemma.ops.rg_lru import rg_lru, step_kinds
 from mlx_rgemma.ops.rotary import apply_rotary, rotary_angles, rotary_frequencies
 from mlx_rgemma.ops.scan import linear_scan
-from mlx_rgemma.ops.step import RecurrentWeights, recurrent_step
+from mlx_rgemma.ops.step import MAX_STEPS, RecurrentWeights, recurrent_step
 
 __all__ = [
+    "MAX_STEPS",
     "RecurrentWeights",
     "Ring",
     "add_rms_norm",
+    "add_to_stream",
     "apply_rotary",
+    "block_diagonal",
     "causal_conv1d",
+    "gated_gelu",
     "linear_scan",
     "local_attention",
     "recurrent_step",
@@ -32,6 +38,7 @@ __all__ = [
     "rms_norm",
     "rotary_angles",
     "rotary_frequencies",
+    "soft_cap",
     "step_kinds",
     "windowed_attention",
 ]
