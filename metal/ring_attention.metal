@@ -11,13 +11,14 @@
 // writes  out (B, H, D); kv (B, 2, D) what the caller puts into slot `head`
 //
 // Threads. A threadgroup takes HEADS heads of one batch entry; its simdgroups share the slots, AHEAD
-// at a time each, and the lanes share the D channels, neighbours in neighbours. Every simdgroup
-// keeps its own online softmax in float32; at the end they are merged in threadgroup memory. A slot
-// is read once per threadgroup, that is H / HEADS times in all: with one head a threadgroup, the
-// heads of one row read the ring at the same time on different cores, and memory sees it once.
+// at a time each, and its lanes the D channels, neighbours in neighbours. Every simdgroup keeps its
+// own online softmax in float32; at the end they are merged in threadgroup memory. A slot is read
+// once per threadgroup, that is H / HEADS times in all: with one head a threadgroup, the heads of
+// one row read the ring at the same time on different cores, and memory sees it once.
 
 constexpr int THREADS = 32 * SIMDGROUPS;
 constexpr int CHANNELS = (D + 31) / 32;  // of a lane
+constexpr int AHEAD = 2;                 // slots that a simdgroup loads together
 constexpr float HIDDEN = -3.0e38f;
 
 threadgroup float part_output[SIMDGROUPS * D];

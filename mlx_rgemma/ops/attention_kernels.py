@@ -85,7 +85,6 @@ def launch_ring(q, k, v, cos, sin, ring, head, window, reach):
             "T": q.dtype,
             "D": head_dim,
             "HEADS": share,
-            "AHEAD": 4 // share,
             "SIMDGROUPS": RING_SIMDGROUPS,
         },
     )

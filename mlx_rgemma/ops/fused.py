@@ -1,13 +1,42 @@
-"""A Metal kernel that grad and vmap see through."""
+"""Metal kernels that grad and vmap see through, and graphs of them that can be exported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
+from mlx_rgemma.ops import kernels
+
 ArrayFunction = Callable[..., Sequence[mx.array]]
+
+
+class custom_function:
+    """`mx.custom_function` that steps aside within `forward_only`.
+
+    MLX cannot export a function with a gradient of its own ("Unable to get state for primitive
+    CustomTransforms"), though the kernels in it can be exported.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.custom = mx.custom_function(function)
+        self.vjp = self.custom.vjp
+        self.vmap = self.custom.vmap
+
+    def __call__(self, *arrays: mx.array) -> Any:
+        return (self.function if _State.forward_only else self.custom)(*arrays)
+
+
+@contextlib.contextmanager
+def forward_only() -> Iterator[None]:
+    """Within it the operations have no gradients, and `mx.export_function` takes them."""
+    before, _State.forward_only = _State.forward_only, True
+    try:
+        yield
+    finally:
+        _State.forward_only = before
 
 
 def run_fused(launch: ArrayFunction, plain: ArrayFunction, *arrays: mx.array) -> list[mx.array]:
@@ -21,7 +50,9 @@ def run_fused(launch: ArrayFunction, plain: ArrayFunction, *arrays: mx.array) ->
         plain: The same in plain MLX operations.
         arrays: Inputs. Integer ones have a gradient of zero.
     """
-    fused = mx.custom_function(lambda *inputs: list(launch(*inputs)))
+    if _State.forward_only:
+        return list(launch(*arrays))
+    fused = kernels.differentiable(lambda *inputs: list(launch(*inputs)))
 
     @fused.vjp
     def gradient(primals, cotangents, _outputs):
@@ -44,5 +75,8 @@ def run_fused(launch: ArrayFunction, plain: ArrayFunction, *arrays: mx.array) ->
         outputs = mx.vmap(lambda *x: tuple(plain(*x)), in_axes=tuple(axes))(*primals)
         return list(outputs), [0] * len(outputs)
 
-    outputs: Any = fused(*arrays)
-    return list(outputs)
+    return list(fused(*arrays))
+
+
+class _State:
+    forward_only = False

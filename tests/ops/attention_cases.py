@@ -1,0 +1,102 @@
+"""Inputs for the attention kernels, and what they must give, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from float64 import to64
+
+from mlx_rgemma.ops import Ring, apply_rotary, rotary_angles, rotary_frequencies
+
+
+def random(rng: np.random.Generator, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    return mx.array(rng.standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+
+@dataclass
+class Case:
+    """One call: the last tokens of rows of which `positions` says how old they are.
+
+    Attributes:
+        heads, head_dim, window, dtype: The layer's.
+        positions: (1 or B, L), each token's position in its document; falls back to 0 where a
+            document starts.
+        batch: B.
+        slots: Of the ring; 0 for none.
+        head: The slot that the next token goes to.
+        bounded: Whether the call is told how far each query reaches.
+        seed: Of the numbers.
+    """
+
+    heads: int
+    head_dim: int
+    window: int
+    positions: np.ndarray
+    batch: int = 1
+    slots: int = 0
+    head: int = 0
+    bounded: bool = True
+    dtype: mx.Dtype = mx.float32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        length = self.positions.shape[1]
+        self.q = random(rng, (self.batch, self.heads, length, self.head_dim), self.dtype)
+        self.k = random(rng, (self.batch, 1, length, self.head_dim), self.dtype)
+        self.v = random(rng, (self.batch, 1, length, self.head_dim), self.dtype)
+        self.ring = None
+        if self.slots:
+            kv = random(rng, (self.batch, 2, self.slots, self.head_dim), self.dtype)
+            self.ring = Ring(kv, self.head)
+        reach = np.minimum(self.positions, self.window).astype(np.int32)
+        self.reach = mx.array(reach) if self.bounded else None
+
+    def angles(self) -> tuple[mx.array, mx.array]:
+        pairs = max(2, self.head_dim // 2 // 2 * 2)
+        return rotary_angles(mx.array(self.positions), rotary_frequencies(pairs, 10000.0))
+
+    def rotated(self) -> Case:
+        """The same call with the rotation done: to T, in plain operations."""
+        other = Case(**{name: getattr(self, name) for name in self.__dataclass_fields__})
+        cos, sin = self.angles()
+        other.q, other.k = apply_rotary(self.q, cos, sin), apply_rotary(self.k, cos, sin)
+        return other
+
+    def expected(self) -> np.ndarray:
+        """(B, H, L, head_dim): the definition, a query at a time, on rotated queries and keys."""
+        q, k, v = to64(self.q), to64(self.k), to64(self.v)
+        length = q.shape[2]
+        if self.ring is not None:
+            order = [(self.head - d) % self.slots for d in range(self.slots, 0, -1)]
+            ring = to64(self.ring.kv)[:, :, order]
+            k = np.concatenate([ring[:, :1], k], axis=2)
+            v = np.concatenate([ring[:, 1:], v], axis=2)
+        positions = np.broadcast_to(self.positions, (self.batch, length))
+        out = np.zeros(q.shape)
+        for b in range(self.batch):
+            for i in range(length):
+                here = self.slots + i
+                reach = self.window
+                if self.bounded:
+                    reach = min(reach, int(positions[b, i]))
+                seen = slice(max(0, here - reach), here + 1)
+                scores = q[b, :, i] @ k[b, 0, seen].T / np.sqrt(self.head_dim)
+                weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+                out[b, :, i] = weights / weights.sum(axis=1, keepdims=True) @ v[b, 0, seen]
+        return out
+
+
+def counted(start: int, length: int) -> np.ndarray:
+    """Positions of a document that goes on: (1, L)."""
+    return np.arange(start, start + length)[None]
+
+
+def packed(length: int, *borders: int, start: int = 0) -> np.ndarray:
+    """Positions of a row in which documents start at `borders`: (1, L)."""
+    positions = np.arange(start, start + length)
+    for border in borders:
+        positions[border:] = np.arange(length - border)
+    return positions[None]
