@@ -1,6 +1,7 @@
 // Relaxed atomics on 32-bit words, in device and threadgroup memory.
 #pragma once
 
+#include "abi.h"
 #include "types.h"
 
 namespace metal {

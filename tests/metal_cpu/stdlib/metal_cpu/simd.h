@@ -2,6 +2,7 @@
 // runtime. The line where it is called travels along: lanes that meet must have come from one line.
 #pragma once
 
+#include "abi.h"
 #include "math.h"
 
 namespace mtl {

@@ -2,6 +2,7 @@
 // specification leaves the layout open; this is the one that MLX's kernels rely on.
 #pragma once
 
+#include "abi.h"
 #include "simd.h"
 
 namespace metal {

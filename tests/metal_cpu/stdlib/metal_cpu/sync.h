@@ -1,6 +1,7 @@
 // Barriers and memory flags.
 #pragma once
 
+#include "abi.h"
 #include "words.h"
 
 namespace metal {

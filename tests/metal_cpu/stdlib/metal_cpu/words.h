@@ -2,9 +2,31 @@
 #pragma once
 
 // Every host header comes first: the words below are macros.
-#include <type_traits>
+#if defined(__CUDACC_RTC__)
+#include <cuda/std/cstdint>
+#include <cuda/std/type_traits>
+namespace std {
+using namespace cuda::std;
+}
+#else
+#include <stdint.h>
 
-#include "abi.h"
+#include <type_traits>
+#endif
+
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long ulong;
+
+#if defined(__CUDACC__)
+
+// For CUDA the words are cut out of the text: `device` is part of CUDA's own attributes.
+#define MTL_INLINE __device__ __forceinline__
+#define MTL_CONSTEXPR __device__ __forceinline__
+#define METAL_FUNC __device__ __forceinline__
+
+#else
 
 #define __METAL_VERSION__ 310
 
@@ -31,7 +53,4 @@
 #define METAL_FUNC inline __attribute__((always_inline))
 #endif
 
-typedef unsigned char uchar;
-typedef unsigned short ushort;
-typedef unsigned int uint;
-typedef unsigned long ulong;
+#endif
