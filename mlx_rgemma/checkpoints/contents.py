@@ -130,7 +130,7 @@ def check_contents(folder: CheckpointFolder) -> Contents:
         else:
             _check_dense(wanted, info, problems)
     redundant = tuple(f"{HEAD}.{part}" for part in PACKED if f"{HEAD}.{part}" in unread)
-    problems.surplus += [name for name in unread if name not in redundant]
+    problems.surplus += sorted(name for name in unread if name not in redundant)
     problems.refuse(folder)
     _check_head(tensors, redundant)
     return Contents(expected, quantized, redundant)

@@ -20,7 +20,12 @@ MODES = {
 READ_ONLY_BITS = (1,)
 """Affine bits that MLX runs and `convert` does not offer: too coarse for this model."""
 
-SCALE_DTYPES = ("F32", "BF16", "F16")
+SCALE_DTYPES = {
+    "affine": ("F32", "BF16", "F16"),
+    "mxfp4": ("U8",),
+    "nvfp4": ("U8",),
+    "mxfp8": ("U8",),
+}
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,10 @@ class Quantization:
         for mode, (group_sizes, all_bits) in MODES.items():
             if mode == "affine":
                 all_bits += READ_ONLY_BITS
-            if (mode == "affine") == (scales.dtype in SCALE_DTYPES) and (
-                group_size in group_sizes and bits in all_bits
+            if (
+                scales.dtype in SCALE_DTYPES[mode]
+                and group_size in group_sizes
+                and bits in all_bits
             ):
                 return cls(group_size, bits, mode)
         return None
