@@ -92,13 +92,11 @@ def _selftest(args: argparse.Namespace) -> int:
             for kernel in chosen:
                 for variant in kernel.variants:
                     rows.append(_examine(kernel, variant, timing, args.repeat))
-                    if not args.json and sys.stdout.isatty():
-                        print(f"{kernel.name} {rows[-1].variant}: {rows[-1].state}", end="\r")
     failed = any(row.state != "agrees" for row in rows)
     if args.json:
         found = [row._asdict() for row in rows]
-        names = [kernel.name for kernel in chosen]
-        print(json.dumps({**head, "not_run": missing, "kernels": found or names}, indent=1))
+        untried = [kernel.name for kernel in chosen]
+        print(json.dumps({**head, "not_run": missing, "kernels": found or untried}, indent=1))
     else:
         print(f"mlx_rgemma {__version__}, MLX {mlx_version}, {device}")
         _print_rows(rows)

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.ops.scan import token_strides
 
 
@@ -65,7 +66,7 @@ def causal_conv1d(
         bias = _NO_BIAS if bias is None else bias
         segment_pos = _NO_BORDER if segment_pos is None else segment_pos
         lengths = mx.array([length]) if lengths is None else lengths
-        fused: Any = _fused(x, weight, bias, state, segment_pos, lengths)
+        fused = _fused(x, weight, bias, state, segment_pos, lengths)
         return fused[0], fused[1]
     return _plain(x, weight, bias, state, segment_pos, lengths)
 
@@ -146,7 +147,7 @@ _NO_BIAS = mx.array([0.0])
 _NO_BORDER = mx.array([2**30])
 
 
-@mx.custom_function
+@custom_function
 def _fused(x, weight, bias, state, segment_pos, lengths):
     return tuple(FORWARD.launch(x, weight, bias, state, segment_pos, lengths))
 

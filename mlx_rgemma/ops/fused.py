@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
-
-from mlx_rgemma.ops import kernels
 
 ArrayFunction = Callable[..., Sequence[mx.array]]
 
@@ -50,9 +49,7 @@ def run_fused(launch: ArrayFunction, plain: ArrayFunction, *arrays: mx.array) ->
         plain: The same in plain MLX operations.
         arrays: Inputs. Integer ones have a gradient of zero.
     """
-    if _State.forward_only:
-        return list(launch(*arrays))
-    fused = kernels.differentiable(lambda *inputs: list(launch(*inputs)))
+    fused = custom_function(lambda *inputs: list(launch(*inputs)))
 
     @fused.vjp
     def gradient(primals, cotangents, _outputs):

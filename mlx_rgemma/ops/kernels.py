@@ -323,15 +323,15 @@ def ceil_div(a: int, b: int) -> int:
 
 def source(file: str) -> str:
     """The text of a file of ``metal/``."""
-    return (_folder() / file).read_text(encoding="utf-8")
+    return (folder() / file).read_text(encoding="utf-8")
 
 
-def _folder() -> Path:
-    package = Path(__file__).resolve().parents[1]
-    # Inside the package when installed from a wheel, beside it in a clone.
-    for folder in (package / "metal", package.parent / "metal"):
-        if (folder / "common.metal").is_file():
-            return folder
+def folder(package: Path | None = None) -> Path:
+    """Where the Metal sources are: inside the package in a wheel, beside it in a clone."""
+    package = package or Path(__file__).resolve().parents[1]
+    for found in (package / "metal", package.parent / "metal"):
+        if (found / "common.metal").is_file():
+            return found
     raise FileNotFoundError(f"the Metal sources are neither in {package} nor beside it")
 
 

@@ -15,11 +15,11 @@ lets them run, and plain MLX operations around `scan_reference`.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.ops.scan import (
     BACKWARD_STEPS,
     FORWARD_STEPS,
@@ -86,11 +86,11 @@ def rg_lru(
     kind = step_kinds(reset, mask)
     if input_gate.dtype == recurrent_gate.dtype and FORWARD.usable(x.dtype, input_gate.dtype):
         biases = _both(input_gate_bias, recurrent_gate_bias)
-        fused: Any = _fused(x, input_gate, recurrent_gate, a_param, h0, kind, *biases)
+        fused = _fused(x, input_gate, recurrent_gate, a_param, h0, kind, *biases)
         return fused[0], fused[1]
     input_gate = _biased(input_gate, input_gate_bias)
     recurrent_gate = _biased(recurrent_gate, recurrent_gate_bias)
-    h: Any = _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind)
+    h = _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind)
     return h.astype(x.dtype), h[:, -1]
 
 
@@ -111,7 +111,7 @@ def step_kinds(reset: mx.array | None, mask: mx.array | None) -> mx.array:
     return mx.where(mask, kind, mx.array(PADDING, mx.uint8))
 
 
-@mx.custom_function
+@custom_function
 def _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind):
     a, i, multiplier = _coefficients(input_gate, recurrent_gate, a_param, kind)
     return scan_reference(multiplier * i * x.astype(mx.float32), a, h0)
@@ -192,7 +192,7 @@ def _both(one: mx.array | None, other: mx.array | None) -> tuple[mx.array, mx.ar
     return absent if one is None else one, absent if other is None else other
 
 
-@mx.custom_function
+@custom_function
 def _fused(x, input_gate, recurrent_gate, a_param, h0, kind, bias_i, bias_r):
     return tuple(FORWARD.launch(x, input_gate, recurrent_gate, a_param, h0, kind, bias_i, bias_r))
 

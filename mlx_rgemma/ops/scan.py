@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops.fused import custom_function
 
 CHUNK = 16
 
@@ -48,7 +49,7 @@ def linear_scan(
         h0 = mx.zeros((x.shape[0], x.shape[2]), mx.float32)
     h0 = h0.astype(mx.float32)
     if FORWARD.usable(x.dtype, a.dtype):
-        fused: Any = _fused(x, a, h0, _NO_RESET if reset is None else reset)
+        fused = _fused(x, a, h0, _NO_RESET if reset is None else reset)
         return fused[0], fused[1]
     h = _plain(x, a, h0, reset)
     return h.astype(x.dtype), h[:, -1]
@@ -59,11 +60,11 @@ def _plain(x: mx.array, a: mx.array, h0: mx.array, reset: mx.array | None) -> mx
     a = a.astype(mx.float32)
     if reset is not None:
         a = mx.where(reset[..., None], 0.0, a)
-    states: Any = _linear_scan(x.astype(mx.float32), a, h0)
+    states: mx.array = _linear_scan(x.astype(mx.float32), a, h0)
     return states
 
 
-@mx.custom_function
+@custom_function
 def _linear_scan(x: mx.array, a: mx.array, h0: mx.array) -> mx.array:
     return scan_reference(x, a, h0)
 
@@ -192,7 +193,7 @@ def token_strides(array: mx.array) -> list[int]:
     return [steps if rows > 1 else 0, 1 if steps > 1 else 0]
 
 
-@mx.custom_function
+@custom_function
 def _fused(x, a, h0, reset):
     return tuple(FORWARD.launch(x, a, h0, reset))
 
