@@ -60,7 +60,8 @@ for (int k = 0; k < STEPS; ++k) {
 UNROLL
 for (int k = 0; k < STEPS + K - 1; ++k) {
   const int t = metal::min(first + k, length - 1);
-  g[k] = first + k < length ? static_cast<float>(dy[base + ulong(t) * width]) : 0.0f;
+  g[k] = static_cast<float>(dy[base + ulong(t) * width]);
+  g[k] = first + k < length ? g[k] : 0.0f;
   const long position = static_cast<long>(segment_pos[positions + uint(t) * uint(dims[4])]);
   reach[k] = int(metal::min(position, long(K)));
 }

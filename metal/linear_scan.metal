@@ -46,11 +46,12 @@ for (int start = 0; start < length; start += int(splits) * STEPS) {
   UNROLL
   for (int k = 0; k < STEPS; ++k) {
     const int t = metal::min(first + k, length - 1);
-    const bool real = first + k < length;
+    product[k] = static_cast<float>(a[base + ulong(t) * width]);
+    partial[k] = static_cast<float>(x[base + ulong(t) * width]);
     const bool restart = reset[row * uint(dims[2]) + uint(t) * uint(dims[3])];
-    const float coefficient = restart ? 0.0f : static_cast<float>(a[base + ulong(t) * width]);
-    product[k] = real ? coefficient : 1.0f;
-    partial[k] = real ? static_cast<float>(x[base + ulong(t) * width]) : 0.0f;
+    const bool real = first + k < length;
+    product[k] = real ? (restart ? 0.0f : product[k]) : 1.0f;
+    partial[k] = real ? partial[k] : 0.0f;
   }
   UNROLL
   for (int k = 1; k < STEPS; ++k) {

@@ -42,12 +42,14 @@ for (int start = (length - 1) / tile * tile; start >= 0; start -= tile) {
   for (int k = 0; k < STEPS; ++k) {
     const int t = metal::min(first + k, length - 1);
     const ulong at = base + ulong(t) * width;
-    const bool real = first + k < length;
+    coefficient[k] = static_cast<float>(a[at]);
+    value[k] = static_cast<float>(x[at]);
+    g[k] = static_cast<float>(dy[at]);
     restart[k] = reset[row * uint(dims[2]) + uint(t) * uint(dims[3])];
-    const float loaded = restart[k] ? 0.0f : static_cast<float>(a[at]);
-    coefficient[k] = real ? loaded : 1.0f;
-    value[k] = real ? static_cast<float>(x[at]) : 0.0f;
-    g[k] = real ? static_cast<float>(dy[at]) : 0.0f;
+    const bool real = first + k < length;
+    coefficient[k] = real ? (restart[k] ? 0.0f : coefficient[k]) : 1.0f;
+    value[k] = real ? value[k] : 0.0f;
+    g[k] = real ? g[k] : 0.0f;
   }
   float h = entry[(row * segments + uint(start) / SEGMENT) * width + d];
 

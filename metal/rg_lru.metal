@@ -62,8 +62,8 @@ for (int start = 0; start < length; start += int(splits) * STEPS) {
     value[k] = static_cast<float>(x[at]);
     gate_i[k] = static_cast<float>(input_gate[at]);
     gate_r[k] = static_cast<float>(recurrent_gate[at]);
-    // Beyond the end is padding.
-    what[k] = first + k < length ? int(kind[row * uint(dims[2]) + uint(t) * uint(dims[3])]) : 2;
+    what[k] = int(kind[row * uint(dims[2]) + uint(t) * uint(dims[3])]);
+    what[k] = first + k < length ? what[k] : 2;  // beyond the end is padding
   }
 
   float product[STEPS];

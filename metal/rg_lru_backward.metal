@@ -66,8 +66,11 @@ for (int start = (length - 1) / tile * tile; start >= 0; start -= tile) {
     value[k] = static_cast<float>(x[at]);
     gate_i[k] = static_cast<float>(input_gate[at]);
     gate_r[k] = static_cast<float>(recurrent_gate[at]);
-    g[k] = first + k < length ? static_cast<float>(dy[at]) : 0.0f;
-    what[k] = first + k < length ? int(kind[row * uint(dims[2]) + uint(t) * uint(dims[3])]) : 2;
+    g[k] = static_cast<float>(dy[at]);
+    what[k] = int(kind[row * uint(dims[2]) + uint(t) * uint(dims[3])]);
+    // Beyond the end is padding, without a gradient.
+    g[k] = first + k < length ? g[k] : 0.0f;
+    what[k] = first + k < length ? what[k] : 2;
   }
   float h = entry[(row * segments + uint(start) / SEGMENT) * width + d];
 

@@ -114,9 +114,11 @@ def scan_reference(
         x = mx.pad(x, widths)
         a = mx.pad(a, widths, constant_values=1.0)
 
-    # (CHUNK, B, chunks, D): step i of all chunks lies in one contiguous slab.
+    # (CHUNK, B, chunks, D): step i of all chunks lies in one contiguous slab. It is the first
+    # reshape after the transpose that copies; `mx.contiguous` would, too, but cannot be exported.
     def slabs(z: mx.array) -> mx.array:
-        return mx.contiguous(z.reshape(batch, chunks, CHUNK, width).transpose(2, 0, 1, 3))
+        z = z.reshape(batch, chunks, CHUNK, width).transpose(2, 0, 1, 3)
+        return z.reshape(CHUNK, -1).reshape(CHUNK, batch, chunks, width)
 
     x, a = slabs(x), slabs(a)
     steps = range(CHUNK - 1, -1, -1) if reverse else range(CHUNK)

@@ -1,0 +1,60 @@
+"""Run the operations with their kernels executed from Metal source, and say how close is enough."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from unittest import mock
+
+import metal_cpu
+import mlx.core as mx
+import numpy as np
+import pytest
+from float64 import Array, to64
+
+from mlx_rgemma.ops import kernels
+
+_compiler, _reason = metal_cpu.compiler()
+needs_compiler = pytest.mark.skipif(_compiler is None, reason=f"kernels not executed: {_reason}")
+
+FLOATS = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
+SCHEDULES = [("fast", "forward"), ("checked", "reverse"), ("checked", "random")]
+"""Numbers in the plain order of threads; races and stray accesses in others."""
+
+# Relative to the largest value: what float32 can do in a scan of hundreds of steps.
+FORWARD_RTOL, GRADIENT_RTOL = 5e-6, 2e-5
+# Half of the distance between two neighbours: rounding a float32 result once.
+ROUNDING = {mx.float32: 0.0, mx.bfloat16: 2.0**-8, mx.float16: 2.0**-11}
+
+
+@contextlib.contextmanager
+def executed(
+    mode: str = "fast", order: str = "forward", switch: str = "metal", **options
+) -> Iterator[list[metal_cpu.Launch]]:
+    """Kernels are on and run on the CPU; yields the launches as they come.
+
+    `switch` is MLX_RGEMMA_KERNELS: "metal" launches without trying the kernel first.
+    """
+    launches: list[metal_cpu.Launch] = []
+    with (
+        mock.patch.dict(os.environ, {kernels.VARIABLE: switch}),
+        metal_cpu.executed(mode, order, record=launches, **options),
+    ):
+        yield launches
+
+
+def launched(launches: list[metal_cpu.Launch]) -> list[str]:
+    """Names of the kernels, without the package's prefix."""
+    return [launch.name.removeprefix("mlx_rgemma_") for launch in launches]
+
+
+def assert_close(name: str, actual: mx.array, exact: Array, rtol: float) -> None:
+    """Within `rtol` of the largest exact value, and in half precision one rounding more."""
+    assert actual.shape == exact.shape, name
+    allowed = ROUNDING[actual.dtype] * np.abs(exact) + rtol * np.abs(exact).max(initial=0.0)
+    excess = np.abs(to64(actual) - exact) - allowed
+    assert np.isfinite(to64(actual)).all(), f"{name} is not finite"
+    assert (excess <= 0).all(), (
+        f"{name} is {excess.max():.1e} beyond the bound at {excess.argmax()}"
+    )
