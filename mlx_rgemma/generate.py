@@ -168,7 +168,8 @@ def _encode(
     elif cache is not None:
         # The state has seen the beginning of the text already.
         return tokenizer.encode(prompt, add_special_tokens=False)
-    return encode(tokenizer, prompt, vocab_size).tolist()
+    tokens: Any = encode(tokenizer, prompt, vocab_size).tolist()
+    return tokens
 
 
 def _sampling(tokenizer: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:

@@ -63,14 +63,15 @@ def stream_generate(
         raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1 for no limit).")
     tokens = encode(tokenizer, prompt, model.args.vocab_size)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
-    runner = _WithProcessors(model, logits_processors) if logits_processors else model
+    runner: Any = _WithProcessors(model, logits_processors) if logits_processors else model
     stops = StopMatcher([stop] if isinstance(stop, str) else stop)
     text = TextStream(tokenizer)
 
     prompt_tps = 0.0
-    with wired_limit(model, [generation_stream]):
+    streams: Any = [generation_stream]
+    with wired_limit(model, streams):
         tic = time.perf_counter()
-        steps = generate_step(tokens, runner, max_tokens=max_tokens, prompt_cache=cache, **kwargs)
+        steps: Any = generate_step(tokens, runner, max_tokens=max_tokens, prompt_cache=cache, **kwargs)
         try:
             for n, (token, logprobs) in enumerate(steps, start=1):
                 if n == 1:
@@ -197,7 +198,7 @@ def encode(tokenizer: Any, prompt: Prompt, vocab_size: int) -> mx.array:
     tokens = prompt if isinstance(prompt, mx.array) else mx.array(list(prompt), mx.int32)
     if tokens.size == 0:
         raise UserError("the prompt is empty: it needs at least one token.")
-    low, high = tokens.min().item(), tokens.max().item()
+    low, high = int(tokens.min().item()), int(tokens.max().item())  # type: ignore[arg-type]
     if low < 0 or high >= vocab_size:
         unknown = low if low < 0 else high
         raise UserError(f"the prompt holds token {unknown}; the model knows 0 to {vocab_size - 1}.")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_rgemma.checkpoints.safetensors import check_file
 from mlx_rgemma.errors import CheckpointError
@@ -40,7 +41,8 @@ def fingerprint(model: Model) -> str:
     digest = hashlib.sha256(repr(shape).encode())
     norms = [layer.temporal_pre_norm.weight for layer in model.layers]
     norms.append(model.model.final_norm.weight)
-    digest.update(bytes(memoryview(mx.stack(norms).astype(mx.bfloat16).view(mx.uint16))))
+    rounded = mx.stack(norms).astype(mx.bfloat16).view(mx.uint16)
+    digest.update(np.array(rounded).tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -91,7 +91,11 @@ def test_an_installed_wheel_finds_its_metal_sources(wheel, tmp_path):
 
 def test_an_editable_install_finds_its_metal_sources(tmp_path):
     pip("--target", str(tmp_path / "site"), "-e", str(ROOT))
-    code = f"import site, sys; sys.path = [p for p in sys.path if p]; site.addsitedir({str(tmp_path / 'site')!r});"
+    code = (
+        "import site, sys; before = [p for p in sys.path if p];"
+        f"site.addsitedir({str(tmp_path / 'site')!r});"
+        "sys.path = [p for p in sys.path if p and p not in before] + before;"
+    )
     count, where = run(code + FIND_SOURCES, tmp_path).split()
     assert int(count) >= 8
     assert Path(where).parent == ROOT / "mlx_rgemma"

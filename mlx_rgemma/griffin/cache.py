@@ -317,8 +317,8 @@ def _are_positions(positions: Any, rows: int) -> bool:
 
 
 def _rows(batch_indices: Any) -> tuple[list[int], mx.array]:
-    rows = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
-    rows = [int(r) for r in rows]
+    values: Any = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
+    rows = [int(row) for row in values]
     return rows, mx.array(rows, mx.int32)
 
 

@@ -6,6 +6,8 @@ recurrence and softmax are float32 whatever that dtype is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -210,7 +212,7 @@ class ResidualBlock(nn.Module):
         self,
         x: mx.array,
         layout: TokenLayout,
-        cache: RecurrentCache | AttentionCache | None = None,
+        cache: Any = None,
     ) -> mx.array:
         delta = self.temporal_block(self.temporal_pre_norm(x), layout, cache)
         x, normalized = self.channel_pre_norm.after_adding(x, delta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -68,7 +69,7 @@ class TokenLayout:
     @staticmethod
     def _after(segment_pos: mx.array, start: list[int], valid: list[int] | None) -> list[int]:
         """Position of the token after each row's last real one."""
-        rows = segment_pos.tolist()
+        rows: Any = segment_pos.tolist()
         if valid is None:
             return [row[-1] + 1 for row in rows]
         return [

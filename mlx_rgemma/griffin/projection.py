@@ -38,7 +38,7 @@ class FusedProjection:
         self.parts = [layer["weight"] for layer in layers]
 
     def __call__(self, x: mx.array) -> list[mx.array]:
-        return mx.split(self.joint(x), self.cuts, axis=-1)
+        return list(mx.split(self.joint(x), self.cuts, axis=-1))
 
     def serves(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the layers are still the ones that were joined."""
