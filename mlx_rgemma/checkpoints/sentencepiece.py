@@ -151,7 +151,7 @@ def _normalizer(spec: Any) -> dict[str, Any]:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.remove_extra_whitespaces:
-        steps.append(_replace({"Regex": "^ +| +$"}, ""))
+        steps.append(_replace({"Regex": r"\A +| +\z"}, ""))
         steps.append(_replace({"Regex": " {2,}"}, " "))
     if spec.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})

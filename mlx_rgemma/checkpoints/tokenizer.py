@@ -109,11 +109,9 @@ def _load(folder: Path, origin: Path, eos_token_ids: Iterable[int]) -> Any:
 
 
 def _begin_with_bos(tokenizer: Any) -> None:
-    """Have the beginning-of-text token added, unless the tokenizer's own files decline it."""
+    """Have the beginning-of-text token added, whatever the tokenizer's files say or forget."""
     bos = tokenizer.bos_token_id
-    if bos is None or tokenizer.init_kwargs.get("add_bos_token") is False:
-        return
-    if tokenizer.encode("a")[:1] != [bos]:
+    if bos is not None and tokenizer.encode("a")[:1] != [bos]:
         tokenizer.add_bos_token = True
 
 
