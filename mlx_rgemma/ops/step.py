@@ -1,8 +1,8 @@
 """The decode step of Griffin's recurrent block between its projections, in one launch.
 
-Where `kernels` allows it, for at most `MAX_STEPS` tokens a row and gate blocks of 8 to 256
-channels, it is one kernel, ``metal/recurrent_step.metal``; elsewhere it is the operations that it
-joins. Gradients are theirs in either case.
+Where `kernels` allows it, for at most `MAX_STEPS` tokens a row, gate blocks of up to 256 channels
+and a convolution of 2 to 8 taps, it is one kernel, ``metal/recurrent_step.metal``; elsewhere it is
+the operations that it joins. Gradients are theirs in either case.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlx_rgemma.ops.rg_lru import NORMAL, PADDING, RESET, rg_lru
 MAX_STEPS = 8
 """Tokens a row of one launch, and rows times tokens of one threadgroup."""
 
-BLOCKS = range(8, 257)
+BLOCKS = range(1, 257)
 TAPS = range(2, 9)
 
 _ALL_NORMAL = mx.array([NORMAL], mx.uint8)
