@@ -5,10 +5,9 @@
 
 #define UNROLL _Pragma("clang loop unroll(full)")
 
-// 1 / (1 + exp(-x)) without overflow.
+// exp(-x) may overflow: 1 / infinity is the 0 that it should be.
 METAL_FUNC float sigmoid(float x) {
-  const float e = metal::precise::exp(-metal::abs(x));
-  return (x >= 0.0f ? 1.0f : e) / (1.0f + e);
+  return 1.0f / (1.0f + metal::precise::exp(-x));
 }
 
 // log(1 + exp(x)) to float32's full relative precision, also where exp(x) is lost beside 1.
@@ -32,12 +31,13 @@ METAL_FUNC float softplus(float x) {
 // has no expm1: there it is the Taylor series of 1 - exp(z) at z = 2 log_a.
 METAL_FUNC float one_minus_square(float log_a, float a) {
   const float z = 2.0f * log_a;
-  float series = 1.0f + z / 8.0f;
-  series = 1.0f + z / 7.0f * series;
-  series = 1.0f + z / 6.0f * series;
-  series = 1.0f + z / 5.0f * series;
-  series = 1.0f + z / 4.0f * series;
-  series = 1.0f + z / 3.0f * series;
-  series = 1.0f + z / 2.0f * series;
+  float series = 1.0f / 40320.0f;
+  series = series * z + 1.0f / 5040.0f;
+  series = series * z + 1.0f / 720.0f;
+  series = series * z + 1.0f / 120.0f;
+  series = series * z + 1.0f / 24.0f;
+  series = series * z + 1.0f / 6.0f;
+  series = series * z + 1.0f / 2.0f;
+  series = series * z + 1.0f;
   return z > -0.5f ? -z * series : 1.0f - a * a;
 }

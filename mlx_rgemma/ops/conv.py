@@ -235,14 +235,14 @@ _MODEL = (1, 2048, 2560)
 def _example(
     dtype: mx.Dtype, taps: int, shape: tuple[int, int, int] = _TINY
 ) -> tuple[mx.array, ...]:
-    """Documents shorter than the taps, rows without a token and shorter than the taps."""
+    """Documents of five tokens; rows without a token, and of fewer than the taps."""
     batch, length, width = shape
     return (
         kernels.sample(shape, dtype, 0),
         kernels.sample((width, taps, 1), dtype, 1),
         kernels.sample((width,), dtype, 2),
         kernels.sample((batch, taps - 1, width), dtype, 3),
-        (mx.arange(batch * length) % 71 % 70).reshape(batch, length),
+        (mx.arange(length) + mx.arange(batch)[:, None]) % 5,
         mx.array([length, 0, 1, 2, 3, 140, 71, length][:batch]),
     )
 
