@@ -17,6 +17,9 @@ MODES = {
 }
 """Group sizes and bits of each mode; the first of each is its default."""
 
+PACKED_TOGETHER = 32
+"""Weights that MLX packs in one go, also where a group is smaller."""
+
 READ_ONLY_BITS = (1,)
 """Affine bits that MLX runs and `convert` does not offer: too coarse for this model."""
 
@@ -87,8 +90,8 @@ class Quantization:
         return None
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether the rows of a matrix are a whole number of groups."""
-        return shape[-1] % self.group_size == 0
+        """Whether MLX can quantize a matrix: its rows must be a whole number of groups."""
+        return shape[-1] % max(self.group_size, PACKED_TOGETHER) == 0
 
     def packed(self, path: str, shape: tuple[int, ...], dtype: str) -> tuple[TensorInfo, ...]:
         """The tensors of a quantized matrix.

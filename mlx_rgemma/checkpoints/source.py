@@ -49,6 +49,8 @@ def locate(path_or_repo: str | os.PathLike[str] | None, revision: str | None = N
     """
     if path_or_repo is None:
         return Source(EMBEDDED)
+    if not os.fspath(path_or_repo):
+        raise CheckpointError("the path of the model is empty.")
     folder = Path(path_or_repo).expanduser()
     if os.path.lexists(folder):
         return Source(folder)

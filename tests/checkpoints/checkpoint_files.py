@@ -13,11 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 from conftest import GOLDEN
+from measure_embedded import STORIES
 
 CONFIG, SINGLE = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
-STORIES = (Path(__file__).parent / "unseen_stories.txt").read_text().strip().split("\n\n")
-"""Short stories written for these tests; no model was trained on them."""
 
 GEMMA_LIKE = {
     "normalization_rule_name": "identity",
