@@ -126,11 +126,10 @@ def _examine(kernel: Kernel, variant: tuple[Any, ...], timing: str, repeat: int)
                 plain_ms = _milliseconds(kernel.reference, arguments, repeat)
     except Exception as exception:  # a compiler or a driver may raise anything
         shapes, reason = "", f"{type(exception).__name__}: {exception}"
-    words = ", ".join(str(part).removeprefix("mlx.core.") for part in variant)
     return Row(
         name=kernel.name,
         file=kernel.file,
-        variant=words,
+        variant=kernels.words(variant),
         shapes=shapes,
         error=error,
         allowed=allowed,

@@ -128,7 +128,7 @@ class Kernel:
             self.verdicts[variant] = fault = self._try(variant)
             if fault:
                 warnings.warn(
-                    f"Metal kernel {self.file} {_words(variant)} is switched off: {fault}."
+                    f"Metal kernel {self.file} ({words(variant)}) is switched off: {fault}."
                     " Plain MLX operations are used instead, which are slower."
                     " `python -m mlx_rgemma.selftest` shows more.",
                     RuntimeWarning,
@@ -365,8 +365,9 @@ def _largest(array: mx.array) -> float:
     return float(mx.abs(array).max().item())  # type: ignore[arg-type]
 
 
-def _words(variant: Iterable[Any]) -> str:
-    return "(" + ", ".join(str(part).removeprefix("mlx.core.") for part in variant) + ")"
+def words(variant: Iterable[Any]) -> str:
+    """A variant as people write it: ``bfloat16, 256``."""
+    return ", ".join(str(part).removeprefix("mlx.core.") for part in variant)
 
 
 def _first_line(error: Exception) -> str:

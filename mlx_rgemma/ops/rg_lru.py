@@ -292,11 +292,13 @@ def _example(
     batch, length, width = shape
     kind = (mx.arange(batch * length).reshape(batch, length) % 70 == 69).astype(mx.uint8)
     padded = mx.arange(length) >= length - 10 * mx.arange(batch)[:, None]
+    # From a memory without end (a = 1) over thousands of tokens to a few.
+    a_param = mx.where(mx.arange(width) == 0, -40.0, mx.arange(width) % 16 - 11.0)
     return (
         kernels.sample(shape, x_dtype, 0),
         kernels.sample(shape, gate_dtype, 1),
         kernels.sample(shape, gate_dtype, 2) - 2,
-        kernels.sample((width,), x_dtype, 3) - 2,
+        a_param.astype(x_dtype),
         kernels.sample((batch, width), mx.float32, 4),
         mx.where(padded, mx.array(PADDING, mx.uint8), kind),
         kernels.sample((width,), x_dtype, 5),

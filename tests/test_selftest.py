@@ -1,0 +1,88 @@
+"""The selftest command: what it prints, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import metal_cpu
+import mlx.core as mx
+import pytest
+
+from mlx_rgemma import selftest
+from mlx_rgemma.ops import kernels
+
+needs_compiler = pytest.mark.skipif(
+    metal_cpu.compiler()[0] is None, reason=f"kernels not executed: {metal_cpu.compiler()[1]}"
+)
+needs_no_metal = pytest.mark.skipif(mx.metal.is_available(), reason="this machine has Metal")
+
+
+@pytest.fixture(autouse=True)
+def built_anew():
+    kernels.forget()
+    yield
+    kernels.forget()
+
+
+@needs_no_metal
+def test_without_metal_it_says_so_and_succeeds(capsys):
+    assert selftest.main([]) == 0
+    out = capsys.readouterr().out
+    assert "kernels not run: no Metal on this machine" in out
+    for kernel in kernels.registered():
+        assert kernel.name in out
+
+
+@needs_no_metal
+def test_without_metal_json_has_the_reason(capsys):
+    assert selftest.main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["not_run"] == "no Metal on this machine"
+    assert "rg_lru" in found["kernels"]
+
+
+@needs_compiler
+def test_kernels_are_compared_and_timed(capsys):
+    with metal_cpu.executed():
+        command = ["--kernel", "rg_lru", "linear_scan", "--timing", "example", "--repeat", "1"]
+        assert selftest.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("mlx_rgemma ")
+    assert lines[1].split() == [
+        *("kernel", "variant", "shape", "error", "allowed"),
+        *("kernel", "ms", "plain", "ms", "state"),
+    ]
+    rows = [line for line in lines[2:] if line.startswith(("rg_lru ", "linear_scan "))]
+    assert len(rows) == len(lines) - 2 == 8
+    assert all(row.endswith("agrees") and "2x150x35" in row and " - " not in row for row in rows)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "old, new, reason",
+    [("all *= a;", "", "y is off by"), ("float h =", "float h", "does not compile")],
+    ids=["wrong", "illegal"],
+)
+def test_a_kernel_that_fails_makes_it_fail(capsys, monkeypatch, old, new, reason):
+    original = kernels.source
+    monkeypatch.setattr(kernels, "source", lambda file: original(file).replace(old, new))
+    with metal_cpu.executed():
+        assert selftest.main(["--kernel", "rg_lru", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["not_run"] is None
+    assert {row["state"] for row in found["kernels"]} == {"off"}
+    assert all(reason in row["reason"] for row in found["kernels"])
+
+
+def test_an_unknown_kernel_is_named(capsys):
+    assert selftest.main(["--kernel", "flash"]) == 1
+    assert "--kernel: found 'flash', expected one of" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-W", "error", "-m", "mlx_rgemma.selftest"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "mlx_rgemma" in result.stdout
+    assert not result.stderr
