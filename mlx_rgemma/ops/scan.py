@@ -155,12 +155,14 @@ def _scan_steps(x: mx.array, a: mx.array, h0: mx.array | None, reverse: bool) ->
 # The fused form. Its backward pass starts from the state before each `SEGMENT` steps, which the
 # forward pass leaves behind, and so keeps the inputs alone.
 
-SEGMENT = 64
+SEGMENT = 32
 FORWARD_STEPS, BACKWARD_STEPS = 8, 4
-SPLITS = 16
+SPLITS = 8
 """Simdgroups of a threadgroup, at most; each takes that many steps in registers at a time.
 ``SPLITS * BACKWARD_STEPS == SEGMENT``: a backward tile begins where the forward pass left a state.
-512 threads leave each the 100 registers that the backward pass of the RG-LRU wants."""
+At 256 threads the 80 threadgroups of the 2B model fit the cores of a large GPU all at once, two to
+a core: one loads while the other waits at its barrier. The exchange costs SPLITS / STEPS rounds an
+element."""
 
 _NO_RESET = mx.array([False])
 

@@ -22,15 +22,15 @@ from mlx_rgemma import ops
 
 pytestmark = needs_compiler
 
-# A simdgroup takes 8 steps and a tile 128, backward 4 and 64; a simdgroup has 32 channels.
+# A simdgroup takes 8 steps and a tile 64, backward 4 and 32; a simdgroup has 32 channels.
 SHAPES = [
     (1, 1, 1),
     (3, 1, 40),
     (1, 5, 32),
-    (2, 63, 33),
-    (2, 65, 5),
-    (1, 128, 31),
-    (2, 130, 37),
+    (2, 31, 33),
+    (2, 33, 5),
+    (1, 64, 31),
+    (2, 66, 37),
     (1, 300, 3),
 ]
 DIFFERENTIABLE = ("x", "input_gate", "recurrent_gate", "a_param", "h0", "bias_i", "bias_r")
@@ -228,14 +228,14 @@ def test_each_element_is_loaded_once_and_stored_once():
             assert traffic[name].loads == traffic[name].elements_loaded == 256 * 64, name
         for name in stored:
             assert traffic[name].stores == traffic[name].elements_stored == 256 * 64, name
-    # The states for the backward pass: 1/16 byte an element beside 8.
-    assert forward["entry"].bytes_written == 256 * 64 / 16
+    # The states for the backward pass: 1/8 byte an element beside 8.
+    assert forward["entry"].bytes_written == 256 * 64 / 8
 
 
 def test_one_threadgroup_memory_fits():
     with executed("checked") as launches:
         run(inputs((1, 130, 3)))
-    assert all(launch.counters.threadgroup_bytes <= 16384 for launch in launches)
+    assert all(launch.counters.threadgroup_bytes <= 8192 for launch in launches)
 
 
 def test_shapes_that_do_not_agree_are_named():
