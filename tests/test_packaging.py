@@ -67,7 +67,7 @@ def test_the_wheel_declares_its_commands(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
         commands = archive.read(name).decode()
-    for command in ("generate", "convert", "selftest"):
+    for command in ("generate", "convert", "launches", "selftest"):
         assert f"mlx_rgemma.{command} = mlx_rgemma.{command}:main" in commands
 
 

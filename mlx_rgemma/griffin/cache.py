@@ -211,9 +211,9 @@ class AttentionCache(_StateCache):
     def ring(self) -> Ring:
         return Ring(self.kv, self.head)
 
-    def append(self, k: mx.array, v: mx.array) -> None:
-        """Write the keys and values of a call: (B, 1, L, head_dim) each, k rotated."""
-        self.write(mx.concatenate([k, v], axis=1))
+    @ring.setter
+    def ring(self, ring: Ring) -> None:
+        self.kv, self.head = ring
 
     def write(self, kv: mx.array) -> None:
         """Write the keys and values of a call: (B, 2, L, head_dim)."""
@@ -230,13 +230,7 @@ class AttentionCache(_StateCache):
             self.kv = mx.contiguous(kv[:, :, length - slots :])
             self.head = 0
         else:
-            end = self.head + length
-            if end <= slots:
-                self.kv[:, :, self.head : end] = kv
-            else:
-                self.kv[:, :, self.head :] = kv[:, :, : slots - self.head]
-                self.kv[:, :, : end - slots] = kv[:, :, slots - self.head :]
-            self.head = end % slots
+            self.kv, self.head = self.ring.appended(kv)
 
     @property
     def nbytes(self) -> int:

@@ -19,15 +19,14 @@ from mlx_rgemma.ops import (
     RecurrentWeights,
     add_rms_norm,
     add_to_stream,
-    apply_rotary,
     block_diagonal,
     causal_conv1d,
     gated_gelu,
+    local_attention,
     recurrent_step,
     rg_lru,
-    ring_attention,
+    ring_step,
     rms_norm,
-    windowed_attention,
 )
 
 
@@ -158,16 +157,14 @@ class LocalAttentionBlock(SharedInputBlock):
         q, k, v = self.project(x)
         q = q.reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
         k, v = k[:, None], v[:, None]
-        q = apply_rotary(q, layout.cos, layout.sin)
-        k = apply_rotary(k, layout.cos, layout.sin)
+        ring = None if cache is None or layout.fresh else cache.ring
+        place = {"window": self.window, "reach": layout.reach, "ring": ring}
         if cache is not None and layout.one_step:
-            cache.append(k, v)
-            out = ring_attention(q, cache.ring, window=self.window, reach=layout.reach)
+            out, cache.ring = ring_step(q, k, v, layout.cos, layout.sin, **place)
         else:
-            ring = None if cache is None or layout.fresh else cache.ring
-            out = windowed_attention(q, k, v, window=self.window, reach=layout.reach, ring=ring)
+            out, kv = local_attention(q, k, v, layout.cos, layout.sin, **place)
             if cache is not None:
-                cache.append(k, v)
+                cache.write(kv)
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCach
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.layout import TokenLayout
-from mlx_rgemma.ops import rotary_frequencies, soft_cap
+from mlx_rgemma.ops import forward_only, rotary_frequencies, soft_cap
 
 
 class Griffin(nn.Module):
@@ -81,7 +82,10 @@ class Model(nn.Module):
             ValueError: If the tokens, positions or cache have the wrong shape.
         """
         self._check(tokens, cache, segment_pos)
-        x = self.model(tokens, cache, segment_pos)
+        # A model in evaluation mode that continues a state generates: no gradient is asked for.
+        generating = cache is not None and not self.training
+        with forward_only() if generating else nullcontext():
+            x = self.model(tokens, cache, segment_pos)
         logits = self.model.embed_tokens.as_linear(x)
         cap = self.args.logits_soft_cap
         return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)

@@ -12,6 +12,7 @@ from mlx_rgemma.ops.attention import (
 )
 from mlx_rgemma.ops.conv import causal_conv1d
 from mlx_rgemma.ops.elementwise import add_to_stream, gated_gelu, soft_cap
+from mlx_rgemma.ops.fused import forward_only
 from mlx_rgemma.ops.gates import block_diagonal
 from mlx_rgemma.ops.norm import add_rms_norm, rms_norm
 from mlx_rgemma.ops.rg_lru import rg_lru, step_kinds
@@ -28,6 +29,7 @@ __all__ = [
     "apply_rotary",
     "block_diagonal",
     "causal_conv1d",
+    "forward_only",
     "gated_gelu",
     "linear_scan",
     "local_attention",

@@ -94,7 +94,8 @@ def local_attention(
         ValueError: If the shapes do not agree.
     """
     if q.shape[2] == 1 and ring is not None:
-        return ring_step(q, k, v, cos, sin, ring, window=window, reach=reach)
+        out, appended = ring_step(q, k, v, cos, sin, ring, window=window, reach=reach)
+        return out, appended.kv[:, :, ring.head : ring.head + 1]
     _check("local_attention", q, k, v, reach, ring, cos, sin)
     q, kv = _rotary(q, k, v, cos, sin)
     return _window(q, kv, ring, window, reach), kv
@@ -110,7 +111,7 @@ def ring_step(
     *,
     window: int,
     reach: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, Ring]:
     """Attention of one token a row over the ring as it was before that token, and the token.
 
     Keys carry their rotation, so the ring is read as it lies.
@@ -124,8 +125,8 @@ def ring_step(
         reach: (1 or B, 1), int32. ``min(window, position)``; None when the whole window is there.
 
     Returns:
-        ``(out, kv)``: (B, H, 1, head_dim) in the dtype of `q`, and what belongs into slot
-        ``ring.head``, the rotated key and the value, (B, 2, 1, head_dim).
+        ``(out, ring)``: (B, H, 1, head_dim) in the dtype of `q`, and the ring with the token in
+        place of the oldest; in the same memory, once nobody holds the ring that was given.
 
     Raises:
         ValueError: If the shapes do not agree.
@@ -134,7 +135,8 @@ def ring_step(
     head = ring.head
 
     def plain(q, k, v, cos, sin, kv, *reach):
-        return plain_step(q, k, v, cos, sin, Ring(kv, head), window, *(reach or (None,)))
+        out, appended = plain_step(q, k, v, cos, sin, Ring(kv, head), window, *(reach or (None,)))
+        return out, appended.kv[:, :, head : head + 1]
 
     def launch(q, k, v, cos, sin, kv, *reach):
         return launch_ring(q, k, v, cos, sin, kv, head, window, *(reach or (None,)))
@@ -142,9 +144,8 @@ def ring_step(
     arrays = [q, k, v, cos, sin, ring.kv, *([] if reach is None else [reach])]
     if supported(q, k, v, ring.kv) and RING.usable(q.dtype, q.shape[-1]):
         out, kv = run_fused(launch, plain, *arrays)
-    else:
-        out, kv = plain(*arrays)
-    return out, kv
+        return out, ring.appended(kv)
+    return plain_step(q, k, v, cos, sin, ring, window, reach)
 
 
 def ring_attention(

@@ -31,10 +31,19 @@ class Ring(NamedTuple):
         return mx.concatenate([self.kv[:, :, self.head :], self.kv[:, :, : self.head]], axis=2)
 
     def appended(self, kv: mx.array) -> Ring:
-        """A ring with one more token, (B, 2, 1, head_dim), in place of the oldest."""
-        before, after = self.kv[:, :, : self.head], self.kv[:, :, self.head + 1 :]
-        head = (self.head + 1) % self.kv.shape[2]
-        return Ring(mx.concatenate([before, kv, after], axis=2), head)
+        """A ring with more tokens, (B, 2, L, head_dim), in place of the oldest.
+
+        At most as many as the ring has slots. Written in place where nobody else holds the array.
+        """
+        length, slots = kv.shape[2], self.kv.shape[2]
+        ring = self.kv[...]  # a handle of its own: what is assigned to it reaches no other
+        end = self.head + length
+        if end <= slots:
+            ring[:, :, self.head : end] = kv
+        else:
+            ring[:, :, self.head :] = kv[:, :, : slots - self.head]
+            ring[:, :, : end - slots] = kv[:, :, slots - self.head :]
+        return Ring(ring, end % slots)
 
 
 def plain_window(
@@ -100,14 +109,15 @@ def plain_step(
     ring: Ring,
     window: int,
     reach: mx.array | None,
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, Ring]:
     """`ring_step`: rotate, put the token into the ring, attend to the ring as it then lies."""
     q, kv = plain_rotary(q, k, v, cos, sin)
+    appended = ring.appended(kv)
     if ring.kv.shape[2] > window:
-        held = ring.appended(kv)
-    else:  # the oldest slot is still seen
+        held = appended
+    else:  # the slot that the token takes is still seen
         held = Ring(mx.concatenate([ring.in_order(), kv], axis=2), 0)
-    return plain_ring(q, held, window, reach), kv
+    return plain_ring(q, held, window, reach), appended
 
 
 def _band(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -49,6 +50,8 @@ def run_fused(launch: ArrayFunction, plain: ArrayFunction, *arrays: mx.array) ->
         plain: The same in plain MLX operations.
         arrays: Inputs. Integer ones have a gradient of zero.
     """
+    if _State.forward_only:
+        return list(launch(*arrays))
     fused = custom_function(lambda *inputs: list(launch(*inputs)))
 
     @fused.vjp
@@ -75,5 +78,9 @@ def run_fused(launch: ArrayFunction, plain: ArrayFunction, *arrays: mx.array) ->
     return list(fused(*arrays))
 
 
-class _State:
+class _Local(threading.local):
     forward_only = False
+
+
+_State = _Local()
+"""Of each thread: a server may generate in one while another trains."""
