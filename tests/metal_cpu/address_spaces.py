@@ -1,8 +1,8 @@
 """Pointers that change their address space, found by reading the text: no compiler needed.
 
-In C++ an address space is nothing, so a C++ compiler accepts what Metal rejects. clang can be told that it
-is part of the type (`type_check`); this reads what can be read without it: what a pointer is initialised
-with, and what a function is called with.
+In C++ an address space is nothing, so a C++ compiler accepts what Metal rejects. clang can be told
+that it is part of the type (`type_check`); this reads what can be read without it: what a pointer
+is initialised with, and what a function is called with.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ _FUNCTION = re.compile(
 _NOT_FUNCTIONS = {"if", "for", "while", "switch", "return", "sizeof", "decltype"}
 _POINTER = re.compile(rf"{_SPACE}[^;(){{}}=]*?[*&]\s*(?:const\s+|restrict\s+)?(\w+)\s*=\s*([^;]*);")
 _INFERRED = re.compile(r"\bauto\s*[*&]?\s*(\w+)\s*=\s*([^;]*);")
-_LOCAL_ARRAY = re.compile(r"(?<=[;{}])\s*(?:const\s+)?[A-Za-z_]\w*(?:<[^;{}]*>)?\s+(\w+)\s*\[[^;=]*\]\s*[;=]")
+_LOCAL_ARRAY = re.compile(
+    r"(?<=[;{}])\s*(?:const\s+)?[A-Za-z_]\w*(?:<[^;{}]*>)?\s+(\w+)\s*\[[^;=]*\]\s*[;=]"
+)
 # An expression whose address space is that of the name in it: p, p + 1, &p[1], p[1].
-_REFERENCE = re.compile(r"\s*(?P<address>&?)\s*(?P<name>[A-Za-z_]\w*)\s*(?P<index>\[.*\])?\s*(?:[-+].*)?", re.S)
+_REFERENCE = re.compile(
+    r"\s*(?P<address>&?)\s*(?P<name>[A-Za-z_]\w*)\s*(?P<index>\[.*\])?\s*(?:[-+].*)?", re.S
+)
 
 
 class _Function(NamedTuple):
@@ -133,7 +137,9 @@ def _wrong_arguments(
                 if space is None or "*" not in parameter or actual is None:
                     continue
                 if actual != space.group(1):
-                    message = f"'{argument.strip()}' is {actual} memory, '{name}' wants {space.group(1)}"
+                    message = (
+                        f"'{argument.strip()}' is {actual} memory, '{name}' wants {space.group(1)}"
+                    )
                     yield call.start(), message
 
 

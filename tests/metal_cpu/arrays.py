@@ -44,7 +44,7 @@ def memory_of(array: mx.array) -> Strided:
     view = _view(array)
     if view.size == 0:
         return Strided(view.reshape(-1), 0, (0,) * view.ndim)
-    steps = [(n - 1) * s for n, s in zip(view.shape, view.strides)]
+    steps = [(n - 1) * s for n, s in zip(view.shape, view.strides, strict=True)]
     before = -sum(step for step in steps if step < 0)
     after = sum(step for step in steps if step > 0) + view.itemsize
     span = (ctypes.c_char * (before + after)).from_address(view.ctypes.data - before)
@@ -61,8 +61,8 @@ def to_mlx(values: np.ndarray[Any, Any], shape: tuple[int, ...], dtype: mx.Dtype
 def empty_output(
     shape: tuple[int, ...], dtype: mx.Dtype, value: Any = None
 ) -> np.ndarray[Any, Any]:
-    """Memory for an output: full of `value`, or of ones in every bit (NaN) where nobody may read."""
-    output = np.empty(shape, NUMPY_TYPES[dtype])
+    """Memory for an output: full of `value`, or with every bit set, which is NaN."""
+    output: np.ndarray[Any, Any] = np.empty(shape, NUMPY_TYPES[dtype])
     if value is None:
         output.reshape(-1).view(np.uint8)[...] = 0xFF
     else:

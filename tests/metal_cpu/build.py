@@ -1,7 +1,7 @@
 """Compile a kernel's source to a shared library, once.
 
-A kernel's library is linked with the runtime's, which lies beside it in the cache. With g++ the headers that
-every kernel includes are compiled in advance.
+A kernel's library is linked with the runtime's, which lies beside it in the cache. With g++ the
+headers that every kernel includes are compiled in advance.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from .toolchain import (
     make,
     required_compiler,
     run_compiler,
+    write_text,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -110,7 +112,7 @@ def _runtime_library(found: Compiler) -> Path:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             parts = list(pool.map(compile_part, [f for f in files if f.suffix == ".cpp"]))
-        link_command = [*found.command, "-shared", *parts, "-o", str(out), "-ldl"]
+        link_command = [*found.command, "-shared", *parts, "-o", str(out), "-ldl", "-lrt"]
         run_compiler([*link_command, f"-Wl,-soname,{path.name}"])
 
     return make(path, compile_runtime)
@@ -122,14 +124,14 @@ def _prelude(found: Compiler, checked: bool) -> Path:
     flags = found.flags(checked)
     headers = sorted(f for f in STDLIB.rglob("*") if f.is_file())
     texts = [f.read_text() for f in headers]
-    key = digest(*texts, mx.__version__, *INCLUDE_FLAGS, *found.command, found.version, *flags)
+    key = digest(*texts, version("mlx"), *INCLUDE_FLAGS, *found.command, found.version, *flags)
     path = cache_directory() / f"prelude-{key}.h"
 
     def compile_prelude(scratch: Path, out: Path) -> None:
         command = [*found.command, *flags, *INCLUDE_FLAGS, "-x", "c++-header", str(path)]
         run_compiler([*command, "-o", str(out)])
 
-    make(path, lambda _, out: out.write_text(PRELUDE) and None)
+    make(path, write_text(PRELUDE))
     if found.family == "gcc":
         make(path.with_suffix(".h.gch"), compile_prelude)
     return path
@@ -153,8 +155,8 @@ MTL_EXPORT void mtl_entry(void** buffers, const mtl_thread* self) {{
 
 def _argument(position: int, parameter: Parameter) -> str:
     kind = f"mtl_signature::argument<{position}>"
-    if parameter.index is not None:
-        return f"mtl::buffer<{kind}>::from(buffers[{parameter.index}])"
+    if parameter.is_buffer:
+        return f"mtl::buffer<{kind}>::from(buffers[{parameter.slot}])"
     if parameter.field in VECTOR_FIELDS:
         return f"mtl::position<{kind}>(self->{parameter.field})"
     return f"{kind}(self->{parameter.field})"

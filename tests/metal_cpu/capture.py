@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 # Kept from before anything replaces it: captures must always reach MLX's own function.
-mlx_metal_kernel = mx.fast.metal_kernel
+mlx_metal_kernel: Callable[..., Any] = mx.fast.metal_kernel
 
 Triple = tuple[int, int, int]
 
@@ -35,7 +35,7 @@ class KernelDefinition:
 
     def build(self) -> Callable[..., Any]:
         """MLX's own kernel object for this definition."""
-        return mlx_metal_kernel(
+        kernel: Callable[..., Any] = mlx_metal_kernel(
             name=self.name,
             input_names=list(self.input_names),
             output_names=list(self.output_names),
@@ -44,6 +44,7 @@ class KernelDefinition:
             ensure_row_contiguous=self.ensure_row_contiguous,
             atomic_outputs=self.atomic_outputs,
         )
+        return kernel
 
 
 class ShapeInfo(NamedTuple):

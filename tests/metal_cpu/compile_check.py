@@ -1,6 +1,7 @@
 """What a C++ compiler can say about a kernel without running it: errors, recursion, use of nothing.
 
-In this pass a float does not become a bfloat unasked, as in Metal, and no function vanishes into another.
+In this pass a float does not become a bfloat unasked, as in Metal, and no function vanishes into
+another.
 """
 
 from __future__ import annotations
@@ -28,13 +29,19 @@ def compile_findings(found: Compiler, source: str, instance: str) -> list[Findin
         source: the generated text.
         instance: the expression that names the kernel function.
     """
-    text = f'{PRELUDE}#line 1 "{KERNEL_FILE}"\n{for_execution(source)}\nauto mtl_kernel = &{instance};\n'
+    text = f'{PRELUDE}#line 1 "{KERNEL_FILE}"\n{for_execution(source)}\n'
+    text += f"auto mtl_kernel = &{instance};\n"
     with tempfile.TemporaryDirectory() as scratch:
         cpp = Path(scratch) / "kernel.cpp"
         cpp.write_text(text)
         command = [*found.command, *_FLAGS, *_DEFINES, *_WARNINGS, *INCLUDE_FLAGS, "-S", str(cpp)]
         if found.family == "gcc":
-            command += ["-fsingle-precision-constant", "-fcallgraph-info", "-o", f"{scratch}/kernel.s"]
+            command += [
+                "-fsingle-precision-constant",
+                "-fcallgraph-info",
+                "-o",
+                f"{scratch}/kernel.s",
+            ]
         else:
             command += ["-Xclang", "-cl-single-precision-constant", "-Wno-everything", *_WARNINGS]
             command += ["-emit-llvm", "-o", f"{scratch}/kernel.ll"]
@@ -47,7 +54,9 @@ def compile_findings(found: Compiler, source: str, instance: str) -> list[Findin
         else:
             graph, lines = _llvm_calls((Path(scratch) / "kernel.ll").read_text())
     for function in sorted(recursive(graph)):
-        findings.append(finding("recursion, which Metal does not have", lines.get(function, 0), source))
+        findings.append(
+            finding("recursion, which Metal does not have", lines.get(function, 0), source)
+        )
     return findings
 
 
@@ -84,7 +93,7 @@ def recursive(graph: dict[str, set[str]]) -> set[str]:
 
 
 def _gcc_calls(graph: str) -> tuple[dict[str, set[str]], dict[str, int]]:
-    """Calls between the kernel's functions, from `-fcallgraph-info`, and the line of each function."""
+    """Calls between the kernel's functions, and the line of each: from `-fcallgraph-info`."""
     place = rf'node: {{ title: "(.*?)" label: "[^"]*?\\n{re.escape(KERNEL_FILE)}:(\d+):'
     lines = {name: int(line) for name, line in re.findall(place, graph)}
     calls: dict[str, set[str]] = {name: set() for name in lines}

@@ -1,7 +1,7 @@
-"""The same kernel text as CUDA: NVIDIA's compiler reads it with other eyes, and an NVIDIA GPU can run it.
+"""The same kernel text as CUDA: another compiler's eyes, and an NVIDIA GPU can run it.
 
-`translate` makes a CUDA source from a captured Metal source. `compile_cuda` compiles it with NVRTC or nvcc,
-whichever is installed; neither needs a GPU.
+`translate` makes a CUDA source from a captured Metal source. `compile_cuda` compiles it with NVRTC
+or nvcc, whichever is installed; neither needs a GPU.
 
 Environment:
     MLX_RGEMMA_NVRTC: the path of libnvrtc, where the usual places do not have it.
@@ -72,8 +72,8 @@ def translate(source: str, function: str, instance: str = "") -> str:
     """
     params = parameters(source, function)
     instance = instance or function
-    buffers = [p for p in params if p.index is not None]
-    pointers = ", ".join(f"void* buffer{p.index}" for p in buffers)
+    buffers = [p for p in params if p.is_buffer]
+    pointers = ", ".join(f"void* buffer{p.slot}" for p in buffers)
     arguments = ", ".join(_argument(i, p) for i, p in enumerate(params))
     kernel = re.sub(rf"\bvoid\s+{function}\s*\(", f"__device__ void {function}(", for_cuda(source))
     return f"""#include "metal_on_cuda.h"
@@ -107,18 +107,18 @@ def compile_cuda(text: str, source: str, architecture: str = "90") -> bytes:
 
 def _argument(position: int, parameter: Parameter) -> str:
     kind = f"mtl_signature::argument<{position}>"
-    if parameter.index is not None:
-        return f"mtl::buffer<{kind}>::from(buffer{parameter.index})"
+    if parameter.is_buffer:
+        return f"mtl::buffer<{kind}>::from(buffer{parameter.slot})"
     if parameter.field in VECTOR_FIELDS:
         return f"mtl::position<{kind}>({parameter.field})"
-    return f"{kind}({_FIELDS[str(parameter.field)]})"
+    return f"{kind}({_FIELDS[parameter.field]})"
 
 
 def _thread_fields(params: list[Parameter]) -> str:
     lines = ""
     for field in dict.fromkeys(p.field for p in params):
         if field in VECTOR_FIELDS:
-            values = ", ".join(_FIELDS[str(field)].format(axis) for axis in "xyz")
+            values = ", ".join(_FIELDS[field].format(axis) for axis in "xyz")
             lines += f"  const uint32_t {field}[3] = {{{values}}};\n"
     return lines
 

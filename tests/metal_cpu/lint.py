@@ -43,7 +43,7 @@ def lint(source: str, portable: bool = False) -> list[Finding]:
 
     Args:
         source: the generated text.
-        portable: also ask for what this project's kernels promise: that the text means the same as CUDA.
+        portable: also ask for what makes the text mean the same as CUDA.
     """
     text = without_instantiations(strip_comments(source))
     rules = _FORBIDDEN + (_NOT_PORTABLE if portable else [])

@@ -21,6 +21,7 @@ from .toolchain import KERNEL_FILE
 
 ORDERS = ("forward", "reverse", "random")
 ROLES = {"input": 0, "output": 1, "initialised output": 2}
+MAX_THREADS = 1024
 _FUNCTION_CONSTANTS = 512
 _lock = threading.Lock()  # the runtime runs one launch at a time
 
@@ -97,6 +98,24 @@ class Result:
     accepted: tuple[Finding, ...]  # findings that the caller allowed
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a grid is run; `executed` documents each."""
+
+    checked: bool = False
+    order: str = "forward"
+    seed: int = 0
+    strict: bool = True
+    flush_denormals: bool = False
+    allow: tuple[str, ...] = ()
+    time_limit_s: int = 120
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            expected = ", ".join(ORDERS)
+            raise ValueError(f"order: found '{self.order}', expected one of {expected}")
+
+
 class _Buffer(ctypes.Structure):
     _fields_ = [
         ("host", ctypes.c_void_p),
@@ -122,6 +141,7 @@ class _Launch(ctypes.Structure):
         ("checked", ctypes.c_uint32),
         ("strict", ctypes.c_uint32),
         ("flush_denormals", ctypes.c_uint32),
+        ("seconds", ctypes.c_uint32),
     ]
 
 
@@ -151,14 +171,9 @@ def run(
     buffers: Sequence[Buffer],
     grid: Triple,
     threadgroup: Triple,
+    options: RunOptions,
     *,
-    checked: bool = False,
-    order: str = "forward",
-    seed: int = 0,
-    strict: bool = True,
-    flush_denormals: bool = False,
     function_constants: Mapping[int, int | float] | None = None,
-    allow: Sequence[str] = (),
     name: str = "kernel",
 ) -> Result:
     """Run a grid of threads.
@@ -168,48 +183,32 @@ def run(
         buffers: one for each buffer parameter, in the order of the signature.
         grid: threads in each dimension; threadgroups at its end may be smaller.
         threadgroup: threads of a threadgroup in each dimension.
-        checked: report races, stray accesses, unwritten outputs and the like.
-        order: of the threads: `forward`, `reverse` or `random`.
-        seed: of the random order.
-        strict: a simdgroup operation that not all lanes reach is an error.
-        flush_denormals: float results too small for a normal number become zero.
+        options: order of the threads, checks, limits.
         function_constants: values by index.
-        allow: findings whose message contains one of these are accepted.
         name: the kernel's name, for messages.
 
     Raises:
         KernelError: with everything that was found.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order: found '{order}', expected one of {', '.join(ORDERS)}")
-    slots = [p for p in library.parameters if p.index is not None]
+    slots = [p for p in library.parameters if p.is_buffer]
     if len(slots) != len(buffers):
         message = f"found {len(buffers)} buffers, the signature has {len(slots)}"
         raise KernelError(name, [Finding(message)])
-    group: Triple = tuple(max(min(g, t), 1) for g, t in zip(grid, threadgroup))  # type: ignore[assignment]
-    _check_extents(name, grid, group)
-
+    group = _threadgroup(name, grid, threadgroup)
     described = (_Buffer * len(buffers))()
-    for slot, buffer in zip(slots, buffers):
-        array = buffer.array
-        described[slot.index] = _Buffer(
-            array.ctypes.data,
-            array.nbytes,
-            buffer.origin,
-            ROLES[buffer.role],
-            max(array.itemsize, 1),
-            slot.name.encode(),
-        )
+    for parameter, buffer in zip(slots, buffers, strict=True):
+        described[parameter.slot] = _describe(parameter.name, buffer)
     launch = _Launch(
         buffers=described,
         buffer_count=len(buffers),
         grid=(ctypes.c_uint32 * 3)(*grid),
         threadgroup=(ctypes.c_uint32 * 3)(*group),
-        order=ORDERS.index(order),
-        seed=seed,
-        checked=checked,
-        strict=strict,
-        flush_denormals=flush_denormals,
+        order=ORDERS.index(options.order),
+        seed=options.seed,
+        checked=options.checked,
+        strict=options.strict,
+        flush_denormals=options.flush_denormals,
+        seconds=options.time_limit_s,
     )
     kernel = _load(library.path)
     launch.entry = ctypes.cast(kernel.mtl_entry, ctypes.c_void_p)
@@ -224,26 +223,43 @@ def run(
         runtime.mtl_run(ctypes.byref(launch), traffic, ctypes.byref(counters))
         log = runtime.mtl_findings().decode()
     findings = _findings(log, library)
-    accepted = [f for f in findings if any(text in f.message for text in allow)]
+    accepted = [f for f in findings if any(text in f.message for text in options.allow)]
     refused = [f for f in findings if f not in accepted]
     if refused:
         raise KernelError(name, refused)
     counted = {}
-    for slot, buffer in zip(slots, buffers):
-        numbers = traffic[slot.index]
-        values = {field: getattr(numbers, field) for field, _ in _Traffic._fields_}
-        size = buffer.array.size
-        counted[slot.name] = Traffic(buffer.role, size, buffer.array.itemsize, **values)
-    values = {field: getattr(counters, field) for field, _ in _Counters._fields_}
-    return Result(Counters(**values), counted if checked else {}, tuple(accepted))
+    if options.checked:
+        for parameter, buffer in zip(slots, buffers, strict=True):
+            array, numbers = buffer.array, _fields(traffic[parameter.slot])
+            counted[parameter.name] = Traffic(buffer.role, array.size, array.itemsize, **numbers)
+    return Result(Counters(**_fields(counters)), counted, tuple(accepted))
 
 
-def _check_extents(name: str, grid: Triple, group: Triple) -> None:
-    threads = group[0] * group[1] * group[2]
-    if threads > 1024:
-        raise KernelError(name, [Finding(f"threadgroup of {threads} threads, 1024 is the most")])
+def _describe(name: str, buffer: Buffer) -> _Buffer:
+    array = buffer.array
+    return _Buffer(
+        array.ctypes.data,
+        array.nbytes,
+        buffer.origin,
+        ROLES[buffer.role],
+        max(array.itemsize, 1),
+        name.encode(),
+    )
+
+
+def _fields(numbers: ctypes.Structure) -> dict[str, int]:
+    return {field: getattr(numbers, field) for field, *_ in numbers._fields_}
+
+
+def _threadgroup(name: str, grid: Triple, threadgroup: Triple) -> Triple:
+    """The threadgroup as MLX dispatches it: never larger than the grid."""
+    x, y, z = (max(min(g, t), 1) for g, t in zip(grid, threadgroup, strict=True))
+    if x * y * z > MAX_THREADS:
+        message = f"threadgroup of {x * y * z} threads, {MAX_THREADS} is the most"
+        raise KernelError(name, [Finding(message)])
     if min(grid) < 0:
         raise KernelError(name, [Finding(f"grid {grid} is negative")])
+    return x, y, z
 
 
 @functools.cache
@@ -266,28 +282,26 @@ def _findings(log: str, library: Library) -> list[Finding]:
     for row in log.splitlines():
         kind, place, line, message = row.split("\t")
         if kind == "paths":
-            one, other = (_lines(path.split(","), library.path) for path in place.split("|"))
+            one, other = ([_place(o, library.path) for o in p.split(",")] for p in place.split("|"))
             if one == other:
                 continue  # one call in the source, copied by the compiler
         elif place != "0":
-            line = str(_lines([place], library.path)[0])
+            line = str(_place(place, library.path)[0])
         entry = finding(message, int(line), library.source)
         if entry not in found:
             found.append(entry)
     return found
 
 
-def _lines(offsets: Sequence[str], path: Path) -> list[int]:
-    """The kernel's line for each offset in its library: 0 where it has none."""
-    return [_line(offset, path) for offset in offsets if offset]
-
-
 @functools.cache
-def _line(offset: str, path: Path) -> int:
+def _place(offset: str, path: Path) -> tuple[int, str]:
+    """The kernel's line for an offset in its library (0: none), and which branch of that line."""
+    if not offset:
+        return 0, ""
     # The address after a call: one less lies within it.
     address = hex(int(offset, 16) - 1)
     result = subprocess.run(
         ["addr2line", "-i", "-e", str(path), address], capture_output=True, text=True
     )
-    match = re.search(rf"{re.escape(KERNEL_FILE)}:(\d+)", result.stdout)
-    return int(match.group(1)) if match else 0
+    match = re.search(rf"{re.escape(KERNEL_FILE)}:(\d+)(.*)", result.stdout)
+    return (int(match.group(1)), match.group(2)) if match else (0, "")

@@ -1,12 +1,13 @@
 """The textual edits that turn a Metal kernel into C++ (and CUDA), and its signature as data.
 
-The text stays MLX's own, line for line. Three things have no C++ spelling that a header could supply:
-variables in threadgroup memory, function constants, and attributes on parameters.
+The text stays MLX's own, line for line. Three things have no C++ spelling that a header could
+supply: variables in threadgroup memory, function constants, and attributes on parameters.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 # Metal attribute of a parameter -> field of the runtime's thread record.
@@ -56,12 +57,23 @@ _ADDRESS_SPACE = re.compile(r"(?<![\w:\[])(device|constant|threadgroup|thread)\b
 
 
 class Parameter(NamedTuple):
-    """One parameter of a kernel function: a buffer (`index`) or a thread attribute (`field`)."""
+    """One parameter of a kernel function.
+
+    Attributes:
+        name: its name.
+        type: its C++ type, as written.
+        slot: of a buffer: the number that it is bound to.
+        field: of a thread attribute: the field of the runtime's thread record; else empty.
+    """
 
     name: str
     type: str
-    index: int | None
-    field: str | None
+    slot: int
+    field: str
+
+    @property
+    def is_buffer(self) -> bool:
+        return not self.field
 
 
 def strip_comments(text: str) -> str:
@@ -133,21 +145,20 @@ def parameters(text: str, function: str) -> list[Parameter]:
     if head is None:
         raise ValueError(f"no kernel function '{function}' in the source")
     found: list[Parameter] = []
-    next_index = 0
+    next_slot = 0
     for declaration in split_arguments(text[head.end() : _closing(text, head.end())]):
         groups = re.findall(r"\[\[(.*?)\]\]", declaration, flags=re.S)
         attributes = [a.strip() for group in groups for a in split_arguments(group)]
         plain = re.sub(r"\[\[.*?\]\]", "", declaration, flags=re.S).strip()
         name = re.findall(r"\w+", plain)[-1]
         ctype = plain[: -len(name)].strip()
-        field = next((THREAD_ATTRIBUTES[a] for a in attributes if a in THREAD_ATTRIBUTES), None)
-        if field is not None:
-            found.append(Parameter(name, ctype, None, field))
-            continue
-        slot = next((a for a in attributes if a.startswith("buffer")), None)
-        index = int(re.findall(r"\d+", slot)[0]) if slot else next_index
-        found.append(Parameter(name, ctype, index, None))
-        next_index = index + 1
+        field = next((THREAD_ATTRIBUTES[a] for a in attributes if a in THREAD_ATTRIBUTES), "")
+        slot = next_slot
+        if not field:
+            bound = re.search(r"buffer\((\d+)\)", " ".join(attributes))
+            slot = int(bound.group(1)) if bound else next_slot
+            next_slot = slot + 1
+        found.append(Parameter(name, ctype, slot, field))
     return found
 
 
@@ -166,7 +177,10 @@ def split_arguments(text: str) -> list[str]:
     return [part for part in parts if part.strip()]
 
 
-def _rewrite(text: str, variable, constant) -> str:  # type: ignore[no-untyped-def]
+_Replace = Callable[[re.Match[str]], str]
+
+
+def _rewrite(text: str, variable: _Replace, constant: _Replace) -> str:
     text = without_instantiations(strip_comments(text))
     text = THREADGROUP_VARIABLE.sub(variable, text)
     text = _FUNCTION_CONSTANT.sub(constant, text)

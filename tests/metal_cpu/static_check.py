@@ -1,13 +1,14 @@
 """What can be said about a kernel without running it.
 
-Metal's compiler is not here, so its verdict is approached from several sides, each with a reason of its own
-to reject: rules on the text, words that no shipped kernel uses, pointers that change their address space, a
-C++ compiler's errors and call graph, and clang with address spaces as types. A side that cannot run says
-why in `Report.skipped`.
+Metal's compiler is not here, so its verdict is approached from several sides, each with reasons of
+its own to reject: rules on the text, words that no shipped kernel uses, pointers that change their
+address space, a C++ compiler's errors and call graph, and clang with address spaces as types. A
+side that cannot run says why in `Report.skipped`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,8 +17,8 @@ from .address_spaces import space_changes
 from .capture import Capture, capture_call
 from .compile_check import compile_findings
 from .errors import Finding, KernelError
-from .install import Launch
 from .lint import lint
+from .standin import Launch
 from .toolchain import compiler
 from .type_check import type_checker, type_findings
 from .vocabulary import unknown_words
@@ -66,13 +67,20 @@ def check_source(source: str, instance: str, *, portable: bool = False) -> Repor
     return Report(tuple(dict.fromkeys(findings)), tuple(skipped))
 
 
-def check_launch(launch: Launch, *, portable: bool = False) -> Report:
-    """Check the kernel of a recorded launch: as it was called, and with tiny and normal inputs.
+def check_launch(
+    launch: Launch, *, portable: bool = False, never_tiny: Collection[str] = ()
+) -> Report:
+    """Check the kernel of a recorded launch: as it was called, and with tiny and large inputs.
 
-    An input of fewer than 8 elements lies in `constant` memory, a larger one in `device` memory: a pointer
-    with the other word does not compile. Both happen to the same kernel.
+    An input of fewer than 8 elements lies in `constant` memory, a larger one in `device` memory: a
+    pointer with the other word does not compile. Both happen to the same kernel.
+
+    Args:
+        launch: what `executed` recorded.
+        portable: also ask for what makes the text mean the same as CUDA.
+        never_tiny: names of inputs that have 8 elements or more in every call.
     """
-    captures = {c.source: c for c in (launch.capture, *_other_sizes(launch))}
+    captures = {c.source: c for c in (launch.capture, *_other_sizes(launch, never_tiny))}
     reports = [check_source(c.source, c.instance, portable=portable) for c in captures.values()]
     findings = [f for report in reports for f in report.findings]
     if portable:
@@ -81,15 +89,16 @@ def check_launch(launch: Launch, *, portable: bool = False) -> Report:
     return Report(tuple(dict.fromkeys(findings)), tuple(dict.fromkeys(skipped)))
 
 
-def _other_sizes(launch: Launch) -> list[Capture]:
-    """The same call with all inputs tiny, and with all inputs of normal size."""
+def _other_sizes(launch: Launch, never_tiny: Collection[str]) -> list[Capture]:
+    """The same call with all inputs tiny, and with all inputs large."""
     kernel = launch.definition.build()
     captures = []
     for size in (1, TINY):
         inputs = []
         for info in launch.inputs:
-            # The rank is part of the signature; a tensor of rank 0 is never large.
-            shape = (1,) * (len(info.shape) - 1) + (size,) if info.shape else ()
+            last = TINY if info.name in never_tiny else size
+            # The rank is part of the signature; an array of rank 0 is never large.
+            shape = (1,) * (len(info.shape) - 1) + (last,) if info.shape else ()
             inputs.append(mx.zeros(shape, dtype=info.dtype))
         captures.append(
             capture_call(
@@ -112,7 +121,9 @@ def _geometry(launch: Launch) -> list[Finding]:
     for axis, (grid, group) in enumerate(zip(launch.grid, launch.threadgroup, strict=True)):
         if grid % group:
             found.append(
-                Finding(f"grid {grid} is no whole number of threadgroups {group} in dimension {axis}")
+                Finding(
+                    f"grid {grid} is no whole number of threadgroups {group} in dimension {axis}"
+                )
             )
     threads = launch.threadgroup[0] * launch.threadgroup[1] * launch.threadgroup[2]
     if threads % 32:

@@ -1,8 +1,8 @@
 """The C++ compiler, and the cache of what it makes.
 
 Everything compiled is kept under a name made of its content: the kernel's text, the headers of this
-package, MLX's version, the compiler and its flags. Several processes may fill one cache: each file is
-written under a name of its own and then renamed.
+package, MLX's version, the compiler and its flags. Several processes may fill one cache: each file
+is written under a name of its own and then renamed.
 
 Environment:
     MLX_RGEMMA_METAL_CPU_CACHE: the cache directory.
@@ -57,12 +57,20 @@ _CHECKED_OF_FAMILY = {
         "-fno-tree-dce",
         "-fno-tree-dse",
         "-fno-tree-sink",
+        "-fno-thread-jumps",
         "-fno-tree-vectorize",
         "-fno-tree-slp-vectorize",
     ),
-    "clang": ("-fno-vectorize", "-fno-slp-vectorize"),
+    "clang": (
+        "-fno-vectorize",
+        "-fno-slp-vectorize",
+        "-fdebug-info-for-profiling",  # tells the calls of one line apart
+        "-mllvm",
+        "-tsan-instrument-read-before-write=1",
+    ),
 }
-_OLDEST = {"gcc": 12, "clang": 14}
+# gcc 12 initialises private variables with a pattern; clang 15 reports what memcpy does.
+_OLDEST = {"gcc": 12, "clang": 15}
 _COMMAND = {"gcc": "g++", "clang": "clang++"}
 
 
@@ -86,10 +94,10 @@ class Compiler:
 
     def flags(self, checked: bool) -> tuple[str, ...]:
         """What every kernel is compiled with."""
-        flags = (*_LANGUAGE, *_NUMERICS, *_OF_FAMILY[self.family])
+        flags: tuple[str, ...] = (*_LANGUAGE, *_NUMERICS, *_OF_FAMILY[self.family])
         if checked:
             flags += (*_CHECKED, *_CHECKED_OF_FAMILY[self.family])
-        return (*flags, "-O1", "-g1", "-gdwarf-4", "-fvisibility=hidden")
+        return (*flags, "-O1", "-g1", "-gdwarf-4", "-fPIC", "-fno-plt", "-fvisibility=hidden")
 
 
 def compiler(family: str | None = None, oldest: int = 0) -> tuple[Compiler | None, str]:
@@ -148,13 +156,22 @@ def digest(*parts: str) -> str:
 
 
 def make(path: Path, produce: Callable[[Path, Path], None]) -> Path:
-    """Have `produce(scratch, out)` write a file that then appears at `path`, whole, unless it is there."""
+    """Have `produce(scratch, out)` write a file; it appears at `path` whole. Not if it is there."""
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
             out = Path(scratch) / path.name
             produce(Path(scratch), out)
             os.replace(out, path)
     return path
+
+
+def write_text(text: str) -> Callable[[Path, Path], None]:
+    """For `make`: a file with this text."""
+
+    def produce(_: Path, out: Path) -> None:
+        out.write_text(text)
+
+    return produce
 
 
 def run_compiler(command: list[str], kernel: str = "compiler", source: str = "") -> None:

@@ -15,7 +15,7 @@ from .build import INCLUDE_FLAGS, MLX_INCLUDE, PRELUDE
 from .compile_check import messages
 from .errors import Finding, finding
 from .source import for_type_check
-from .toolchain import KERNEL_FILE, Compiler, cache_directory, compiler, digest, make
+from .toolchain import KERNEL_FILE, Compiler, cache_directory, compiler, digest, make, write_text
 
 OLDEST_CLANG = 17
 _FLAGS = (
@@ -49,7 +49,8 @@ def type_findings(found: Compiler, source: str, instance: str) -> list[Finding]:
         source: the generated text.
         instance: the expression that names the kernel function.
     """
-    text = f'{PRELUDE}#line 1 "{KERNEL_FILE}"\n{for_type_check(source)}\nauto mtl_kernel = &{instance};\n'
+    text = f'{PRELUDE}#line 1 "{KERNEL_FILE}"\n{for_type_check(source)}\n'
+    text += f"auto mtl_kernel = &{instance};\n"
     with tempfile.TemporaryDirectory() as scratch:
         cpp = Path(scratch) / "kernel.cpp"
         cpp.write_text(text)
@@ -73,9 +74,11 @@ def _mlx_overlay() -> Path:
     """MLX's `utils.h` with parameters `constant T strides[2]` as pointers: clang takes no other."""
     name = Path("mlx/backend/metal/kernels/utils.h")
     text = re.sub(
-        r"constant const (\w+) (\w+)\[\d\]", r"constant const \1* \2", (MLX_INCLUDE / name).read_text()
+        r"constant const (\w+) (\w+)\[\d\]",
+        r"constant const \1* \2",
+        (MLX_INCLUDE / name).read_text(),
     )
     root = cache_directory() / f"overlay-{digest(text)}"
     (root / name).parent.mkdir(parents=True, exist_ok=True)
-    make(root / name, lambda _, out: out.write_text(text) and None)
+    make(root / name, write_text(text))
     return root

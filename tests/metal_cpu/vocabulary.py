@@ -1,8 +1,8 @@
 """Words that Apple's compiler is known to take.
 
 MLX and mlx-lm ship Metal kernels that are compiled on many machines every day. A function, type or
-attribute that also occurs there exists, under that name. What a kernel uses beyond that must stand in the
-list below with its section of the Metal Shading Language Specification.
+attribute that also occurs there exists, under that name. What a kernel uses beyond that must stand
+in the list below with its section of the Metal Shading Language Specification.
 """
 
 from __future__ import annotations
@@ -33,21 +33,106 @@ SPECIFIED = {
     "mem_flags::mem_none": "Synchronization Functions",
     "mem_flags::mem_device": "Synchronization Functions",
     "threadgroups_per_grid": "Attributes for Kernel Function Input Arguments",
+    "thread_execution_width": "Attributes for Kernel Function Input Arguments",
+    "dispatch_threads_per_threadgroup": "Attributes for Kernel Function Input Arguments",
     "threads_per_grid": "Attributes for Kernel Function Input Arguments",
     "threads_per_simdgroup": "Attributes for Kernel Function Input Arguments",
     "threads_per_threadgroup": "Attributes for Kernel Function Input Arguments",
     "thread_index_in_threadgroup": "Attributes for Kernel Function Input Arguments",
     "simdgroups_per_threadgroup": "Attributes for Kernel Function Input Arguments",
 }
+SPECIFIED |= {
+    f"{kind}{size}": "Vector Data Types"
+    for kind in (
+        "bool",
+        "char",
+        "uchar",
+        "short",
+        "ushort",
+        "int",
+        "uint",
+        "half",
+        "float",
+        "bfloat",
+    )
+    for size in (2, 3, 4)
+}
 _KEYWORDS = frozenset(
-    """
-    alignas alignof auto bool break case char class const const_cast constexpr continue decltype default
-    do else enum explicit extern false float for friend if inline int long mutable namespace nullptr
-    operator private protected public reinterpret_cast restrict return short signed sizeof static
-    static_assert static_cast struct switch template this true typedef typename union unsigned using
-    void volatile while device constant threadgroup thread kernel
-    define undef ifdef ifndef endif elif defined pragma include error once line
-    """.split()
+    [
+        "alignas",
+        "alignof",
+        "auto",
+        "bool",
+        "break",
+        "case",
+        "char",
+        "class",
+        "const",
+        "const_cast",
+        "constexpr",
+        "continue",
+        "decltype",
+        "default",
+        "do",
+        "else",
+        "enum",
+        "explicit",
+        "extern",
+        "false",
+        "float",
+        "for",
+        "friend",
+        "if",
+        "inline",
+        "int",
+        "long",
+        "mutable",
+        "namespace",
+        "nullptr",
+        "operator",
+        "private",
+        "protected",
+        "public",
+        "reinterpret_cast",
+        "restrict",
+        "return",
+        "short",
+        "signed",
+        "sizeof",
+        "static",
+        "static_assert",
+        "static_cast",
+        "struct",
+        "switch",
+        "template",
+        "this",
+        "true",
+        "typedef",
+        "typename",
+        "union",
+        "unsigned",
+        "using",
+        "void",
+        "volatile",
+        "while",
+        "device",
+        "constant",
+        "threadgroup",
+        "thread",
+        "kernel",
+        "define",
+        "undef",
+        "ifdef",
+        "ifndef",
+        "endif",
+        "elif",
+        "defined",
+        "pragma",
+        "include",
+        "error",
+        "once",
+        "line",
+    ]
 )
 _WORD = r"[A-Za-z_]\w*"
 _CHAIN = re.compile(rf"(?<![\w.:])(?<!->){_WORD}(?:\s*::\s*{_WORD})*")
@@ -80,7 +165,9 @@ def words(text: str) -> Words:
             attributes.setdefault(match.group(), group.start(1) + match.start())
     plain = _ATTRIBUTES.sub(lambda m: " " * len(m.group()), text)
     plain = re.sub(r'"[^"\n]*"', lambda m: " " * len(m.group()), plain)
-    plain = re.sub(r"^\s*#\s*(?:include|pragma)[^\n]*", lambda m: " " * len(m.group()), plain, flags=re.M)
+    plain = re.sub(
+        r"^\s*#\s*(?:include|pragma)[^\n]*", lambda m: " " * len(m.group()), plain, flags=re.M
+    )
     plain = _NUMBER.sub(lambda m: "0" * len(m.group()), plain)
     used: dict[str, int] = {}
     for match in _CHAIN.finditer(plain):
@@ -122,12 +209,13 @@ class Shipped(NamedTuple):
 @functools.cache
 def shipped() -> Shipped:
     """The words of the kernels in the installed packages `mlx` and `mlx_lm`."""
-    texts = {path: path.read_text() for path in sorted(KERNELS.rglob("*.h"))}
-    sorted_words = [words(text) for text in [*texts.values(), *_mlx_lm_kernels()]]
-    prelude = set().union(
-        *(w.types | w.variables for p, w in zip(texts, sorted_words) if p.name in _PRELUDE_HEADERS)
-    )
-    defined = set().union(*(w.types for w in sorted_words))
+    headers = {path: words(path.read_text()) for path in sorted(KERNELS.rglob("*.h"))}
+    sorted_words = [*headers.values(), *map(words, _mlx_lm_kernels())]
+    prelude: set[str] = set()
+    for path, entry in headers.items():
+        if path.name in _PRELUDE_HEADERS:
+            prelude |= entry.types | entry.variables
+    defined = {name for entry in sorted_words for name in entry.types}
     unqualified: set[str] = set()
     # MLX adds overloads for bfloat in namespace metal, to functions that are there.
     qualified = words((KERNELS / "bf16_math.h").read_text()).types
@@ -164,7 +252,9 @@ def _defined_names(text: str) -> set[str]:
     names |= set(re.findall(rf"\busing\s+({_WORD})\s*=", text))
     names |= set(re.findall(rf"\btypedef\b[^;]*?\b({_WORD})\s*;", text))
     # A function: a type, its name, parameters, and a body.
-    head = rf"[\w>&*]\s+[*&]?\s*({_WORD})\s*\((?:[^()]|\([^()]*\))*\)\s*(?:const\s*)?(?:thread\s*)?\{{"
+    head = (
+        rf"[\w>&*]\s+[*&]?\s*({_WORD})\s*\((?:[^()]|\([^()]*\))*\)\s*(?:const\s*)?(?:thread\s*)?\{{"
+    )
     names |= set(re.findall(head, text))
     return names - _KEYWORDS
 
@@ -186,7 +276,9 @@ def _declared_variables(text: str, types: Iterable[str]) -> set[str]:
     any_type = rf"(?:{_QUALIFIER}\s+)*(?:{_BUILTIN}|{_WORD}(?:::{_WORD})*){argument}"
     statement = re.compile(rf"(?:^|(?<=[;{{}}]))\s*{any_type}{_POINTER}({_WORD}){_END}", re.M)
     # A parameter, a template parameter or a loop variable: only what is surely a type.
-    sure = rf"(?:(?:{_QUALIFIER}\s+)+(?:{_BUILTIN}|{_WORD}(?:::{_WORD})*)|{_BUILTIN}|{own}){argument}"
+    sure = (
+        rf"(?:(?:{_QUALIFIER}\s+)+(?:{_BUILTIN}|{_WORD}(?:::{_WORD})*)|{_BUILTIN}|{own}){argument}"
+    )
     parameter = re.compile(rf"(?<=[(,<])\s*{sure}{_POINTER}({_WORD})\s*(?=[=;,)\[({{:>])")
     names: set[str] = set()
     for pattern in (statement, parameter):

@@ -1,15 +1,11 @@
 // One launch: buffers between guard pages, the grid, and what happened.
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
-#include <csignal>
 #include <cstring>
 #include <memory>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
+#include "guards.h"
 #include "scheduler.h"
 #include "shadow.h"
 #include "state.h"
@@ -42,6 +38,7 @@ struct Launch {
   uint32_t checked;
   uint32_t strict;
   uint32_t flush_denormals;
+  uint32_t seconds;  // of processor time, after which the kernel is taken to loop forever
 };
 
 namespace {
@@ -120,95 +117,6 @@ class Arena {
   std::vector<void*> pointers_;
   char* memory_;
   size_t bytes_;
-};
-
-void* program_counter(void* context) {
-#if defined(__x86_64__)
-  return reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP] + 1);
-#elif defined(__aarch64__)
-  return reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.pc + 1);
-#else
-  return nullptr;
-#endif
-}
-
-void on_signal(int number, siginfo_t* info, void* context) {
-  if (state.current == nullptr) {
-    signal(number, SIG_DFL);  // not ours: it happens again and ends the process
-    return;
-  }
-  void* pc = program_counter(context);
-  const char* address = static_cast<char*>(info->si_addr);
-  const char* stack = state.current->stack;
-  if (number == SIGFPE) {
-    report(pc, 0, "integer division by zero");
-  } else if (number == SIGILL) {
-    report(pc, 0, "undefined behaviour reached");
-  } else if (address < stack && address >= stack - 2 * kPage) {
-    report(nullptr, 0, "stack overflow: endless recursion or huge private arrays");
-  } else {
-    report_outside(address, 1, false, pc);
-  }
-  abandon_launch();
-}
-
-// Faults become findings while a launch runs.
-class SignalGuard {
- public:
-  SignalGuard() : alternate_(new char[kStackBytes]) {
-    stack_t stack = {};
-    stack.ss_sp = alternate_.get();
-    stack.ss_size = kStackBytes;
-    sigaltstack(&stack, &old_stack_);
-    struct sigaction action = {};
-    action.sa_sigaction = on_signal;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    for (int i = 0; i < 4; ++i) {
-      sigaction(kSignals[i], &action, &old_[i]);
-    }
-  }
-
-  ~SignalGuard() {
-    for (int i = 0; i < 4; ++i) {
-      sigaction(kSignals[i], &old_[i], nullptr);
-    }
-    sigaltstack(&old_stack_, nullptr);
-  }
-
- private:
-  static constexpr int kSignals[4] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
-  std::unique_ptr<char[]> alternate_;
-  stack_t old_stack_;
-  struct sigaction old_[4];
-};
-
-// Apple's GPUs may flush denormal floats to zero; so does the processor, if asked.
-class DenormalGuard {
- public:
-  explicit DenormalGuard(bool flush) {
-#if defined(__x86_64__)
-    old_ = _mm_getcsr();
-    if (flush) {
-      _mm_setcsr(old_ | 0x8040);
-    }
-#elif defined(__aarch64__)
-    asm volatile("mrs %0, fpcr" : "=r"(old_));
-    if (flush) {
-      asm volatile("msr fpcr, %0" ::"r"(old_ | (1ull << 24)));
-    }
-#endif
-  }
-
-  ~DenormalGuard() {
-#if defined(__x86_64__)
-    _mm_setcsr(static_cast<unsigned>(old_));
-#elif defined(__aarch64__)
-    asm volatile("msr fpcr, %0" ::"r"(old_));
-#endif
-  }
-
- private:
-  uint64_t old_ = 0;
 };
 
 // Stacks are kept: a launch needs at most a thousand, and gets the same ones each time.
@@ -318,7 +226,8 @@ extern "C" void mtl_run(const Launch* launch, Traffic* traffic, Counters* counte
   kernel_buffers = arena.pointers();
   Schedule schedule = {static_cast<Order>(launch->order), launch->strict != 0, {launch->seed}};
   {
-    SignalGuard signals;
+    FaultGuard faults;
+    TimeGuard time(launch->seconds, reinterpret_cast<void*>(launch->entry));
     DenormalGuard denormals(launch->flush_denormals != 0);
     run_grid(*launch, schedule);
   }

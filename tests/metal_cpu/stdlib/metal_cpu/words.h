@@ -46,8 +46,11 @@ typedef unsigned long ulong;
 // line.
 #define MTL_INLINE inline __attribute__((always_inline))
 #define MTL_CONSTEXPR __attribute__((always_inline)) constexpr
-// A kernel's own functions keep their frames where calls are watched.
-#if defined(MTL_CHECKED)
+// A kernel's own functions keep their frames where calls are watched, and calls in two branches
+// stay two.
+#if defined(MTL_CHECKED) && defined(__clang__)
+#define METAL_FUNC inline __attribute__((noinline, nomerge))
+#elif defined(MTL_CHECKED)
 #define METAL_FUNC inline __attribute__((noinline))
 #else
 #define METAL_FUNC inline __attribute__((always_inline))
