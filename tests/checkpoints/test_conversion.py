@@ -35,6 +35,7 @@ from mlx.utils import tree_flatten
 from mlx_rgemma import convert, load, load_model
 from mlx_rgemma.checkpoints import load_tokenizer, save_model, writing
 from mlx_rgemma.checkpoints.contents import check_contents
+from mlx_rgemma.checkpoints.conversion import all_finite
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.source import EMBEDDED
 from mlx_rgemma.errors import CheckpointError, UserError
@@ -219,6 +220,16 @@ def test_what_is_not_finite_is_reported(tmp_path):
     edit_tensors(folder / SINGLE, model__final_norm__weight=broken.astype(mx.bfloat16))
     made = convert(folder, tmp_path / "out")
     assert made.notes[0] == "NaN or infinite values in: model.final_norm.weight."
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_all_finite(dtype):
+    largest = 65504.0 if dtype == mx.float16 else 3e38
+    value = mx.array([[0.0, -largest, 1e-30], [largest, 1.0, -0.0]]).astype(dtype)
+    assert all_finite(value) and all_finite(value.T)
+    for odd in (mx.inf, -mx.inf, mx.nan):
+        value[1, 2] = odd
+        assert not all_finite(value)
 
 
 def test_notes(tmp_path):
