@@ -96,7 +96,8 @@ def batch_generate(
     if len(limits) != len(prompts) or min(limits) < 1:
         raise UserError(f"max_tokens is {max_tokens}, expected at least 1 for each prompt.")
     stop = [stop] if isinstance(stop, str) else stop
-    tokens: list[Any] = [encode(tokenizer, prompt, model.args.vocab_size).tolist() for prompt in prompts]
+    known = model.args.vocab_size
+    tokens: list[Any] = [encode(tokenizer, prompt, known).tolist() for prompt in prompts]
 
     generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **kwargs)
     rows = {

@@ -71,7 +71,9 @@ def stream_generate(
     streams: Any = [generation_stream]
     with wired_limit(model, streams):
         tic = time.perf_counter()
-        steps: Any = generate_step(tokens, runner, max_tokens=max_tokens, prompt_cache=cache, **kwargs)
+        steps: Any = generate_step(
+            tokens, runner, max_tokens=max_tokens, prompt_cache=cache, **kwargs
+        )
         try:
             for n, (token, logprobs) in enumerate(steps, start=1):
                 if n == 1:

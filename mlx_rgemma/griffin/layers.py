@@ -158,7 +158,7 @@ class LocalAttentionBlock(SharedInputBlock):
         q = q.reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
         k, v = k[:, None], v[:, None]
         ring = None if cache is None or layout.fresh else cache.ring
-        place = {"window": self.window, "reach": layout.reach, "ring": ring}
+        place: dict[str, Any] = {"window": self.window, "reach": layout.reach, "ring": ring}
         if cache is not None and layout.one_step:
             out, cache.ring = ring_step(q, k, v, layout.cos, layout.sin, **place)
         else:
