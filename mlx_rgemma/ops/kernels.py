@@ -32,6 +32,9 @@ An example makes its arrays with `sample`, keeps at least 8 elements in each arr
 real use (MLX passes smaller ones in another address space, which is another compilation), and is
 long enough to launch the largest threadgroup. A reference must be plain MLX: during a trial no
 kernel is usable.
+
+MLX knows no vmap of a custom kernel: `mx.vmap` works within `plain_only`. It cannot export a custom
+function: `mx.export_function` works within `fused.forward_only`.
 """
 
 from __future__ import annotations

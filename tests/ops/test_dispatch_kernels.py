@@ -214,6 +214,28 @@ def test_the_first_call_may_be_inside_a_transformation(transform):
     assert mx.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@needs_compiler
+@pytest.mark.parametrize("trace", ["compile", "vmap", "export"])
+def test_a_trial_may_happen_while_a_graph_is_traced(trace):
+    """Where nothing of the graph can be evaluated; the trial has arrays of its own."""
+    usable = []
+
+    def function(x):
+        usable.append(SCAN.usable(mx.float32, mx.float32))
+        return 2.0 * x
+
+    x = mx.ones((3, 4))
+    with executed(switch="auto") as launches:
+        mx.enable_compile()  # a stand-in cannot be compiled, but nothing launched here is
+        if trace == "export":
+            mx.export_function(lambda event: None, function, x)
+        else:
+            result = {"compile": mx.compile, "vmap": mx.vmap}[trace](function)(x)
+            assert mx.array_equal(result, 2.0 * x)
+    assert usable == [True]
+    assert launched(launches) == ["linear_scan"]
+
+
 class Recorded:
     """What a graph is made of, by `mx.export_function`, which needs no Metal for that."""
 
