@@ -177,7 +177,7 @@ def _marker(name: str, function: Any) -> Callable[..., mx.array]:
     def stand_in(*args: Any, **kwargs: Any) -> mx.array:
         result = function(*args, **kwargs)
         arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, mx.array)]
-        kernel = mx.fast.metal_kernel(
+        kernel: Any = mx.fast.metal_kernel(
             name=f"{name}_",  # MLX appends the types behind another underscore
             input_names=[f"x{i}" for i in range(len(arrays))],
             output_names=["y"],

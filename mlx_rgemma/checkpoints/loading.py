@@ -56,6 +56,7 @@ def load(
         _load_adapters(model, Path(adapter_path).expanduser())
         if not lazy:
             mx.eval(model.parameters())
+            model.fuse_projections()
     return model, tokenizer
 
 
@@ -129,6 +130,7 @@ def _load_model(
     model.eval()
     if not lazy:
         mx.eval(model.parameters())
+        model.fuse_projections()
     return model, config
 
 
