@@ -38,11 +38,10 @@ threadgroup float row_factor[ROWS];
 const int length = params[0];
 const int heads = params[1];
 const int slots = params[2];
-const int head = params[3];         // the slot after the newest token's
-const int past = params[4];         // tokens of the ring that may be seen at all
-const int window = params[5];
-const int reach_stride = params[6];  // of a batch entry: L, or 0 when all share one row
-const bool has_reach = params[7] != 0;
+const int head = params[3];  // the slot after the newest token's
+const int window = params[4];
+const int reach_stride = params[5];  // of a batch entry: L, or 0 when all share one row
+const bool has_reach = params[6] != 0;
 
 const int lane = static_cast<int>(thread_index_in_simdgroup);
 const int simdgroup = static_cast<int>(simdgroup_index_in_threadgroup);
@@ -75,14 +74,14 @@ const int token = (first_row + my_row) / heads;
 int oldest = length;  // sees nothing
 if (my_row_real) {
   const int reach_of_token = has_reach ? reach[batch * reach_stride + token] : window;
-  oldest = metal::max(token - metal::min(reach_of_token, window), -past);
+  oldest = metal::max(token - metal::min(reach_of_token, window), -slots);
 }
 
 // The keys that the threadgroup's rows see: first_key .. last_key. Every simdgroup works it out.
 const int lane_row = metal::min(first_row + lane % ROWS, end_row - 1);
 const int lane_token = lane_row / heads;
 const int lane_reach = has_reach ? reach[batch * reach_stride + lane_token] : window;
-const int lane_oldest = metal::max(lane_token - metal::min(lane_reach, window), -past);
+const int lane_oldest = metal::max(lane_token - metal::min(lane_reach, window), -slots);
 const int first_key = metal::simd_min(lane_oldest);
 const int last_key = (end_row - 1) / heads;
 

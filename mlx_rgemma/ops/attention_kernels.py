@@ -31,7 +31,7 @@ def launch_window(q, kv, ring, head, window, reach):
     rows, keys, simdgroups = window_tile(head_dim, q.dtype)
     slots = 0 if ring is None else ring.shape[2]
     reach_stride = 0 if reach is None or reach.shape[0] == 1 else length
-    params = [length, heads, slots, head, min(slots, window), window]
+    params = [length, heads, slots, head, window]
     params = mx.array([*params, reach_stride, int(reach is not None)], mx.int32)
     (out,) = WINDOW.run(
         # Tokens before heads: as the projections leave the queries and take the output.

@@ -74,7 +74,7 @@ def test_shapes(rows, width):
 
 
 @pytest.mark.parametrize(
-    ("x_dtype", "dtype"), itertools.product(FLOATS, FLOATS), ids=lambda name: name
+    ("x_dtype", "dtype"), list(itertools.product(FLOATS, FLOATS)), ids=lambda name: name
 )
 def test_dtypes(x_dtype, dtype):
     x_dtype, dtype = FLOATS[x_dtype], FLOATS[dtype]
