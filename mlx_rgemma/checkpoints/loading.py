@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_rgemma.checkpoints.contents import Contents, check_contents
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.safetensors import check_file
-from mlx_rgemma.checkpoints.source import Source, locate
+from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.griffin.config import DTYPES, GriffinConfig
@@ -49,9 +49,11 @@ def load(
     Raises:
         CheckpointError: If anything is missing, damaged or does not fit; the message says what.
     """
+    chosen = _choose_dtype(dtype)
     source = locate(path_or_repo, revision)
-    model, config = _load_model(source, dtype, lazy or adapter_path is not None, window)
-    tokenizer = load_tokenizer(source.folder, config.eos_token_ids, name=source.name)
+    folder = CheckpointFolder.open(source.folder)
+    tokenizer = load_tokenizer(source.folder, folder.config.eos_token_ids, name=source.name)
+    model, _ = _load_model(folder, chosen, lazy or adapter_path is not None, window)
     if adapter_path is not None:
         _load_adapters(model, Path(adapter_path).expanduser())
         if not lazy:
@@ -73,7 +75,9 @@ def load_model(
     Raises:
         CheckpointError: If anything is missing, damaged or does not fit; the message says what.
     """
-    return _load_model(locate(path, revision), dtype, lazy, window)
+    chosen = _choose_dtype(dtype)
+    folder = CheckpointFolder.open(locate(path, revision).folder)
+    return _load_model(folder, chosen, lazy, window)
 
 
 def read_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
@@ -105,13 +109,16 @@ def read_tensors(folder: CheckpointFolder, contents: Contents) -> dict[str, mx.a
     return tensors
 
 
+def _choose_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
+    """The dtype that was asked for, or float32 on a CPU; None leaves weights as they are."""
+    if dtype is not None:
+        return read_dtype(dtype)
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
+
+
 def _load_model(
-    source: Source, dtype: mx.Dtype | str | None, lazy: bool, window: str
+    folder: CheckpointFolder, dtype: mx.Dtype | None, lazy: bool, window: str
 ) -> tuple[Model, GriffinConfig]:
-    chosen = None if dtype is None else read_dtype(dtype)
-    if chosen is None and mx.default_device() == mx.Device(mx.cpu):
-        chosen = mx.float32
-    folder = CheckpointFolder.open(source.folder)
     # A file that was made for the other rule keeps it unless it is asked for.
     config = folder.config if window == "google" else folder.config.with_window(window)
     contents = check_contents(folder)
@@ -120,9 +127,9 @@ def _load_model(
     if quantized:
         nn.quantize(model, class_predicate=lambda path, _: quantized.get(path, False))
     weights = model.sanitize(read_tensors(folder, contents))
-    if chosen is not None:
+    if dtype is not None:
         weights = {
-            name: value.astype(chosen) if mx.issubdtype(value.dtype, mx.floating) else value
+            name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
             for name, value in weights.items()
         }
     model.load_weights(list(weights.items()))
