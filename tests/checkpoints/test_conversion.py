@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,7 +20,6 @@ from checkpoint_files import (
     edit_json,
     edit_tensors,
     golden_copy,
-    run_plain_python,
     train_sentencepiece,
 )
 from conftest import GOLDEN, LOGITS_ATOL, golden, golden_weights, max_error
@@ -39,26 +32,6 @@ from mlx_rgemma.checkpoints.conversion import all_finite
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.source import EMBEDDED
 from mlx_rgemma.errors import CheckpointError, UserError
-
-PLAIN_LOGITS = """
-import sys, mlx.core as mx, numpy as np
-from pathlib import Path
-from mlx_lm.utils import load_model
-tokens = mx.array(np.load(sys.argv[1]))
-for folder in sys.argv[2:]:
-    model, _ = load_model(Path(folder))
-    np.save(folder + ".npy", np.array(model(tokens).astype(mx.float32)))
-"""
-
-PLAIN_CONVERT = """
-import json, sys
-from mlx_lm.convert import convert
-for arguments in json.loads(sys.argv[1]):
-    convert(**arguments)
-"""
-
-PLAIN_ATOL = 0.05
-"""mlx-lm's eps of 1e-5 and its unrounded embedding scale move these logits by up to 0.02."""
 
 
 def in_mlx_layout(weights):
@@ -354,183 +327,3 @@ def test_save_model_alone(tmp_path):
     save_model(tmp_path / "out", model, dtype=mx.bfloat16)
     assert {value.dtype for value in all_tensors(tmp_path / "out").values()} == {mx.bfloat16}
     assert load_model(tmp_path / "out")[1].lru_width == 72
-
-
-@pytest.fixture(scope="module")
-def plain_mlx_lm(tmp_path_factory):
-    """Folders this package wrote, with the logits that plain mlx-lm computes from them."""
-    root = tmp_path_factory.mktemp("plain")
-    convert(GOLDEN / "tiny-2b", root / "float32", dtype="float32")
-    convert(GOLDEN / "tiny-2b", root / "bfloat16")
-    convert(GOLDEN / "tiny-2b", root / "quantized", quantize=True, q_group_size=32, dtype="float32")
-    convert(GOLDEN / "tiny-2b", root / "nvfp4", quantize=True, q_mode="nvfp4", dtype="float32")
-    tokens = golden("decode/tiny-2b.npz")["tokens"]
-    np.save(root / "tokens.npy", tokens)
-    names = ["float32", "bfloat16", "quantized", "nvfp4"]
-    run_plain_python(PLAIN_LOGITS, root / "tokens.npy", *(root / name for name in names))
-    return root, mx.array(tokens)
-
-
-@pytest.mark.parametrize(
-    ("name", "tolerance"),
-    [("float32", PLAIN_ATOL), ("quantized", PLAIN_ATOL), ("nvfp4", PLAIN_ATOL), ("bfloat16", 0.6)],
-)
-def test_plain_mlx_lm_runs_it(plain_mlx_lm, name, tolerance):
-    root, tokens = plain_mlx_lm
-    model, _ = load_model(root / name, dtype="float32", window="hf")
-    theirs = np.load(root / f"{name}.npy")
-    assert max_error(model(tokens), theirs) < tolerance
-    assert np.abs(theirs).max() > 2
-
-
-def test_plain_mlx_lm_generates(tmp_path):
-    """The embedded model, quantized, writes its story in plain mlx-lm too."""
-    convert(EMBEDDED, tmp_path / "out", quantize=True, q_bits=8)
-    code = """
-import sys
-from mlx_lm import generate, load
-model, tokenizer = load(sys.argv[1])
-print(generate(model, tokenizer, "Once upon a time", max_tokens=12))
-"""
-    assert "there was a little girl" in run_plain_python(code, tmp_path / "out")
-
-
-@pytest.fixture(scope="module")
-def mlx_lm_converted(tmp_path_factory):
-    """The embedded model, converted by mlx-lm's own converter."""
-    root = tmp_path_factory.mktemp("mlx_lm")
-    options = {
-        "plain": {},
-        "q4": {"quantize": True},
-        "q8": {"quantize": True, "q_bits": 8, "q_group_size": 32, "dtype": "float16"},
-        "mxfp8": {"quantize": True, "q_mode": "mxfp8"},
-        "mixed": {"quantize": True, "quant_predicate": "mixed_3_6", "q_group_size": 64},
-    }
-    arguments = [
-        {"hf_path": str(EMBEDDED), "mlx_path": str(root / name), **values}
-        for name, values in options.items()
-    ]
-    run_plain_python(PLAIN_CONVERT, json.dumps(arguments))
-    return root, options
-
-
-@pytest.mark.parametrize("name", ["plain", "q4", "q8", "mxfp8"])
-def test_the_same_as_mlx_lm_s_converter(mlx_lm_converted, tmp_path, name):
-    root, options = mlx_lm_converted
-    convert(EMBEDDED, tmp_path / "ours", **options[name])
-    assert_same_tensors(all_tensors(tmp_path / "ours"), all_tensors(root / name))
-    ours, theirs = (
-        json.loads((folder / name / CONFIG).read_text()).get("quantization")
-        for folder, name in ((tmp_path, "ours"), (root, name))
-    )
-    assert ours == theirs
-
-
-def test_mlx_lm_s_mixed_bits_load(mlx_lm_converted):
-    model, _ = load_model(mlx_lm_converted[0] / "mixed")
-    bits = {m.bits for _, m in model.named_modules() if hasattr(m, "bits")}
-    assert bits == {3, 6}
-    _, tokenizer = load(mlx_lm_converted[0] / "mixed")
-    logits = model(mx.array([tokenizer.encode("Once upon a")]))
-    assert tokenizer.decode([logits[0, -1].argmax().item()]).strip() == "time"
-
-
-SLOWLY = """
-import sys, time
-from mlx_rgemma.checkpoints import conversion
-from mlx_rgemma.convert import main
-converted = conversion._Weights._converted
-def slowly(*arguments):
-    print("writing", flush=True)
-    time.sleep(0.02)
-    yield from converted(*arguments)
-conversion._Weights._converted = slowly
-sys.exit(main(["--hf-path", sys.argv[1], "--mlx-path", sys.argv[2], "-q"]))
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "after"),
-    [(signal.SIGINT, 1), (signal.SIGTERM, 20), (signal.SIGHUP, 50), (signal.SIGKILL, 30)],
-    ids=["Ctrl-C", "SIGTERM", "SIGHUP", "SIGKILL"],
-)
-def test_killed_in_the_middle(tmp_path, number, after):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, str(EMBEDDED), str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for _ in range(after):
-        assert process.stdout.readline() == "writing\n"
-    process.send_signal(number)
-    assert process.wait(timeout=30) != 0
-    left = list(tmp_path.iterdir())
-    assert not (tmp_path / "out").exists()
-    if number == signal.SIGKILL:
-        with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
-            load_model(left[0])
-    else:
-        assert left == []
-    convert(EMBEDDED, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_disk_that_fills_up(tmp_path):
-    """A write that fails in the middle, as on a full disk: a limit on the size of files."""
-    code = """
-import resource, sys
-from mlx_rgemma.convert import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-sys.exit(main(["--hf-path", sys.argv[1], "--mlx-path", sys.argv[2]]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(GOLDEN / "tiny-2b"), str(tmp_path / "a" / "out")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1
-    assert "out was not written" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_memory_holds_one_tensor(tmp_path):
-    """Eight layers more do not need more memory: tensors are freed as they are written."""
-    peaks = []
-    for layers in (2, 16):
-        source = tmp_path / f"source {layers}"
-        source.mkdir()
-        values = json.loads((GOLDEN / "tiny-2b" / CONFIG).read_text())
-        sizes = {"hidden_size": 256, "lru_width": 256, "num_attention_heads": 4, "head_dim": 64}
-        sizes |= {"intermediate_size": 2048, "num_hidden_layers": layers}
-        (source / CONFIG).write_text(json.dumps({**values, **sizes}))
-        from mlx_rgemma import GriffinConfig
-        from mlx_rgemma.checkpoints.contents import expected_tensors
-
-        config = GriffinConfig.from_dict({**values, **sizes})
-        tensors = {w.name: mx.zeros(w.shape, mx.bfloat16) for w in expected_tensors(config)}
-        mx.save_safetensors(str(source / SINGLE), tensors)
-        del tensors
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        convert(source, tmp_path / f"out {layers}", quantize=True)
-        peaks.append(mx.get_peak_memory() - before)
-        shutil.rmtree(source)
-    assert peaks[1] < 1.2 * peaks[0]
-
-
-def test_does_not_wait_for_the_disk_cache(tmp_path):
-    """Files are on the disk before the folder gets its name."""
-    synced = []
-    original = os.fsync
-    os.fsync = lambda handle: (synced.append(time.monotonic()), original(handle))
-    try:
-        convert(GOLDEN / "tiny-2b", tmp_path / "out")
-    finally:
-        os.fsync = original
-    files = len(list((tmp_path / "out").iterdir()))
-    assert len(synced) >= files + 2
