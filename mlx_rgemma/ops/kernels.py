@@ -118,26 +118,37 @@ class Kernel:
 
     def usable(self, *variant: Any) -> bool:
         """Whether to launch the kernel for this variant; tries it the first time it is asked."""
+        # Asked by every operation of every layer for every token: what is known comes first.
+        now = mode()
+        if _State.plain_only or now == "off":
+            return False
+        if now == "auto":
+            if _unavailable() is not None:
+                return False
+            _notice_stand_in()
+            fault = self.verdicts.get(variant)
+            if fault is not None:
+                return not fault
         if any(isinstance(part, mx.Dtype) and part not in FLOATS for part in variant):
             return False
-        if _State.plain_only or mode() == "off":
-            return False
-        if mode() == "metal":
-            return True
-        if unavailable() is not None:
-            return False
-        _notice_stand_in()
-        if variant not in self.verdicts:
-            self.verdicts[variant] = fault = self._try(variant)
-            if fault:
-                warnings.warn(
-                    f"Metal kernel {self.file} ({words(variant)}) is switched off: {fault}."
-                    " Plain MLX operations are used instead, which are slower."
-                    " `python -m mlx_rgemma.selftest` shows more.",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-        return not self.verdicts[variant]
+        return now == "metal" or self._agrees(variant)
+
+    def _agrees(self, variant: tuple[Any, ...]) -> bool:
+        """Try a variant and keep the verdict."""
+        try:
+            fault = self.compare(*variant).fault
+        except Exception as error:  # whatever a compiler or driver comes up with
+            fault = f"{type(error).__name__}: {_first_line(error)}"
+        self.verdicts[variant] = fault
+        if fault:
+            warnings.warn(
+                f"Metal kernel {self.file} ({words(variant)}) is switched off: {fault}."
+                " Plain MLX operations are used instead, which are slower."
+                " `python -m mlx_rgemma.selftest` shows more.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return not fault
 
     def run(
         self,
@@ -177,12 +188,6 @@ class Kernel:
             got, expected = self.launch(*arguments), self.reference(*arguments)
             mx.eval(got, expected)
         return _compare(self.results, got, expected, self.tolerance)
-
-    def _try(self, variant: tuple[Any, ...]) -> str:
-        try:
-            return self.compare(*variant).fault
-        except Exception as error:  # whatever a compiler or driver comes up with
-            return f"{type(error).__name__}: {_first_line(error)}"
 
     def _build(self) -> Any:
         return mx.fast.metal_kernel(
@@ -288,11 +293,15 @@ def unavailable() -> str | None:
     """Why kernels do not run here, in a few words; None when they do."""
     if mode() == "off":
         return f"{VARIABLE} is off"
-    if mode() == "metal":
+    return None if mode() == "metal" else _unavailable()
+
+
+def _unavailable() -> str | None:
+    if stand_in():
         return None
-    if missing() is None and not stand_in() and mx.default_device().type != mx.gpu:
-        return "the default device is the CPU"
-    return missing()
+    if not mx.metal.is_available():
+        return missing()
+    return None if mx.default_device().type == mx.gpu else "the default device is the CPU"
 
 
 def missing() -> str | None:
