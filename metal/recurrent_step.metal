@@ -2,7 +2,8 @@
 // convolution, both gates, RG-LRU and the gated branch, for up to ROWS tokens.
 //
 //   x_t   = conv_bias + sum_j conv_weight[TAPS-1-j] x_branch_{t-j}
-//   r, i  = sigmoid(x_t @ recurrent_weight + recurrent_bias), sigmoid(x_t @ input_weight + input_bias)
+//   r     = sigmoid(x_t @ recurrent_weight + recurrent_bias)
+//   i     = sigmoid(x_t @ input_weight + input_bias)
 //   log a = -8 softplus(a_param) r
 //   h_t   = a h_{t-1} + sqrt(1 - a^2) i x_t
 //   out_t = gelu(y_branch_t) h_t
@@ -16,8 +17,8 @@
 //         h0 (B, D) float32; kind (B, steps) or one for all; params, see below
 // writes  out (B, steps, D); new_conv_state (B, TAPS-1, D); h (B, D) float32
 //
-// Threads. A threadgroup computes COLUMNS channels of one head, for `entries` batch entries at once:
-// ROWS tokens or fewer. The work is reading the gates' weights, 2 BLOCK COLUMNS numbers: each
+// Threads. A threadgroup computes COLUMNS channels of one head, for `entries` batch entries at
+// once: ROWS tokens or fewer. The work is reading the gates' weights, 2 BLOCK COLUMNS numbers: each
 // simdgroup takes some of the weights' rows, its lanes neighbouring columns, and each weight serves
 // all the tokens. The input of the gates is a whole block of channels; each threadgroup of a head
 // computes it anew, which is BLOCK TAPS numbers and saves a launch.
@@ -31,6 +32,7 @@ constexpr int TILES = (BLOCK + COLUMNS - 1) / COLUMNS;
 constexpr int MEMORY = TAPS - 1;
 constexpr int AHEAD = 4;  // rows of the weights loaded together
 constexpr int SHARE = AHEAD * ((BLOCK + AHEAD * SIMDGROUPS - 1) / (AHEAD * SIMDGROUPS));
+constexpr bool WHOLE = SHARE * SIMDGROUPS == BLOCK && TILES * COLUMNS == BLOCK;
 
 threadgroup float inputs[ROWS * BLOCK];
 threadgroup float parts[SIMDGROUPS * 2 * COLUMNS];
@@ -112,7 +114,7 @@ for (int n = 0; n < SHARE; n += AHEAD) {
     const int i = simdgroup * SHARE + n + a;
     UNROLL for (int c = 0; c < WIDE; ++c) {
       const int column = first_column + lane * WIDE + c;
-      const bool real = i < BLOCK && column < BLOCK;
+      const bool real = WHOLE || (i < BLOCK && column < BLOCK);
       const int at = real ? (first_channel + i) * BLOCK + column : 0;
       weight_i[a][c] = real ? static_cast<float>(input_weight[at]) : 0.0f;
       weight_r[a][c] = real ? static_cast<float>(recurrent_weight[at]) : 0.0f;

@@ -10,15 +10,16 @@
 //         ring (B, 2, slots, D) rotated keys, then values; reach (1 or B); params, see below
 // writes  out (B, H, D); kv (B, 2, D) what the caller puts into slot `head`
 //
-// Threads. A threadgroup takes HEADS heads of one batch entry; its simdgroups share the slots, AHEAD
-// at a time each, and its lanes the D channels, neighbours in neighbours. Every simdgroup keeps its
-// own online softmax in float32; at the end they are merged in threadgroup memory. A slot is read
-// once per threadgroup, that is H / HEADS times in all: with one head a threadgroup, the heads of
-// one row read the ring at the same time on different cores, and memory sees it once.
+// Threads. A threadgroup takes HEADS heads of one batch entry; its simdgroups share the slots,
+// AHEAD at a time each, and its lanes the D channels, neighbours in neighbours. Every simdgroup
+// keeps its own online softmax in float32; at the end they are merged in threadgroup memory. A slot
+// is read once per threadgroup, that is H / HEADS times in all: with one head a threadgroup, the
+// heads of one row read the ring at the same time on different cores, and memory sees it once.
 
 constexpr int THREADS = 32 * SIMDGROUPS;
 constexpr int CHANNELS = (D + 31) / 32;  // of a lane
 constexpr int AHEAD = 2;                 // slots that a simdgroup loads together
+constexpr bool WHOLE = D % 32 == 0;
 constexpr float HIDDEN = -3.0e38f;
 
 threadgroup float part_output[SIMDGROUPS * D];
@@ -104,8 +105,8 @@ for (int first = simdgroup * AHEAD; first < visible; first += SIMDGROUPS * AHEAD
     const int slot = head - back < 0 ? head - back + slots : head - back;
     UNROLL for (int c = 0; c < CHANNELS; ++c) {
       const int d = lane * CHANNELS + c;
-      key[a][c] = d < D ? static_cast<float>(ring_keys[slot * D + d]) : 0.0f;
-      value[a][c] = d < D ? static_cast<float>(ring_values[slot * D + d]) : 0.0f;
+      key[a][c] = WHOLE || d < D ? static_cast<float>(ring_keys[slot * D + d]) : 0.0f;
+      value[a][c] = WHOLE || d < D ? static_cast<float>(ring_values[slot * D + d]) : 0.0f;
     }
   }
   UNROLL for (int n = 0; n < HEADS; ++n) {

@@ -29,6 +29,7 @@ constexpr int KEY_TILES = KEYS / (8 * SIMDGROUPS);                 // key tiles 
 constexpr int SHARE = THREADS / ROWS;                              // threads of a softmax row
 constexpr int Q_STRIDE = 8 * HEAD_TILES + 8;                       // padded against bank conflicts
 constexpr int S_STRIDE = KEYS + 8;
+constexpr bool WHOLE = D % 8 == 0;
 constexpr float HIDDEN = -3.0e38f;
 
 threadgroup T queries[ROWS * Q_STRIDE];
@@ -103,25 +104,26 @@ for (int first = first_key; first <= last_key; first += KEYS) {
     UNROLL for (int r = 0; r < ROW_TILES; ++r) {
       product[t][r] = metal::make_filled_simdgroup_matrix<float, 8>(0.0f);
     }
-    const int key = first + 8 * (simdgroup * KEY_TILES + t) + matrix_row;
-    const int slot = head + key < 0 ? head + key + slots : head + key;
-    const bool in_band = key <= last_key;
-    const device T* key_data = chunk_keys;
-    if (in_band) {
-      key_data = key < 0 ? ring_keys + slot * D : chunk_keys + static_cast<size_t>(key) * D;
-    }
-    for (int h = 0; h < HEAD_TILES; ++h) {
-      const int d = 8 * h + matrix_column;
-      metal::simdgroup_matrix<float, 8, 8> k_tile;
-      k_tile.thread_elements()[0] = in_band && d < D ? static_cast<float>(key_data[d]) : 0.0f;
-      k_tile.thread_elements()[1] =
-          in_band && d + 1 < D ? static_cast<float>(key_data[d + 1]) : 0.0f;
-      UNROLL for (int r = 0; r < ROW_TILES; ++r) {
-        const int at = (8 * r + matrix_column) * Q_STRIDE + 8 * h + matrix_row;
-        metal::simdgroup_matrix<float, 8, 8> q_tile;  // transposed: a column is a row of the work
-        q_tile.thread_elements()[0] = static_cast<float>(queries[at]);
-        q_tile.thread_elements()[1] = static_cast<float>(queries[at + Q_STRIDE]);
-        metal::simdgroup_multiply_accumulate(product[t][r], k_tile, q_tile, product[t][r]);
+    const int column = 8 * (simdgroup * KEY_TILES + t);
+    if (first + column <= last_key) {
+      // Beyond the band it is the last key once more, which the softmax hides.
+      const int key = metal::min(first + column + matrix_row, last_key);
+      const int slot = head + key < 0 ? head + key + slots : head + key;
+      const device T* key_data =
+          key < 0 ? ring_keys + slot * D : chunk_keys + static_cast<size_t>(key) * D;
+      for (int h = 0; h < HEAD_TILES; ++h) {
+        const int d = 8 * h + matrix_column;
+        metal::simdgroup_matrix<float, 8, 8> k_tile;
+        k_tile.thread_elements()[0] = WHOLE || d < D ? static_cast<float>(key_data[d]) : 0.0f;
+        k_tile.thread_elements()[1] =
+            WHOLE || d + 1 < D ? static_cast<float>(key_data[d + 1]) : 0.0f;
+        UNROLL for (int r = 0; r < ROW_TILES; ++r) {
+          const int at = (8 * r + matrix_column) * Q_STRIDE + 8 * h + matrix_row;
+          metal::simdgroup_matrix<float, 8, 8> q_tile;  // transposed: a column is a row of the work
+          q_tile.thread_elements()[0] = static_cast<float>(queries[at]);
+          q_tile.thread_elements()[1] = static_cast<float>(queries[at + Q_STRIDE]);
+          metal::simdgroup_multiply_accumulate(product[t][r], k_tile, q_tile, product[t][r]);
+        }
       }
     }
   }
@@ -184,21 +186,18 @@ for (int first = first_key; first <= last_key; first += KEYS) {
       weights[r].thread_elements()[0] = scores[at];
       weights[r].thread_elements()[1] = scores[at + 1];
     }
-    const int key = first + 8 * t + matrix_row;
+    const int key = metal::min(first + 8 * t + matrix_row, last_key);
     const int slot = head + key < 0 ? head + key + slots : head + key;
-    const bool in_band = key <= last_key;
-    const device T* value_data = chunk_values;
-    if (in_band) {
-      value_data = key < 0 ? ring_values + slot * D : chunk_values + static_cast<size_t>(key) * D;
-    }
+    const device T* value_data =
+        key < 0 ? ring_values + slot * D : chunk_values + static_cast<size_t>(key) * D;
     UNROLL for (int c = 0; c < SLICE; ++c) {
       const int tile = simdgroup * SLICE + c;
       if (tile < HEAD_TILES) {
         const int d = 8 * tile + matrix_column;
         metal::simdgroup_matrix<float, 8, 8> v_tile;
-        v_tile.thread_elements()[0] = in_band && d < D ? static_cast<float>(value_data[d]) : 0.0f;
+        v_tile.thread_elements()[0] = WHOLE || d < D ? static_cast<float>(value_data[d]) : 0.0f;
         v_tile.thread_elements()[1] =
-            in_band && d + 1 < D ? static_cast<float>(value_data[d + 1]) : 0.0f;
+            WHOLE || d + 1 < D ? static_cast<float>(value_data[d + 1]) : 0.0f;
         UNROLL for (int r = 0; r < ROW_TILES; ++r) {
           metal::simdgroup_multiply_accumulate(output[c][r], weights[r], v_tile, output[c][r]);
         }

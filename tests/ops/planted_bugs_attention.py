@@ -66,7 +66,13 @@ BUGS = (
     ),
     Bug("second row of the ring", "numbers", WINDOW, "batch) * 2 * slots", "batch) * slots"),
     Bug("reach of the first row for all", "numbers", WINDOW, "batch * reach_stride", "0", None),
-    Bug("keys past the chunk are read", "checked", WINDOW, "key <= last_key", "true", 0),
+    Bug(
+        "keys past the chunk are read",
+        "checked",
+        WINDOW,
+        "min(first + column + matrix_row, last_key)",
+        "max(first + column + matrix_row, first)",
+    ),
     Bug(
         "queries past the end are read",
         "checked",
