@@ -109,7 +109,8 @@ def test_sampling_options_are_heard():
     plain = text()
     assert text("--temp", "1.5", "--seed", "1") == text("--temp", "1.5", "--seed", "1") != plain
     assert text("--temp", "1.5", "--top-k", "1") == plain
-    assert text("--temp", "1.5", "--top-p", "0.000001") == plain
+    narrow = text("--temp", "1.5", "--seed", "1", "--top-p", "0.1")
+    assert narrow != text("--temp", "1.5", "--seed", "1")
     assert text("--temp", "1.5", "--min-p", "1") == plain
     assert text("--repetition-penalty", "5") != plain
     assert text("--stop", plain[4:7]) == plain[:4]

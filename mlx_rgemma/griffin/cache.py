@@ -96,8 +96,13 @@ class _StateCache:
     def _allocate(self, batch_size: int) -> None:
         raise AssertionError("each kind of cache allocates its own arrays")
 
+    @property
+    def meta_state(self) -> str:
+        """Nothing beside `state` (mlx-lm before 0.32 asks for it)."""
+        return ""
+
     @classmethod
-    def from_state(cls, state: Any) -> Any:
+    def from_state(cls, state: Any, meta_state: Any = None) -> Any:
         """Rebuild a cache from what `state` gave (mlx-lm's prompt-cache files)."""
         cache = cls.__new__(cls)
         cache.lengths = None
@@ -137,7 +142,8 @@ class RecurrentCache(_StateCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        return self.h, self.conv, self.positions
+        """Arrays only, so that every mlx-lm can save it: h, conv, positions (B,) int64."""
+        return self.h, self.conv, mx.array(self.positions, mx.int64)
 
     @state.setter
     def state(self, state: Any) -> None:
@@ -146,11 +152,12 @@ class RecurrentCache(_StateCache):
             h_ok = h.ndim == 2 and h.dtype == mx.float32
             conv_ok = conv.ndim == 3 and conv.shape[0] == h.shape[0]
             ok = h_ok and conv_ok and conv.shape[2] == h.shape[1]
+            positions = _counts(positions, h.shape[0])
         except (TypeError, ValueError, AttributeError):
             ok = False
-        if not ok or not _are_positions(positions, h.shape[0]):
+        if not ok:
             raise CheckpointError("the file does not hold the state of a recurrent block.")
-        self.h, self.conv, self.positions = h, conv, list(positions)
+        self.h, self.conv, self.positions = h, conv, positions
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep these rows, in this order."""
@@ -244,19 +251,23 @@ class AttentionCache(_StateCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        return self.kv, self.head, self.window, self.positions
+        """Arrays only: kv, [head, window] (2,) int64, positions (B,) int64."""
+        ring = mx.array([self.head, self.window], mx.int64)
+        return self.kv, ring, mx.array(self.positions, mx.int64)
 
     @state.setter
     def state(self, state: Any) -> None:
         try:
-            kv, head, window, positions = state
+            kv, ring, positions = state
+            head, window = _counts(ring, 2)
             ok = kv.ndim == 4 and kv.shape[1] == 2 and kv.shape[2] == window + 1
-            ok = ok and isinstance(head, int) and 0 <= head <= window
+            ok = ok and head <= window
+            positions = _counts(positions, kv.shape[0])
         except (TypeError, ValueError, AttributeError):
             ok = False
-        if not ok or not _are_positions(positions, kv.shape[0]):
+        if not ok:
             raise CheckpointError("the file does not hold the state of an attention block.")
-        self.kv, self.head, self.window, self.positions = kv, head, window, list(positions)
+        self.kv, self.head, self.window, self.positions = kv, head, window, positions
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep these rows, in this order."""
@@ -302,12 +313,14 @@ def state_nbytes(cache: Sequence[GriffinCache]) -> int:
     return sum(c.nbytes for c in cache)
 
 
-def _are_positions(positions: Any, rows: int) -> bool:
-    return (
-        isinstance(positions, list | tuple)
-        and len(positions) == rows
-        and all(isinstance(p, int) and p >= 0 for p in positions)
-    )
+def _counts(array: mx.array, size: int) -> list[int]:
+    """The whole numbers of an array that holds `size` of them, none negative."""
+    if array.shape != (size,) or not mx.issubdtype(array.dtype, mx.integer):
+        raise ValueError("not as many whole numbers as expected")
+    values: Any = array.tolist()
+    if min(values) < 0:
+        raise ValueError("a negative count")
+    return values
 
 
 def _rows(batch_indices: Any) -> tuple[list[int], mx.array]:

@@ -215,11 +215,11 @@ def test_huge_positions_survive_a_round_trip():
 @pytest.mark.parametrize(
     "state",
     [
-        (mx.zeros((1, 8)), mx.zeros((1, 3, 9)), [0]),
-        (mx.zeros((1, 8), mx.float16), mx.zeros((1, 3, 8)), [0]),
-        (mx.zeros((1, 8)), mx.zeros((2, 3, 8)), [0]),
-        (mx.zeros((1, 8)), mx.zeros((1, 3, 8)), [0, 0]),
-        (mx.zeros((1, 8)), mx.zeros((1, 3, 8)), [-1]),
+        (mx.zeros((1, 8)), mx.zeros((1, 3, 9)), mx.array([0])),
+        (mx.zeros((1, 8), mx.float16), mx.zeros((1, 3, 8)), mx.array([0])),
+        (mx.zeros((1, 8)), mx.zeros((2, 3, 8)), mx.array([0])),
+        (mx.zeros((1, 8)), mx.zeros((1, 3, 8)), mx.array([0, 0])),
+        (mx.zeros((1, 8)), mx.zeros((1, 3, 8)), mx.array([-1])),
         (mx.zeros((1, 8)), mx.zeros((1, 3, 8))),
         None,
     ],
@@ -233,12 +233,12 @@ def test_recurrent_state_is_checked(state):
 @pytest.mark.parametrize(
     "state",
     [
-        (mx.zeros((1, 2, 5, 8)), 0, 5, [0]),
-        (mx.zeros((1, 1, 6, 8)), 0, 5, [0]),
-        (mx.zeros((1, 2, 6, 8)), 6, 5, [0]),
-        (mx.zeros((1, 2, 6, 8)), -1, 5, [0]),
-        (mx.zeros((1, 2, 6, 8)), 0, 5, []),
-        ("kv", 0, 5, [0]),
+        (mx.zeros((1, 2, 5, 8)), mx.array([0, 5]), mx.array([0])),
+        (mx.zeros((1, 1, 6, 8)), mx.array([0, 5]), mx.array([0])),
+        (mx.zeros((1, 2, 6, 8)), mx.array([6, 5]), mx.array([0])),
+        (mx.zeros((1, 2, 6, 8)), mx.array([-1, 5]), mx.array([0])),
+        (mx.zeros((1, 2, 6, 8)), mx.array([0, 5]), mx.array([1.5])),
+        ("kv", mx.array([0, 5]), mx.array([0])),
     ],
     ids=["slots", "no values", "head", "negative head", "positions", "no array"],
 )
