@@ -214,10 +214,11 @@ BUGS = {
         "float to integer out of range",
         "1e20f",
     ),
-    "loop without end": Bug(
+    "waiting for a thread that waits too": Bug(
         after(
-            STORE,
-            f"while (products[s * 32 + lane] == running_product) {{ {STORE} }}",
+            "threadgroup float sums[S * 32];",
+            "threadgroup atomic_uint ready;\n"
+            "while (atomic_load_explicit(&ready, memory_order_relaxed) != s) {}",
         ),
         "a loop that does not end?",
         "while",

@@ -19,10 +19,12 @@ namespace {
 constexpr int kFaults[4] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
 constexpr int kTimer = SIGVTALRM;
 constexpr ptrdiff_t kStackGuard = 8192;
+constexpr int kPatience = 50;  // milliseconds
 
 pthread_t owner;
 void* kernel_library;
 uint32_t limit;
+int strikes;
 
 // One past the instruction, like the address after a call: lines are looked up just before it.
 void* program_counter(void* context) {
@@ -65,17 +67,24 @@ void on_fault(int number, siginfo_t* info, void* context) {
 }
 
 void on_timer(int, siginfo_t*, void* context) {
-  void* pc = program_counter(context);
-  // Only the kernel's own code may be left where it is: the runtime could be in the midst of
-  // something. The timer strikes again soon.
-  if (!in_kernel_thread() || library_of(pc) != kernel_library) {
-    return;
+  if (!state.expired) {
+    strikes = 0;
+    state.expired = true;  // the next access, exchange or barrier of the kernel sees it
   }
-  report(pc, 0, "still running after %u s of processor time: a loop that does not end?", limit);
-  abandon_launch();
+  // A loop that does none of these is left here, but only in the kernel's own code: the runtime
+  // could be in the midst of something.
+  void* pc = program_counter(context);
+  if (++strikes > kPatience && in_kernel_thread() && library_of(pc) == kernel_library) {
+    report_endless(pc, 0);
+  }
 }
 
 }  // namespace
+
+void report_endless(void* pc, int line) {
+  report(pc, line, "still running after %u s of processor time: a loop that does not end?", limit);
+  abandon_launch();
+}
 
 FaultGuard::FaultGuard() : alternate_(new char[kStackBytes]) {
   owner = pthread_self();
@@ -100,6 +109,7 @@ FaultGuard::~FaultGuard() {
 
 TimeGuard::TimeGuard(uint32_t seconds, void* entry) {
   kernel_library = library_of(entry);
+  state.expired = false;
   limit = seconds;
   struct sigaction action = {};
   action.sa_sigaction = on_timer;

@@ -218,6 +218,9 @@ void access(const void* address, size_t bytes, bool write, void* pc, bool atomic
   if (static_cast<size_t>(p - state.current->stack) < kStackBytes) {
     return;  // a private variable
   }
+  if (state.expired) {
+    report_endless(pc, 0);
+  }
   Region* region = region_at(p);
   if (region == nullptr || p + bytes > region->base + region->bytes) {
     if (region != nullptr || (p >= arena_begin && p < arena_end)) {

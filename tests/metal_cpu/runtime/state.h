@@ -57,6 +57,7 @@ struct State {
   Fiber* current;           // null outside a kernel
   bool checked;             // shadow memory is kept
   bool abandoned;           // a finding after which nothing can go on
+  volatile bool expired;    // the time limit has passed
   uint32_t group;           // the running threadgroup, counted along the grid
   uint32_t group_epoch[2];  // counts threadgroup barriers, for each kind of memory
   std::vector<Simdgroup> simdgroups;
@@ -74,7 +75,8 @@ void prepare(Fiber& fiber);  // it will run the kernel from the start
 void resume(Fiber& fiber);   // until it waits or ends
 void suspend();              // called on the fiber
 char* new_stack();
-[[noreturn]] void abandon_launch();  // called on the fiber, which never goes on
+[[noreturn]] void report_endless(void* pc, int line);  // after `state.expired`
+[[noreturn]] void abandon_launch();                    // called on the fiber, which never goes on
 // Set by the launch: what a fiber runs.
 extern void (*kernel_entry)(void**, const mtl_thread*);
 extern void** kernel_buffers;

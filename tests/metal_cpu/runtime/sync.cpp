@@ -33,6 +33,9 @@ extern "C" const mtl_thread* mtl_self() {
 
 extern "C" const char* mtl_exchange(const void* value, uint32_t bytes, int line,
                                     const char* operation) {
+  if (state.expired) {
+    report_endless(nullptr, line);
+  }
   Fiber& fiber = *state.current;
   char* slots = current_simdgroup().slots[fiber.exchanges++ & 1];
   memcpy(slots + MTL_SLOT_BYTES * fiber.self.lane, value, bytes);
@@ -50,6 +53,9 @@ extern "C" uint32_t mtl_active_lanes() {
 }
 
 extern "C" void mtl_barrier(int scope, int flags, int line) {
+  if (state.expired) {
+    report_endless(nullptr, line);
+  }
   Fiber& fiber = *state.current;
   ++state.counters.barriers;
   fiber.line = line;
@@ -82,6 +88,9 @@ static uint32_t as_bits(float value) {
 
 extern "C" uint32_t mtl_atomic(void* address, int operation, uint32_t value, uint32_t expected,
                                bool* done) {
+  if (state.expired) {
+    report_endless(__builtin_return_address(0), 0);
+  }
   uint32_t* word = static_cast<uint32_t*>(address);
   if (state.checked) {
     access(word, sizeof *word, operation != MTL_LOAD, __builtin_return_address(0), true);
