@@ -27,6 +27,7 @@ from mlx_rgemma.ops.attention_kernels import (
     launch_ring,
     launch_rotary,
     launch_window,
+    ring_share,
     supported,
 )
 from mlx_rgemma.ops.attention_plain import Ring, plain_ring, plain_rotary, plain_step, plain_window
@@ -142,7 +143,8 @@ def ring_step(
         return launch_ring(q, k, v, cos, sin, kv, head, window, *(reach or (None,)))
 
     arrays = [q, k, v, cos, sin, ring.kv, *([] if reach is None else [reach])]
-    if supported(q, k, v, ring.kv) and RING.usable(q.dtype, q.shape[-1]):
+    share = ring_share(*q.shape[:2])
+    if supported(q, k, v, ring.kv) and RING.usable(q.dtype, q.shape[-1], share):
         out, kv = run_fused(launch, plain, *arrays)
         return out, ring.appended(kv)
     return plain_step(q, k, v, cos, sin, ring, window, reach)

@@ -70,7 +70,7 @@ def window_tile(head_dim: int, dtype: mx.Dtype) -> tuple[int, int, int]:
 def launch_ring(q, k, v, cos, sin, ring, head, window, reach):
     """Arguments as `plain_step`, the ring's arrays and head apart."""
     batch, heads, _, head_dim = q.shape
-    share = 2 if heads % 2 == 0 and batch * heads >= 2 * RING_GROUPS else 1
+    share = ring_share(batch, heads)
     pairs = cos.shape[-1]
     angle_stride = 0 if cos.shape[0] == 1 else pairs
     reach_stride = 0 if reach is None or reach.shape[0] == 1 else 1
@@ -88,6 +88,11 @@ def launch_ring(q, k, v, cos, sin, ring, head, window, reach):
             "SIMDGROUPS": RING_SIMDGROUPS,
         },
     )
+
+
+def ring_share(batch: int, heads: int) -> int:
+    """Heads of a threadgroup of the ring kernel: two, where that leaves enough threadgroups."""
+    return 2 if heads % 2 == 0 and batch * heads >= 2 * RING_GROUPS else 1
 
 
 def launch_rotary(q, k, v, cos, sin):
@@ -148,12 +153,13 @@ def _example_angles(length, head_dim):
     return mx.cos(angle), mx.sin(angle)
 
 
-def _example_ring(dtype, head_dim):
-    window = 150  # more than one round of the threadgroup's simdgroups
-    q = sample((1, 3, 1, head_dim), dtype, 1)
-    k = sample((1, 1, 1, head_dim), dtype, 2)
-    v = sample((1, 1, 1, head_dim), dtype, 3)
-    ring = sample((1, 2, window + 1, head_dim), dtype, 4)
+def _example_ring(dtype, head_dim, share):
+    window = 75  # more than one round of the threadgroup's simdgroups
+    batch, heads = (1, 3) if share == 1 else (2, RING_GROUPS)
+    q = sample((batch, heads, 1, head_dim), dtype, 1)
+    k = sample((batch, 1, 1, head_dim), dtype, 2)
+    v = sample((batch, 1, 1, head_dim), dtype, 3)
+    ring = sample((batch, 2, window + 1, head_dim), dtype, 4)
     cos, sin = _example_angles(1, head_dim)
     return q, k, v, cos, sin, ring, 7, window, None
 
@@ -184,7 +190,7 @@ RING = kernels.register(
     launch=launch_ring,
     reference=exact_step,
     example=_example_ring,
-    variants=_VARIANTS,
+    variants=tuple((*variant, share) for share in (1, 2) for variant in _VARIANTS),
 )
 
 ROTARY = kernels.register(
