@@ -86,6 +86,17 @@ class Model(nn.Module):
         generating = cache is not None and not self.training
         with forward_only() if generating else nullcontext():
             x = self.model(tokens, cache, segment_pos)
+        return self.head(x)
+
+    def head(self, x: mx.array) -> mx.array:
+        """Logits of what `self.model` gives.
+
+        Args:
+            x: (..., hidden_size), behind the final norm.
+
+        Returns:
+            (..., vocab_size), fp32, soft-capped.
+        """
         logits = self.model.embed_tokens.as_linear(x)
         cap = self.args.logits_soft_cap
         return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)
