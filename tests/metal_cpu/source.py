@@ -46,7 +46,7 @@ THREADGROUP_VARIABLE = re.compile(
 _FUNCTION_CONSTANT = re.compile(
     r"constant\s+(\w+)\s+(\w+)\s*\[\[\s*function_constant\((\d+)\)\s*\]\]\s*;"
 )
-_HOST_NAME_LINE = re.compile(r"^template\s*\[\[host_name.*?;\s*$", flags=re.M)
+_HOST_NAME_LINE = re.compile(r"^template\s*\[\[host_name.*?;[ \t]*$", flags=re.M)
 _ATTRIBUTE = re.compile(
     r"\[\[\s*(?:kernel(?:\s*,[^\]]*)?|host_name\([^)]*\)|buffer\([^)]*\)|threadgroup\(\d+\)"
     r"|function_constant\([^)]*\)|max_total_threads_per_threadgroup\([^)]*\)"

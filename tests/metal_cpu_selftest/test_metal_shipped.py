@@ -275,9 +275,11 @@ def test_wkv7(dtype):
 def test_a_race_in_a_shipped_kernel_is_found():
     """mlx-lm's divergence loss reads `shared` and writes it again with no barrier between."""
     q, p = (mx.random.normal((3, 200), key=mx.random.key(i)) for i in (3, 4))
-    with mlx_lm_module("tuner.losses", mode="checked") as module:
-        with pytest.raises(metal_cpu.KernelError) as raised:
-            module.kl_div_loss(q, p)
+    with (
+        mlx_lm_module("tuner.losses", mode="checked") as module,
+        pytest.raises(metal_cpu.KernelError) as raised,
+    ):
+        module.kl_div_loss(q, p)
     races = [f for f in raised.value.findings if "data race on threadgroup 'shared'" in f.message]
     assert "shared[simd_lane_id" in races[0].text
 
