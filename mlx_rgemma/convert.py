@@ -7,6 +7,7 @@ import sys
 
 from mlx_rgemma import command_line
 from mlx_rgemma.checkpoints.quantization import MODES
+from mlx_rgemma.checkpoints.recipes import RECIPES, RGEMMA
 from mlx_rgemma.griffin.config import DTYPES
 
 
@@ -25,13 +26,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--mlx-path", default="mlx_model", help="The new folder. Default: %(default)s.")
     add("-q", "--quantize", action="store_true", help="Quantize the weights.")
-    add("--q-bits", type=int, help="Bits of a weight. Default: that of the mode (affine: 4).")
+    add(
+        "--q-bits",
+        type=int,
+        help="Bits of a weight, the same for all. Default: that of the mode; for affine, those of"
+        f" --quant-predicate {RGEMMA}.",
+    )
     add(
         "--q-group-size",
         type=int,
         help="Weights that share a scale. Default: that of the mode (affine: 64).",
     )
     add("--q-mode", default="affine", metavar="MODE", help=f"One of {', '.join(MODES)}.")
+    add(
+        "--quant-predicate",
+        choices=RECIPES,
+        help=f"Recipe that gives each matrix its own bits: {RGEMMA}, made for this model by"
+        " measurement (the default of -q), or mlx-lm's, which leave the embedding at the low bits.",
+    )
     add("--dtype", choices=DTYPES, help="dtype of what is not quantized. Default: the config's.")
     add("-d", "--dequantize", action="store_true", help="Make a quantized model a plain one.")
     add("--revision", help="Branch, tag or commit of a repository.")

@@ -58,7 +58,10 @@ FAILURES = {
     "impossible bits": (["-q", "--q-bits", "7"], "q-bits is 7; with q-mode affine it must be"),
     "negative bits": (["-q", "--q-bits", "-4"], "q-bits is -4"),
     "impossible mode": (["-q", "--q-mode", "int4"], "q-mode is 'int4', expected one of affine"),
-    "bits without -q": (["--q-bits", "4"], "q-bits, q-group-size and q-mode need -q"),
+    "bits without -q": (
+        ["--q-bits", "4"],
+        "q-bits, q-group-size, q-mode and quant-predicate need -q",
+    ),
     "both ways": (["-q", "-d"], "exclude each other"),
     "nothing to dequantize": (["-d"], "there is nothing to dequantize"),
     "existing folder": (["--mlx-path", "."], "exists already"),
@@ -88,7 +91,15 @@ def test_flags_are_those_of_mlx_lm():
     flags = {flag for action in build_parser()._actions for flag in action.option_strings}
     assert {
         *("--hf-path", "--model", "--mlx-path", "-q", "--quantize", "--q-bits"),
-        *("--q-group-size", "--q-mode", "--dtype", "-d", "--dequantize", "--revision"),
+        *(
+            "--q-group-size",
+            "--q-mode",
+            "--dtype",
+            "-d",
+            "--dequantize",
+            "--revision",
+            "--quant-predicate",
+        ),
     } <= flags
 
 

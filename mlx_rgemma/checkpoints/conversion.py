@@ -16,6 +16,7 @@ from mlx_rgemma.checkpoints.loading import read_dtype, read_tensors
 from mlx_rgemma.checkpoints.model_card import ignored_by_mlx_lm
 from mlx_rgemma.checkpoints.output import refuse_existing
 from mlx_rgemma.checkpoints.quantization import Quantization
+from mlx_rgemma.checkpoints.recipes import Recipe
 from mlx_rgemma.checkpoints.safetensors import MLX_NAME, TensorInfo
 from mlx_rgemma.checkpoints.source import Source, locate
 from mlx_rgemma.checkpoints.tokenizer import has_tokenizer, load_tokenizer
@@ -76,6 +77,7 @@ def convert(
     dtype: mx.Dtype | str | None = None,
     dequantize: bool = False,
     revision: str | None = None,
+    quant_predicate: str | None = None,
     *,
     progress: bool = False,
 ) -> Conversion:
@@ -91,11 +93,14 @@ def convert(
         mlx_path: The folder to be; nothing of that name may exist.
         quantize: Quantize the weights.
         q_group_size: Weights that share a scale, by default the mode's.
-        q_bits: Bits of a weight, by default the mode's.
+        q_bits: Bits of a weight, by default the mode's; those of the recipe `rgemma` in affine
+            mode.
         q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
         dtype: dtype of what is not quantized, by default what the configuration says.
         dequantize: Make a quantized checkpoint a plain one.
         revision: Branch, tag or commit of a repository.
+        quant_predicate: A recipe that gives each matrix its own bits: `rgemma`, or one of
+            mlx-lm's `mixed_2_6`, `mixed_3_4`, `mixed_3_6` and `mixed_4_6`.
         progress: Show a progress bar.
 
     Raises:
@@ -103,7 +108,7 @@ def convert(
         CheckpointError: If the source is missing, damaged or of another model, or the target
             exists or cannot be written.
     """
-    recipe = _recipe(quantize, dequantize, q_mode, q_bits, q_group_size)
+    recipe = _recipe(quantize, dequantize, q_mode, q_bits, q_group_size, quant_predicate)
     chosen = None if dtype is None else read_dtype(dtype)
     target = Path(mlx_path).expanduser()
     refuse_existing(target)
@@ -114,12 +119,12 @@ def convert(
         raise UserError(f"{source.folder}: not quantized, there is nothing to dequantize.")
     chosen = chosen or _stored_dtype(folder, contents)
     config = _with_stops(folder.config, source)
-    quantized, kept = _plan(contents, recipe, dequantize)
+    quantized, kept = _plan(contents, recipe, dequantize, config.num_hidden_layers)
     if recipe is not None and not quantized:
         widths = sorted({wanted.shape[-1] for wanted in contents.expected if wanted.matrix})
         raise UserError(
-            f"q-group-size is {recipe.group_size}, which divides no matrix of this model (widths"
-            f" {', '.join(map(str, widths))}); choose a smaller one."
+            f"q-group-size is {recipe.default.group_size}, which divides no matrix of this model"
+            f" (widths {', '.join(map(str, widths))}); choose a smaller one."
         )
     stored = dtype_title(chosen, quantized)
     checkpoint = Written(
@@ -142,16 +147,21 @@ def convert(
 
 
 def _recipe(
-    quantize: bool, dequantize: bool, mode: str, bits: int | None, group_size: int | None
-) -> Quantization | None:
+    quantize: bool,
+    dequantize: bool,
+    mode: str,
+    bits: int | None,
+    group_size: int | None,
+    predicate: str | None,
+) -> Recipe | None:
     """What to quantize to, if the arguments go together."""
     if quantize and dequantize:
         raise UserError("quantize and dequantize exclude each other; choose one.")
-    how = Quantization.choose(mode, bits, group_size)
+    recipe = Recipe.choose(mode, bits, group_size, predicate)
     if quantize:
-        return how
-    if (mode, bits, group_size) != ("affine", None, None):
-        raise UserError("q-bits, q-group-size and q-mode need -q (quantize).")
+        return recipe
+    if (mode, bits, group_size, predicate) != ("affine", None, None, None):
+        raise UserError("q-bits, q-group-size, q-mode and quant-predicate need -q (quantize).")
     return None
 
 
@@ -177,14 +187,15 @@ def _with_stops(config: GriffinConfig, source: Source) -> GriffinConfig:
 
 
 def _plan(
-    contents: Contents, recipe: Quantization | None, dequantize: bool
+    contents: Contents, recipe: Recipe | None, dequantize: bool, num_layers: int
 ) -> tuple[dict[str, Quantization], tuple[str, ...]]:
     """How each matrix will be quantized, and which will not though they were meant to be."""
     if recipe is None:
         return ({} if dequantize else contents.quantized), ()
-    matrices = [wanted for wanted in contents.expected if wanted.matrix]
-    quantized = {wanted.path: recipe for wanted in matrices if recipe.fits(wanted.shape)}
-    return quantized, tuple(wanted.path for wanted in matrices if wanted.path not in quantized)
+    shapes = {wanted.path: wanted.shape for wanted in contents.expected if wanted.matrix}
+    meant = {path: recipe.of(path, num_layers) for path in shapes}
+    quantized = {path: how for path, how in meant.items() if how.fits(shapes[path])}
+    return quantized, tuple(path for path in shapes if path not in quantized)
 
 
 def _layout(
@@ -299,7 +310,7 @@ def _in_float32(value: mx.array) -> mx.array:
 
 
 def _notes(
-    folder: CheckpointFolder, contents: Contents, weights: _Weights, recipe: Quantization | None
+    folder: CheckpointFolder, contents: Contents, weights: _Weights, recipe: Recipe | None
 ) -> Iterator[str]:
     if contents.redundant:
         yield "lm_head.weight says again what the embedding says and was left out."

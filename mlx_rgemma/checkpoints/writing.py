@@ -196,7 +196,9 @@ def dtype_title(dtype: mx.Dtype, quantized: Mapping[str, Quantization]) -> str:
         return name
     common = Counter(quantized.values()).most_common(1)[0][0]
     mode = "" if common.mode == "affine" else f"{common.mode}, "
-    return f"quantized ({mode}{common.bits} bits, groups of {common.group_size}), the rest {name}"
+    low, high = (choose(how.bits for how in quantized.values()) for choose in (min, max))
+    bits = f"{low} bits" if low == high else f"{low} to {high} bits"
+    return f"quantized ({mode}{bits}, groups of {common.group_size}), the rest {name}"
 
 
 def _write_weights(

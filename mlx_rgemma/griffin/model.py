@@ -89,17 +89,8 @@ class Model(nn.Module):
         return self.head(x)
 
     def head(self, x: mx.array) -> mx.array:
-        """Logits of what `self.model` gives.
-
-        Args:
-            x: (..., hidden_size), behind the final norm.
-
-        Returns:
-            (..., vocab_size), fp32, soft-capped.
-        """
-        logits = self.model.embed_tokens.as_linear(x)
-        cap = self.args.logits_soft_cap
-        return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)
+        """Logits of what `self.model` gives: (..., hidden_size) -> (..., vocab_size), fp32."""
+        return tied_head(x, self.model.embed_tokens, self.args.logits_soft_cap)
 
     @property
     def layers(self) -> list[ResidualBlock]:
@@ -181,6 +172,21 @@ class Model(nn.Module):
             self.check_cache(cache)
             for layer in cache:
                 layer.resize(tokens.shape[0])
+
+
+def tied_head(x: mx.array, embedding: nn.Module, cap: float) -> mx.array:
+    """Logits by the embedding that the input has too.
+
+    Args:
+        x: (..., hidden_size), behind the final norm.
+        embedding: Plain or quantized.
+        cap: Soft cap of the logits; 0 for none.
+
+    Returns:
+        (..., vocab_size), fp32.
+    """
+    logits = embedding.as_linear(x)
+    return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)
 
 
 def _describe(signature: tuple[Any, ...]) -> str:

@@ -82,13 +82,12 @@ def test_dtype_is_that_of_every_tensor(tmp_path, dtype):
 
 
 SETTINGS = {
-    "default": ({}, (64, 4, "affine")),
-    **{f"{b} bits": ({"q_bits": b}, (64, b, "affine")) for b in (2, 3, 5, 6, 8)},
-    "groups of 32": ({"q_group_size": 32}, (32, 4, "affine")),
+    **{f"{b} bits": ({"q_bits": b}, (64, b, "affine")) for b in (2, 3, 4, 5, 6, 8)},
+    "groups of 32": ({"q_bits": 4, "q_group_size": 32}, (32, 4, "affine")),
     "mxfp4": ({"q_mode": "mxfp4"}, (32, 4, "mxfp4")),
     "nvfp4": ({"q_mode": "nvfp4"}, (16, 4, "nvfp4")),
     "mxfp8": ({"q_mode": "mxfp8"}, (32, 8, "mxfp8")),
-    "float16 scales": ({"dtype": "float16"}, (64, 4, "affine")),
+    "float16 scales": ({"q_bits": 4, "dtype": "float16"}, (64, 4, "affine")),
 }
 
 
@@ -143,7 +142,7 @@ def test_quantized_source(tmp_path):
     convert(tmp_path / "q8", tmp_path / "q8 in float32", dtype="float32")
     scales = all_tensors(tmp_path / "q8 in float32")["model.embed_tokens.scales"]
     assert scales.dtype == mx.float32
-    again = convert(tmp_path / "q8", tmp_path / "q4", quantize=True)
+    again = convert(tmp_path / "q8", tmp_path / "q4", quantize=True, q_bits=4)
     assert any("quantized already" in note for note in again.notes)
     quantized = check_contents(CheckpointFolder.open(tmp_path / "q4")).quantized
     assert {how.bits for how in quantized.values()} == {4}

@@ -79,7 +79,7 @@ def mlx_lm_converted(tmp_path_factory):
     root = tmp_path_factory.mktemp("mlx_lm")
     options = {
         "plain": {},
-        "q4": {"quantize": True},
+        "q4": {"quantize": True, "q_bits": 4},
         "q8": {"quantize": True, "q_bits": 8, "q_group_size": 32, "dtype": "float16"},
         "mxfp8": {"quantize": True, "q_mode": "mxfp8"},
         "mixed": {"quantize": True, "quant_predicate": "mixed_3_6", "q_group_size": 64},
