@@ -14,16 +14,49 @@ What it cannot show: whether Apple's compiler accepts the text, register pressur
 the rounding of fast maths functions, weak memory ordering.
 """
 
-from .capture import Capture, KernelDefinition, capture_call, capture_calls
-from .errors import Finding, KernelError
-from .install import executed
-from .run import Counters, RunOptions, Traffic
-from .standin import ArrayInfo, Launch
-from .static_check import Report, check_launch, check_source
-from .toolchain import compiler
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .capture import Capture, KernelDefinition, capture_call, capture_calls
+    from .cuda import compile_cuda, translate
+    from .cuda_compiler import cuda_toolchain
+    from .errors import Finding, KernelError
+    from .install import executed
+    from .run import Buffer, Counters, RunOptions, Traffic
+    from .standin import ArrayInfo, Launch
+    from .static_check import Report, check_launch, check_source
+    from .toolchain import compiler
+
+# Imported when first used: what only compiles CUDA or drives a GPU runs without MLX.
+_MODULE_OF = {
+    "ArrayInfo": "standin",
+    "Buffer": "run",
+    "Capture": "capture",
+    "Counters": "run",
+    "Finding": "errors",
+    "KernelDefinition": "capture",
+    "KernelError": "errors",
+    "Launch": "standin",
+    "Report": "static_check",
+    "RunOptions": "run",
+    "Traffic": "run",
+    "capture_call": "capture",
+    "capture_calls": "capture",
+    "check_launch": "static_check",
+    "check_source": "static_check",
+    "compile_cuda": "cuda",
+    "compiler": "toolchain",
+    "cuda_toolchain": "cuda_compiler",
+    "executed": "install",
+    "translate": "cuda",
+}
 
 __all__ = [
     "ArrayInfo",
+    "Buffer",
     "Capture",
     "Counters",
     "Finding",
@@ -37,6 +70,15 @@ __all__ = [
     "capture_calls",
     "check_launch",
     "check_source",
+    "compile_cuda",
     "compiler",
+    "cuda_toolchain",
     "executed",
+    "translate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -1,28 +1,11 @@
-"""The same kernel text as CUDA: another compiler's eyes, and an NVIDIA GPU can run it.
-
-`translate` makes a CUDA source from a captured Metal source. `compile_cuda` compiles it with NVRTC
-or nvcc, whichever is installed; neither needs a GPU.
-
-Environment:
-    MLX_RGEMMA_NVRTC: the path of libnvrtc, where the usual places do not have it.
-    CUDA_HOME: the CUDA toolkit, /usr/local/cuda if unset.
-"""
+"""The same kernel text as CUDA: another compiler's eyes, and an NVIDIA GPU can run it."""
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import os
 import re
-import shutil
-import site
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from .build import STDLIB
+from .cuda_compiler import CudaError, cuda_toolchain
 from .errors import Finding, KernelError, finding
 from .source import VECTOR_FIELDS, Parameter, for_cuda, parameters
 from .toolchain import KERNEL_FILE
@@ -43,25 +26,6 @@ _FIELDS = {
 }
 
 
-@dataclass(frozen=True)
-class CudaCompiler:
-    """`nvrtc` with the path of its library, or `nvcc` with that of the program."""
-
-    kind: str
-    path: str
-
-
-def cuda_compiler() -> tuple[CudaCompiler | None, str]:
-    """A compiler for CUDA, or None and the reason why there is none."""
-    library = _nvrtc_library()
-    if library is not None and _toolkit_headers().exists():
-        return CudaCompiler("nvrtc", library), ""
-    program = shutil.which("nvcc") or str(_cuda_home() / "bin" / "nvcc")
-    if Path(program).exists():
-        return CudaCompiler("nvcc", program), ""
-    return None, "neither NVRTC with CUDA's headers nor nvcc is installed"
-
-
 def translate(source: str, function: str, instance: str = "") -> str:
     """The CUDA source of a kernel: its entry point is `metal_entry`, with one pointer a buffer.
 
@@ -72,8 +36,7 @@ def translate(source: str, function: str, instance: str = "") -> str:
     """
     params = parameters(source, function)
     instance = instance or function
-    buffers = [p for p in params if p.is_buffer]
-    pointers = ", ".join(f"void* buffer{p.slot}" for p in buffers)
+    pointers = ", ".join(f"void* buffer{p.slot}" for p in params if p.is_buffer)
     arguments = ", ".join(_argument(i, p) for i, p in enumerate(params))
     kernel = re.sub(rf"\bvoid\s+{function}\s*\(", f"__device__ void {function}(", for_cuda(source))
     return f"""#include "metal_on_cuda.h"
@@ -98,11 +61,13 @@ def compile_cuda(text: str, source: str, architecture: str = "90") -> bytes:
     Raises:
         KernelError: with the compiler's messages, at the kernel's lines.
     """
-    found, reason = cuda_compiler()
+    found, reason = cuda_toolchain()
     if found is None:
         raise KernelError("cuda", [Finding(f"cannot compile CUDA: {reason}")])
-    compile_with = _with_nvrtc if found.kind == "nvrtc" else _with_nvcc
-    return compile_with(found.path, text, source, architecture)
+    try:
+        return found.compile(text, architecture)
+    except CudaError as error:
+        raise KernelError("cuda", _messages(str(error), source)) from error
 
 
 def _argument(position: int, parameter: Parameter) -> str:
@@ -123,54 +88,6 @@ def _thread_fields(params: list[Parameter]) -> str:
     return lines
 
 
-def _with_nvcc(program: str, text: str, source: str, architecture: str) -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
-        cu, ptx = Path(scratch) / "kernel.cu", Path(scratch) / "kernel.ptx"
-        cu.write_text(text)
-        command = [program, "-std=c++17", f"-arch=sm_{architecture}", "--fmad=false", "-w", "-ptx"]
-        result = subprocess.run(
-            [*command, f"-I{STDLIB}", "-o", str(ptx), str(cu)], capture_output=True, text=True
-        )
-        if result.returncode:
-            raise KernelError("cuda", _messages(result.stderr, source))
-        return ptx.read_bytes()
-
-
-def _with_nvrtc(library: str, text: str, source: str, architecture: str) -> bytes:
-    nvrtc = ctypes.CDLL(library)
-    program = ctypes.c_void_p()
-    code = text.encode()
-    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), code, b"kernel.cu", 0, None, None)
-    if created:
-        raise KernelError("cuda", [Finding(f"NVRTC cannot create a program (error {created})")])
-    headers = _toolkit_headers()
-    options = [
-        "--std=c++17",
-        f"--gpu-architecture=compute_{architecture}",
-        "--device-as-default-execution-space",
-        "--fmad=false",
-        f"--include-path={STDLIB}",
-        f"--include-path={headers}",
-        f"--include-path={headers / 'cccl'}",
-    ]
-    encoded = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
-    try:
-        if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
-            log = _nvrtc_text(nvrtc, program, "ProgramLog").decode()
-            raise KernelError("cuda", _messages(log, source))
-        return _nvrtc_text(nvrtc, program, "PTX")
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def _nvrtc_text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
-    size = ctypes.c_size_t()
-    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
-    text = ctypes.create_string_buffer(size.value)
-    getattr(nvrtc, f"nvrtcGet{what}")(program, text)
-    return text.value
-
-
 def _messages(log: str, source: str) -> list[Finding]:
     found = []
     for file, line, message in re.findall(r"^(\S+?)\((\d+)\): (?:\w+ )?error.*?: (.*)$", log, re.M):
@@ -179,34 +96,3 @@ def _messages(log: str, source: str) -> list[Finding]:
         else:
             found.append(Finding(f"does not compile as CUDA: {Path(file).name}({line}): {message}"))
     return found or [Finding("does not compile as CUDA:\n" + log[:3000])]
-
-
-def _cuda_home() -> Path:
-    return Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-
-
-def _toolkit_headers() -> Path:
-    for root in _nvidia_packages():
-        headers = root / "include"
-        if (headers / "cuda_fp16.h").exists() and (headers / "cccl").exists():
-            return headers
-    return _cuda_home() / "include"
-
-
-def _nvrtc_library() -> str | None:
-    chosen = os.environ.get("MLX_RGEMMA_NVRTC")
-    if chosen:
-        return chosen
-    roots = [*_nvidia_packages(), _cuda_home()]
-    for root in roots:
-        for folder in ("lib64", "lib"):
-            libraries = sorted((root / folder).glob("libnvrtc.so*"))
-            if libraries:
-                return str(libraries[-1])
-    return ctypes.util.find_library("nvrtc")
-
-
-def _nvidia_packages() -> list[Path]:
-    """Where wheels of NVIDIA's packages put their files."""
-    folders = [Path(p) / "nvidia" for p in {*site.getsitepackages(), *sys.path}]
-    return sorted(p for folder in folders if folder.exists() for p in folder.iterdir())

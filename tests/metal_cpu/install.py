@@ -44,7 +44,7 @@ def executed(
         flush_denormals: float results too small for a normal number become zero, as a GPU may do.
         allow: findings whose message contains one of these texts are accepted.
         time_limit_s: processor time after which a launch is taken to loop forever.
-        keep_values: launches keep the values of their inputs and outputs.
+        keep_values: launches keep their buffers, with the values of inputs and outputs.
         as_default_device: `mx.default_device()` reports a GPU, for code that asks.
 
     Raises:

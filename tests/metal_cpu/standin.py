@@ -16,8 +16,6 @@ from .capture import Capture, KernelDefinition, Triple, capture_call
 from .errors import Finding, KernelError
 from .run import Buffer, Counters, RunOptions, Traffic, run
 
-Values = tuple[np.ndarray[Any, Any], ...]
-
 
 @dataclass(frozen=True)
 class ArrayInfo:
@@ -43,7 +41,8 @@ class Launch:
         traffic: for each buffer by name, loads and stores as counted (checked mode only).
         accepted: findings that the caller allowed.
         seconds: that the grid took.
-        input_values, output_values: NumPy arrays, bfloat16 as uint16; only if asked for.
+        buffers: what the kernel was bound to, by parameter name, with the outputs' final values
+            (bfloat16 as uint16); only if asked for.
     """
 
     definition: KernelDefinition
@@ -57,8 +56,7 @@ class Launch:
     traffic: dict[str, Traffic]
     accepted: tuple[Finding, ...]
     seconds: float
-    input_values: Values = field(default=(), repr=False)
-    output_values: Values = field(default=(), repr=False)
+    buffers: dict[str, Buffer] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -212,9 +210,8 @@ class StandIn:
         )
         seconds = time.perf_counter() - start
         if settings.record is not None:
-            values: tuple[Values, Values] = ((), ())
-            if settings.keep_values:
-                values = (tuple(to_numpy(x) for x in arrays), tuple(outputs))
+            names = [p.name for p in library.parameters if p.is_buffer]
+            kept = dict(zip(names, buffers, strict=True)) if settings.keep_values else {}
             settings.record.append(
                 Launch(
                     self.definition,
@@ -228,7 +225,7 @@ class StandIn:
                     result.traffic,
                     result.accepted,
                     seconds,
-                    *values,
+                    kept,
                 )
             )
         return [

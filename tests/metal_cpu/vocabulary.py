@@ -30,6 +30,8 @@ SPECIFIED = {
     "precise::exp2": "Math Functions",
     "simd_ballot": "SIMD-Group Functions",
     "simd_broadcast_first": "SIMD-Group Functions",
+    "simd_any": "SIMD-Group Functions",
+    "simd_all": "SIMD-Group Functions",
     "mem_flags::mem_none": "Synchronization Functions",
     "mem_flags::mem_device": "Synchronization Functions",
     "threadgroups_per_grid": "Attributes for Kernel Function Input Arguments",
