@@ -13,8 +13,17 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("tiny-2b", "tiny-9b", "tiny-sharded")
 
-LOGITS_ATOL = 5e-5
-"""float32 logits against Google's code, which is itself within 1.4e-5 of float64."""
+ON_GPU = mx.default_device() == mx.Device(mx.gpu)
+"""On a Mac the same tests run on its GPU, with the kernels where they agree."""
+
+LOGITS_ATOL = 2e-4 if ON_GPU else 5e-5
+"""float32 logits against Google's code, which is itself within 1.4e-5 of float64. A GPU may
+multiply float32 matrices in reduced precision."""
+
+
+def tolerance(on_cpu: float) -> float:
+    """A relative tolerance of float32 results; looser on a GPU, for the same reason."""
+    return max(on_cpu, 1e-3) if ON_GPU else on_cpu
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

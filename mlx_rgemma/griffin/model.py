@@ -81,6 +81,8 @@ class Model(nn.Module):
         Raises:
             ValueError: If the tokens, positions or cache have the wrong shape.
         """
+        if segment_pos is not None:
+            segment_pos = mx.array(segment_pos)
         self._check(tokens, cache, segment_pos)
         # A model in evaluation mode that continues a state generates: no gradient is asked for.
         generating = cache is not None and not self.training

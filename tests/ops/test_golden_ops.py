@@ -5,15 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import golden, max_error, relative_error
+from conftest import golden, max_error, relative_error, tolerance
 
 from mlx_rgemma import ops
 
 # Relative to the largest value; the references are float64, or within 1e-7 of it.
-SCAN_RTOL = CONV_RTOL = ATTENTION_RTOL = 2e-6
-RG_LRU_RTOL, RG_LRU_GRADIENT_RTOL = 5e-6, 2e-5
+SCAN_RTOL = CONV_RTOL = ATTENTION_RTOL = tolerance(2e-6)
+RG_LRU_RTOL, RG_LRU_GRADIENT_RTOL = tolerance(5e-6), tolerance(2e-5)
 # In case `offset`, the reference's own float32 angles at position 5,000 limit the rotation.
-ATTENTION_OFFSET_RTOL = 2e-4
+ATTENTION_OFFSET_RTOL = tolerance(2e-4)
 
 
 def cases(name: str) -> dict[str, dict[str, np.ndarray]]:
