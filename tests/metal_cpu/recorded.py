@@ -1,8 +1,8 @@
 """Launches in files, to be repeated on another machine. Nothing here needs MLX.
 
 A launch is one `.npz` file: `launch` is JSON (the CUDA text, the geometry, the buffers), the other
-arrays are the buffers' contents: of an input what the kernel read, of an output what it wrote. Large
-arrays of floats are left out: they are drawn anew, and the launch is only timed.
+arrays are the buffers' contents: of an input what the kernel read, of an output what it wrote.
+Large arrays of floats are left out: they are drawn anew, and the launch is only timed.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def save(launches: Iterable[RecordedLaunch], folder: Path) -> list[Path]:
         described = asdict(launch)
         del described["values"]
         path = folder / f"{number:03d}-{launch.name}.npz"
-        contents = {f"buffer_{name}": values for name, values in launch.values.items()}
+        contents: dict[str, Any] = {f"buffer_{n}": values for n, values in launch.values.items()}
         np.savez_compressed(path, launch=np.array(json.dumps(described)), **contents)
         files.append(path)
     return files
@@ -115,6 +115,6 @@ def load(folder: Path) -> list[RecordedLaunch]:
             RecordedBuffer(**{**entry, "shape": tuple(entry["shape"])})
             for entry in described.pop("buffers")
         )
-        geometry = {name: tuple(described.pop(name)) for name in ("grid", "threadgroup")}
-        launches.append(RecordedLaunch(**described, **geometry, buffers=buffers, values=values))
+        described |= {name: tuple(described[name]) for name in ("grid", "threadgroup")}
+        launches.append(RecordedLaunch(**described, buffers=buffers, values=values))
     return launches

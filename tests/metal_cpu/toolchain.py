@@ -107,14 +107,22 @@ def compiler(family: str | None = None, oldest: int = 0) -> tuple[Compiler | Non
         family: `gcc` or `clang`; either will do if None, and g++ is tried first: it is faster.
         oldest: the least major version.
     """
-    if platform.system() != "Linux":
-        return None, f"kernels are executed on Linux only, this is {platform.system()}"
-    chosen = os.environ.get("MLX_RGEMMA_METAL_CPU_CXX")
-    if chosen and family is None:
+    chosen = os.environ.get("MLX_RGEMMA_METAL_CPU_CXX", "") if family is None else ""
+    return _find(platform.system(), os.environ.get("PATH", ""), chosen, family, oldest)
+
+
+@functools.cache
+def _find(
+    system: str, path: str, chosen: str, family: str | None, oldest: int
+) -> tuple[Compiler | None, str]:
+    """`compiler`, for this state of the environment: it is asked for at every launch."""
+    if system != "Linux":
+        return None, f"kernels are executed on Linux only, this is {system}"
+    if chosen:
         return _probe(tuple(chosen.split()), oldest)
     reasons = []
     for name in [family] if family else ["gcc", "clang"]:
-        candidates = _candidates(_COMMAND[name])
+        candidates = _candidates(_COMMAND[name], path)
         if not candidates:
             reasons.append(f"no {_COMMAND[name]} on the PATH")
         for command in candidates:
@@ -193,9 +201,9 @@ def run_compiler(command: list[str], kernel: str = "compiler", source: str = "")
     raise KernelError(kernel, found or [Finding("does not compile:\n" + result.stderr[:4000])])
 
 
-def _candidates(base: str) -> list[str]:
+def _candidates(base: str, path: str) -> list[str]:
     newest_first = [f"{base}-{version}" for version in range(24, 11, -1)]
-    return [c for c in [base, *newest_first] if shutil.which(c)]
+    return [c for c in [base, *newest_first] if shutil.which(c, path=path)]
 
 
 @functools.cache

@@ -30,8 +30,6 @@ SPECIFIED = {
     "precise::exp2": "Math Functions",
     "simd_ballot": "SIMD-Group Functions",
     "simd_broadcast_first": "SIMD-Group Functions",
-    "simd_any": "SIMD-Group Functions",
-    "simd_all": "SIMD-Group Functions",
     "mem_flags::mem_none": "Synchronization Functions",
     "mem_flags::mem_device": "Synchronization Functions",
     "threadgroups_per_grid": "Attributes for Kernel Function Input Arguments",
@@ -275,7 +273,8 @@ def _declared_variables(text: str, types: Iterable[str]) -> set[str]:
     own = "|".join(map(re.escape, types)) or "$^"
     argument = r"(?:\s*<[^;{}]*?>)?"
     # A statement that starts with a type: any name can be one.
-    any_type = rf"(?:{_QUALIFIER}\s+)*(?:{_BUILTIN}|{_WORD}(?:::{_WORD})*){argument}"
+    word = rf"(?!(?:return|else|case|goto|using|delete)\b){_WORD}(?:::{_WORD})*"
+    any_type = rf"(?:{_QUALIFIER}\s+)*(?:{_BUILTIN}|{word}){argument}"
     statement = re.compile(rf"(?:^|(?<=[;{{}}]))\s*{any_type}{_POINTER}({_WORD}){_END}", re.M)
     # A parameter, a template parameter or a loop variable: only what is surely a type.
     sure = (

@@ -249,8 +249,9 @@ def test_cycles_of_calls(graph, expected):
 
 def test_the_type_check_needs_a_new_clang(monkeypatch):
     """bfloat has no arithmetic before clang 17."""
-    monkeypatch.setattr(toolchain, "_candidates", lambda base: ["old"])
+    monkeypatch.setattr(toolchain, "_candidates", lambda base, path: ["old"])
     monkeypatch.setattr(
         toolchain, "_probe", lambda command, oldest: (None, f"{oldest} or newer is needed")
     )
+    monkeypatch.setenv("PATH", "another")  # nothing is known about it yet
     assert type_check.type_checker() == (None, "17 or newer is needed")
