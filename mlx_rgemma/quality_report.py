@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.checkpoints import load
+from mlx_rgemma.checkpoints import convert, load
 from mlx_rgemma.checkpoints.contents import check_contents, expected_tensors
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
-from mlx_rgemma.checkpoints.source import locate
+from mlx_rgemma.checkpoints.source import Source, locate
+from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import state_nbytes
 from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.griffin.model import Model
@@ -129,6 +132,39 @@ def reference_of(model: str | Path | None, rows: Rows, **options: Any) -> Refere
     """
     loaded, _ = load(model, **options)
     return Reference(loaded, rows)
+
+
+def survey(
+    source: Source,
+    settings: Mapping[str, Mapping[str, Any]],
+    rows: Rows,
+    work: Path | None = None,
+) -> tuple[list[Entry], dict[str, str]]:
+    """Convert a model in several ways and measure each against it.
+
+    Args:
+        source: The model.
+        settings: Arguments of `convert`, by the name that the report has for them.
+        rows: The text.
+        work: Where the temporary folders go, one at a time; by default the system's place.
+
+    Returns:
+        What was measured, and why the rest of the settings could not be.
+    """
+    entries, skipped = [], {}
+    reference = reference_of(source.folder, rows)
+    with tempfile.TemporaryDirectory(dir=work) as place:
+        for name, options in settings.items():
+            folder = Path(place) / "converted"
+            try:
+                convert(source.folder, folder, **options)
+            except UserError as error:
+                skipped[name] = str(error)
+                continue
+            entries.append(measure_folder(name, folder, rows, reference))
+            shutil.rmtree(folder)
+    reference.close()
+    return entries, skipped
 
 
 def table(entries: Sequence[Entry]) -> str:

@@ -13,10 +13,14 @@ MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4
 RGEMMA = "rgemma"
 RECIPES = (RGEMMA, *MIXED)
 
-RGEMMA_BITS = {"embed_tokens": 6, "k_proj": 6, "v_proj": 6, "o_proj": 5}
-"""Bits by the name of the module; everything else has `RGEMMA_LOW`."""
+RGEMMA_BITS = (4, 5)
+"""Low bits, and high bits for what `RGEMMA_RAISED` names; docs/quantization.md has the reasons."""
 
-RGEMMA_LOW = 4
+RGEMMA_RAISED = frozenset(
+    ("embed_tokens", "linear_x", "linear_y", "linear_out", "q_proj", "k_proj", "v_proj")
+)
+"""The embedding, which is the head too, the recurrent projections, and what attention reads. Query
+projections would do with less; with the bits of keys and values, the three run as one product."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,12 @@ class Recipe:
         if self.name is None:
             return self.default
         if self.name == RGEMMA:
-            bits = RGEMMA_BITS.get(path.rpartition(".")[2], RGEMMA_LOW)
+            low, high = RGEMMA_BITS
+            raised = path.rpartition(".")[2] in RGEMMA_RAISED
         else:
             low, high = MIXED[self.name]
-            bits = high if _raised_by_mlx_lm(path, num_layers) else low
-        return replace(self.default, bits=bits)
+            raised = _raised_by_mlx_lm(path, num_layers)
+        return replace(self.default, bits=high if raised else low)
 
 
 def _raised_by_mlx_lm(path: str, num_layers: int) -> bool:

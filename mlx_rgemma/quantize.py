@@ -1,0 +1,150 @@
+"""The command `python -m mlx_rgemma.quantize`: what each quantization costs; learned ones."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_rgemma import command_line
+from mlx_rgemma.checkpoints.quantization import MODES
+from mlx_rgemma.checkpoints.recipes import RECIPES, RGEMMA
+from mlx_rgemma.convert import build_parser as convert_parser
+from mlx_rgemma.perplexity import add_reading
+
+LEARNED = {
+    "dwq": "Adjust scales and biases so that the quantized model predicts what the model does.",
+    "gptq": "Choose the rounding of each weight by what its layer's input looks like.",
+    "dynamic_quant": "Give more bits to the layers that need them, up to a size.",
+}
+"""mlx-lm's quantizers that look at a text."""
+
+ALL_SETTINGS = (
+    "--dtype float32",
+    "--dtype bfloat16",
+    "--dtype float16",
+    *(f"-q --q-bits {bits} --q-group-size {group}" for bits in (8, 6, 5, 4, 3, 2)
+      for group in (32, 64, 128)),
+    *(f"-q --q-mode {mode}" for mode in MODES if mode != "affine"),
+    *(f"-q --quant-predicate {recipe}" for recipe in RECIPES if recipe != RGEMMA),
+    "-q",
+)  # fmt: skip
+"""Every setting of `convert`, as its command line has it."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_rgemma.quantize",
+        description="Compare the quantizations of a model, or learn one from a text.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    compare = commands.add_parser(
+        "compare",
+        help="Convert a model with every setting, and print what each costs.",
+        description="Convert a model with every setting, one after the other, to a temporary"
+        " folder; print what each takes and how far it is from the model.",
+    )
+    add = compare.add_argument
+    add("--model", help="Folder or Hub repository; without it, the small embedded model.")
+    add("--data-path", metavar="FILE", help="The text, as for mlx_rgemma.perplexity.")
+    add_reading(compare)
+    add(
+        "--setting",
+        action="append",
+        metavar="FLAGS",
+        help="Flags of mlx_rgemma.convert to try, as one argument (--setting='-q --q-bits 4');"
+        " repeatable. Default: all.",
+    )
+    add("--work-dir", type=Path, help="Where the temporary folders go. Default: the system's.")
+    add("--json", action="store_true", help="Print JSON, and nothing else.")
+    for name, what in LEARNED.items():
+        learned = commands.add_parser(
+            name,
+            help=f"mlx-lm's {name}: {what[0].lower()}{what[1:]}",
+            description=f"{what} This is mlx-lm's {name} with this package's model; it takes all"
+            f" flags of mlx_lm.{name}.",
+        )
+        learned.add_argument("--model", "-m", required=True, help="Folder or Hub repository.")
+        learned.add_argument("--mlx-path", default="mlx_model", help="The new folder.")
+        learned.add_argument(
+            "--data-path",
+            metavar="FILE",
+            help="The text to learn from, as for mlx_rgemma.perplexity. Default: mlx-lm's own,"
+            " which is downloaded.",
+        )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "compare":
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return command_line.run(lambda: _compare(args))
+    return command_line.run(lambda: _learn(args, rest))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from mlx_rgemma.checkpoints.source import locate
+    from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
+    from mlx_rgemma.quality import encode_rows
+    from mlx_rgemma.quality_report import as_json, survey, table
+    from mlx_rgemma.texts import read_documents
+
+    source = locate(args.model)
+    settings = {flags: _options(flags) for flags in args.setting or ALL_SETTINGS}
+    tokenizer = load_tokenizer(source.folder, name=source.name)
+    rows = encode_rows(
+        tokenizer,
+        read_documents(args.data_path, tokenizer),
+        sequence_length=args.sequence_length,
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    entries, skipped = survey(source, settings, rows, args.work_dir)
+    if args.json:
+        print(as_json(entries))
+        return
+    print(table(entries))
+    print(f"\n{rows.predicted} tokens, compared with {source.name}.")
+    for name, reason in skipped.items():
+        print(f"Left out: {name}: {reason}")
+
+
+def _options(flags: str) -> dict[str, Any]:
+    """What the flags of `convert` mean."""
+    from mlx_rgemma.errors import UserError
+
+    try:
+        parsed, rest = convert_parser().parse_known_args(["--model", "", *shlex.split(flags)])
+    except (SystemExit, ValueError) as error:
+        raise UserError(f"--setting {flags!r}: not flags of mlx_rgemma.convert.") from error
+    if rest:
+        raise UserError(f"--setting {flags!r}: mlx_rgemma.convert does not know {rest[0]}.")
+    names = ("quantize", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype")
+    return {name: getattr(parsed, name) for name in names}
+
+
+def _learn(args: argparse.Namespace, rest: list[str]) -> None:
+    from mlx_rgemma.calibration import run_quantizer
+    from mlx_rgemma.checkpoints.output import refuse_existing
+    from mlx_rgemma.checkpoints.source import locate
+    from mlx_rgemma.texts import read_documents
+
+    refuse_existing(Path(args.mlx_path).expanduser())
+    model = locate(args.model).folder
+    arguments = ["--model", str(model), "--mlx-path", args.mlx_path, *rest]
+    data = None if args.data_path is None else Path(args.data_path)
+    if data is not None:
+        read_documents(data)
+    run_quantizer(args.command, arguments, data)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
