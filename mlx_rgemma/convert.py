@@ -22,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--hf-path",
         "--model",
         required=True,
-        help="Folder in Hugging Face's layout, or repository of the Hugging Face Hub.",
+        help="Folder in Hugging Face's layout, repository of the Hugging Face Hub, Google's .pt"
+        " file or Flax folder, or a .tar.gz of these.",
     )
     add("--mlx-path", default="mlx_model", help="The new folder. Default: %(default)s.")
     add("-q", "--quantize", action="store_true", help="Quantize the weights.")
@@ -47,6 +48,28 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="dtype of what is not quantized. Default: the config's.")
     add("-d", "--dequantize", action="store_true", help="Make a quantized model a plain one.")
     add("--revision", help="Branch, tag or commit of a repository.")
+    add("--strict", action="store_true", help="Refuse weights that are NaN or infinite.")
+    google = parser.add_argument_group(
+        "what Google's formats do not hold",
+        "Known for models of a released shape; to be given for others.",
+    )
+    google.add_argument(
+        "--attention-window-size",
+        type=command_line.count(1),
+        metavar="W",
+        help="Past keys that a query sees.",
+    )
+    google.add_argument(
+        "--logits-soft-cap",
+        type=command_line.number(0),
+        metavar="CAP",
+        help="Cap of the logits; 0 for none.",
+    )
+    google.add_argument(
+        "--embeddings-scale",
+        action=argparse.BooleanOptionalAction,
+        help="Whether embeddings are multiplied by the square root of the width.",
+    )
     return parser
 
 

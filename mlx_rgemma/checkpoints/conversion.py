@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_rgemma.checkpoints.contents import EMBEDDING, PACKED, Contents, Expected, check_contents
-from mlx_rgemma.checkpoints.folder import CheckpointFolder, shortened
-from mlx_rgemma.checkpoints.loading import read_dtype, read_tensors
+from mlx_rgemma.checkpoints.contents import EMBEDDING, Contents, check_contents
+from mlx_rgemma.checkpoints.folder import CheckpointFolder
+from mlx_rgemma.checkpoints.google import Unsaid
+from mlx_rgemma.checkpoints.loading import read_dtype
 from mlx_rgemma.checkpoints.model_card import ignored_by_mlx_lm
+from mlx_rgemma.checkpoints.opening import Opened, open_source
 from mlx_rgemma.checkpoints.output import refuse_existing
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.recipes import Recipe
 from mlx_rgemma.checkpoints.safetensors import MLX_NAME, TensorInfo
-from mlx_rgemma.checkpoints.source import Source, locate
+from mlx_rgemma.checkpoints.source import Source
 from mlx_rgemma.checkpoints.tokenizer import has_tokenizer, load_tokenizer
+from mlx_rgemma.checkpoints.weights import ConvertedWeights
 from mlx_rgemma.checkpoints.writing import (
     Written,
     dtype_name,
@@ -27,17 +29,8 @@ from mlx_rgemma.checkpoints.writing import (
     stored_config,
     write_checkpoint,
 )
-from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import GriffinConfig
-
-EXPONENT = {
-    "float32": (mx.uint32, 0x7F800000),
-    "bfloat16": (mx.uint16, 0x7F80),
-    "float16": (mx.uint16, 0x7C00),
-}
-"""Bits of the exponent of each dtype, and the whole numbers to look at them with."""
-
-CHECKED_TOGETHER = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,10 @@ def convert(
     revision: str | None = None,
     quant_predicate: str | None = None,
     *,
+    attention_window_size: int | None = None,
+    logits_soft_cap: float | None = None,
+    embeddings_scale: bool | None = None,
+    strict: bool = False,
     progress: bool = False,
 ) -> Conversion:
     """Convert a checkpoint to a folder that this package and plain mlx-lm run.
@@ -88,8 +85,9 @@ def convert(
     tensor is in memory at a time, and the new folder appears whole or not at all.
 
     Args:
-        hf_path: Folder in Hugging Face's layout (also one that was converted before), or
-            repository of the Hugging Face Hub.
+        hf_path: Folder in Hugging Face's layout (also one that was converted before), repository
+            of the Hugging Face Hub, Google's `.pt` file or Flax folder, or a `.tar.gz` of any of
+            these. What it is, is found out by looking.
         mlx_path: The folder to be; nothing of that name may exist.
         quantize: Quantize the weights.
         q_group_size: Weights that share a scale, by default the mode's.
@@ -101,6 +99,11 @@ def convert(
         revision: Branch, tag or commit of a repository.
         quant_predicate: A recipe that gives each matrix its own bits: `rgemma`, or one of
             mlx-lm's `mixed_2_6`, `mixed_3_4`, `mixed_3_6` and `mixed_4_6`.
+        attention_window_size: Past keys that a query sees, where Google's formats need to be told
+            because the model is of no released shape.
+        logits_soft_cap: Cap of the logits (0: none), in the same case.
+        embeddings_scale: Whether embeddings are multiplied by sqrt(hidden_size), in the same case.
+        strict: Refuse weights that are NaN or infinite; otherwise they are reported.
         progress: Show a progress bar.
 
     Raises:
@@ -112,11 +115,24 @@ def convert(
     chosen = None if dtype is None else read_dtype(dtype)
     target = Path(mlx_path).expanduser()
     refuse_existing(target)
-    source = locate(hf_path, revision)
-    folder = CheckpointFolder.open(source.folder)
+    unsaid = Unsaid(attention_window_size, logits_soft_cap, embeddings_scale)
+    with open_source(hf_path, revision, target, unsaid, progress=progress) as opened:
+        return _convert(opened, target, recipe, chosen, dequantize, strict, progress)
+
+
+def _convert(
+    opened: Opened,
+    target: Path,
+    recipe: Recipe | None,
+    chosen: mx.Dtype | None,
+    dequantize: bool,
+    strict: bool,
+    progress: bool,
+) -> Conversion:
+    source, folder = opened.source, opened.folder
     contents = check_contents(folder)
     if dequantize and not contents.quantized:
-        raise UserError(f"{source.folder}: not quantized, there is nothing to dequantize.")
+        raise UserError(f"{folder.path}: not quantized, there is nothing to dequantize.")
     chosen = chosen or _stored_dtype(folder, contents)
     config = _with_stops(folder.config, source)
     quantized, kept = _plan(contents, recipe, dequantize, config.num_hidden_layers)
@@ -134,7 +150,7 @@ def convert(
         values=folder.values,
         how=f"Its weights are {stored}.",
     )
-    weights = _Weights(folder, contents, quantized, chosen)
+    weights = ConvertedWeights(folder, contents, quantized, chosen, strict)
     write_checkpoint(target, checkpoint, iter(weights), progress=progress)
     return Conversion(
         target,
@@ -142,7 +158,7 @@ def convert(
         sum(wanted.size for wanted in contents.expected),
         stored,
         kept,
-        tuple(_notes(folder, contents, weights, recipe)),
+        (*opened.notes, *_notes(source, folder, contents, weights, recipe)),
     )
 
 
@@ -209,117 +225,21 @@ def _layout(
             yield TensorInfo(wanted.name, dtype, wanted.shape)
 
 
-class _Weights:
-    """The converted tensors, one after the other, each made when its turn comes.
-
-    Attributes:
-        not_finite: Names of the tensors so far that hold NaN or infinity.
-    """
-
-    def __init__(
-        self,
-        folder: CheckpointFolder,
-        contents: Contents,
-        quantized: dict[str, Quantization],
-        dtype: mx.Dtype,
-    ) -> None:
-        self.folder = folder
-        self.contents = contents
-        self.quantized = quantized
-        self.dtype = dtype
-        self.not_finite: list[str] = []
-
-    def __iter__(self) -> Iterator[tuple[str, mx.array]]:
-        tensors = read_tensors(self.folder, self.contents)
-        for wanted in self.contents.expected:
-            found = self.contents.quantized.get(wanted.path) if wanted.matrix else None
-            if found is None:
-                parts = [tensors.pop(wanted.name)]
-            else:
-                names = (f"{wanted.path}.{part}" for part in PACKED)
-                parts = [tensors.pop(name) for name in names if name in tensors]
-            try:
-                mx.eval(parts)
-            except RuntimeError as error:
-                raise CheckpointError(
-                    f"{self.folder.tensors[wanted.name].file}: {wanted.name} cannot be read"
-                    f" ({error})."
-                ) from error
-            for name, value in self._converted(wanted, parts, found):
-                if mx.issubdtype(value.dtype, mx.floating) and not all_finite(value):
-                    self.not_finite.append(name)
-                yield name, value
-            del parts, value
-            mx.clear_cache()
-
-    def _converted(
-        self, wanted: Expected, parts: list[mx.array], found: Quantization | None
-    ) -> Iterator[tuple[str, mx.array]]:
-        how = self.quantized.get(wanted.path) if wanted.matrix else None
-        if found is not None and found == how:
-            packed = [self._cast(part) for part in parts]
-        else:
-            value = self._dense(wanted, parts, found)
-            if how is None:
-                yield wanted.name, value
-                return
-            packed = list(mx.quantize(value, how.group_size, how.bits, mode=how.mode))
-        for part, value in zip(PACKED, packed, strict=False):
-            yield f"{wanted.path}.{part}", value
-
-    def _dense(
-        self, wanted: Expected, parts: list[mx.array], found: Quantization | None
-    ) -> mx.array:
-        """A tensor unquantized, in the model's layout and the new dtype."""
-        value = parts[0]
-        if found is not None:
-            # In float32, so that the values are rounded once, to the new dtype.
-            scales, *biases = (_in_float32(part) for part in parts[1:])
-            value = mx.dequantize(
-                value,
-                scales,
-                biases[0] if biases else None,
-                group_size=found.group_size,
-                bits=found.bits,
-                mode=found.mode,
-            )
-        elif value.shape != wanted.shape:
-            value = value.moveaxis(2, 1)  # the convolution, in Hugging Face's layout
-        return self._cast(value)
-
-    def _cast(self, value: mx.array) -> mx.array:
-        return value.astype(self.dtype) if mx.issubdtype(value.dtype, mx.floating) else value
-
-
-def all_finite(value: mx.array) -> bool:
-    """Whether no element is NaN or infinite: in those, all bits of the exponent are set.
-
-    The bits are looked at directly, a part at a time: nine times as fast on a CPU as asking MLX,
-    without temporaries of the size of the tensor.
-    """
-    unsigned, exponent = EXPONENT[str(value.dtype).removeprefix("mlx.core.")]
-    bits = np.array(value.view(unsigned), copy=False).reshape(-1)
-    return not any(
-        ((bits[at : at + CHECKED_TOGETHER] & exponent) == exponent).any()
-        for at in range(0, bits.size, CHECKED_TOGETHER)
-    )
-
-
-def _in_float32(value: mx.array) -> mx.array:
-    return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
-
-
 def _notes(
-    folder: CheckpointFolder, contents: Contents, weights: _Weights, recipe: Recipe | None
+    source: Source,
+    folder: CheckpointFolder,
+    contents: Contents,
+    weights: ConvertedWeights,
+    recipe: Recipe | None,
 ) -> Iterator[str]:
     if contents.redundant:
         yield "lm_head.weight says again what the embedding says and was left out."
     if recipe is not None and contents.quantized:
         yield "The source was quantized already; converting the original gives a better model."
     if weights.not_finite:
-        yield f"NaN or infinite values in: {shortened(weights.not_finite)}."
-    if not has_tokenizer(folder.path):
-        yield f"There is no tokenizer in {folder.path}."
+        yield f"NaN or infinite values in: {weights.not_finite_told}."
+    if not has_tokenizer(source.folder):
+        yield f"There is no tokenizer in {source.folder}."
     ignored = ignored_by_mlx_lm(folder.config)
     if ignored:
         yield f"This package runs the model, plain mlx-lm cannot: {', '.join(ignored)}."

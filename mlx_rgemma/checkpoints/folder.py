@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma.checkpoints.safetensors import TensorInfo, read_header
 from mlx_rgemma.errors import CheckpointError, ConfigError
 from mlx_rgemma.griffin.config import GriffinConfig
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -33,12 +36,14 @@ class CheckpointFolder:
             `generation_config.json` added.
         config: The same, read and checked.
         tensors: All tensors of its weight files, by name.
+        read: How a tensor is read, where the files are in another format.
     """
 
     path: Path
     values: dict[str, Any]
     config: GriffinConfig
     tensors: dict[str, TensorInfo]
+    read: Callable[[str], mx.array] | None = None
 
     @classmethod
     def open(cls, path: Path) -> CheckpointFolder:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlx_rgemma.checkpoints.contents import Contents, check_contents
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
+from mlx_rgemma.checkpoints.recognition import refuse_unconverted
 from mlx_rgemma.checkpoints.safetensors import check_file
 from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
@@ -51,6 +52,7 @@ def load(
     """
     chosen = _choose_dtype(dtype)
     source = locate(path_or_repo, revision)
+    refuse_unconverted(source.folder)
     folder = CheckpointFolder.open(source.folder)
     tokenizer = load_tokenizer(source.folder, folder.config.eos_token_ids, name=source.name)
     model, _ = _load_model(folder, chosen, lazy or adapter_path is not None, window)
@@ -76,8 +78,9 @@ def load_model(
         CheckpointError: If anything is missing, damaged or does not fit; the message says what.
     """
     chosen = _choose_dtype(dtype)
-    folder = CheckpointFolder.open(locate(path, revision).folder)
-    return _load_model(folder, chosen, lazy, window)
+    source = locate(path, revision)
+    refuse_unconverted(source.folder)
+    return _load_model(CheckpointFolder.open(source.folder), chosen, lazy, window)
 
 
 def read_dtype(dtype: mx.Dtype | str) -> mx.Dtype:

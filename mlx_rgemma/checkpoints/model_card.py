@@ -11,6 +11,9 @@ from mlx_rgemma.checkpoints.source import Source
 from mlx_rgemma.griffin.config import ATTENTION, GriffinConfig
 
 MODEL_CARD = "README.md"
+THIS_FOLDER = "<this folder>"
+"""How a card calls the model, until it is uploaded and has a name."""
+
 FRONT_MATTER = re.compile(r"---\r?\n(?P<yaml>.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 RELEASED = re.compile(r"recurrentgemma-(2b|9b)(-it)?", re.IGNORECASE)
 """Names of the released models, whose publisher and licence are known."""

@@ -40,11 +40,40 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
         CheckpointError: If the target exists, the disk has not enough room, or writing fails.
     """
     refuse_existing(target)
+    with _partial_folder(target, nbytes) as partial:
+        yield partial
+        _sync(partial)
+        refuse_existing(target)
+        partial.rename(target)
+        _sync_folder(target.parent)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside a folder to be, for what is needed on the way; it is removed at the end.
+
+    Args:
+        target: The folder to be.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        CheckpointError: If it cannot be made or written.
+    """
+    with _partial_folder(target, 0) as partial:
+        yield partial
+
+
+@contextmanager
+def _partial_folder(target: Path, nbytes: int) -> Iterator[Path]:
+    """A temporary folder beside another; what is left of it and its parents is cleared away."""
     made = [path for path in (target.parent, *target.parent.parents) if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
-        _check_room(target, nbytes)
+        if nbytes:
+            check_room(target, nbytes + SPARE_BYTES)
         partial = target.parent / f".{target.name}.{PARTIAL}-{secrets.token_hex(4)}"
         with _until_terminated():
             partial.mkdir()
@@ -52,14 +81,8 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # held until this process ends, however it does
                 yield partial
-                _sync(partial)
-                refuse_existing(target)
-                partial.rename(target)
-                _sync_folder(target.parent)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
             finally:
+                shutil.rmtree(partial, ignore_errors=True)
                 os.close(lock)
     except BaseException as error:
         for folder in made:
@@ -100,12 +123,17 @@ def _literal(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _check_room(target: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < nbytes + SPARE_BYTES:
+def check_room(path: Path, nbytes: int) -> None:
+    """See that there is room for a folder, or in it.
+
+    Raises:
+        CheckpointError: If there is not.
+    """
+    free = shutil.disk_usage(path if path.is_dir() else path.parent).free
+    if free < nbytes:
         raise CheckpointError(
-            f"{target}: needs {gigabytes(nbytes + SPARE_BYTES)}, but its disk has"
-            f" {gigabytes(free)} free; make room, or name a folder on another disk."
+            f"{path}: needs {gigabytes(nbytes)}, but its disk has {gigabytes(free)} free; make"
+            " room, or name a folder on another disk."
         )
 
 

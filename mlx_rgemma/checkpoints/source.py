@@ -25,14 +25,18 @@ class Source:
     Attributes:
         folder: Its folder.
         repository: The Hub repository that it was downloaded from, if it was.
+        title: What the model is called, if neither of these tells.
     """
 
     folder: Path
     repository: str | None = None
+    title: str | None = None
 
     @property
     def name(self) -> str:
         """What its publisher or its folder calls it."""
+        if self.title is not None:
+            return self.title
         return (self.repository or str(self.folder.resolve())).rpartition("/")[2]
 
 

@@ -28,9 +28,9 @@ from mlx.utils import tree_flatten
 from mlx_rgemma import convert, load, load_model
 from mlx_rgemma.checkpoints import load_tokenizer, save_model, writing
 from mlx_rgemma.checkpoints.contents import check_contents
-from mlx_rgemma.checkpoints.conversion import all_finite
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.checkpoints.weights import count_not_finite
 from mlx_rgemma.errors import CheckpointError, UserError
 
 
@@ -186,22 +186,49 @@ def test_existing_target_is_refused(tmp_path):
         convert(tmp_path / "a source that is not looked at", tmp_path / "out")
 
 
-def test_what_is_not_finite_is_reported(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}], ids=str)
+def test_what_is_not_finite_is_reported(tmp_path, options):
     folder = golden_copy("tiny-2b", tmp_path)
-    broken = mx.array([mx.inf, *[0.0] * 79])
-    edit_tensors(folder / SINGLE, model__final_norm__weight=broken.astype(mx.bfloat16))
-    made = convert(folder, tmp_path / "out")
-    assert made.notes[0] == "NaN or infinite values in: model.final_norm.weight."
+    norm = mx.array([mx.inf, mx.nan, -mx.inf, *[0.0] * 77]).astype(mx.bfloat16)
+    embedding = mx.full((97, 80), mx.nan).astype(mx.bfloat16)
+    edit_tensors(
+        folder / SINGLE, model__final_norm__weight=norm, model__embed_tokens__weight=embedding
+    )
+    made = convert(folder, tmp_path / "out", **options)
+    assert made.notes[0] == (
+        "NaN or infinite values in: model.embed_tokens.weight (7760 NaN, 0 infinite),"
+        " model.final_norm.weight (1 NaN, 2 infinite)."
+    )
+
+
+def test_what_is_not_finite_is_refused_if_asked_to(tmp_path):
+    folder = golden_copy("tiny-2b", tmp_path)
+    broken = mx.array([mx.inf, *[0.0] * 79]).astype(mx.bfloat16)
+    edit_tensors(folder / SINGLE, model__final_norm__weight=broken)
+    with pytest.raises(CheckpointError, match=r"final_norm\.weight \(0 NaN, 1 infinite\); without"):
+        convert(folder, tmp_path / "out", strict=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-2b"]
+    convert(GOLDEN / "tiny-2b", tmp_path / "out", strict=True)
+
+
+def test_what_a_new_dtype_makes_infinite_is_reported(tmp_path):
+    folder = golden_copy("tiny-2b", tmp_path)
+    large = mx.array([1e9, *[0.0] * 79]).astype(mx.bfloat16)
+    edit_tensors(folder / SINGLE, model__final_norm__weight=large)
+    assert "infinite" not in convert(folder, tmp_path / "same").notes[0]
+    made = convert(folder, tmp_path / "out", dtype="float16")
+    assert made.notes[0].endswith("model.final_norm.weight (0 NaN, 1 infinite).")
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_all_finite(dtype):
+def test_count_not_finite(dtype):
     largest = 65504.0 if dtype == mx.float16 else 3e38
     value = mx.array([[0.0, -largest, 1e-30], [largest, 1.0, -0.0]]).astype(dtype)
-    assert all_finite(value) and all_finite(value.T)
-    for odd in (mx.inf, -mx.inf, mx.nan):
-        value[1, 2] = odd
-        assert not all_finite(value)
+    assert count_not_finite(value) == count_not_finite(value.T) == (0, 0)
+    value[1, 2] = -mx.inf
+    assert count_not_finite(value) == (0, 1)
+    value[0, 0] = mx.nan
+    assert count_not_finite(value.T) == (1, 1)
 
 
 def test_notes(tmp_path):

@@ -22,14 +22,14 @@ from mlx_rgemma.errors import CheckpointError
 
 SLOWLY = """
 import sys, time
-from mlx_rgemma.checkpoints import conversion
+from mlx_rgemma.checkpoints.weights import ConvertedWeights
 from mlx_rgemma.convert import main
-converted = conversion._Weights._converted
+converted = ConvertedWeights._converted
 def slowly(*arguments):
     print("writing", flush=True)
     time.sleep(0.02)
     yield from converted(*arguments)
-conversion._Weights._converted = slowly
+ConvertedWeights._converted = slowly
 sys.exit(main(["--hf-path", sys.argv[1], "--mlx-path", sys.argv[2], "-q"]))
 """
 
