@@ -24,10 +24,6 @@ void clear_findings() {
   seen.clear();
 }
 
-bool any_findings() {
-  return count > 0;
-}
-
 // The offset that addr2line understands.
 static uintptr_t offset_of(void* pc) {
   Dl_info info;

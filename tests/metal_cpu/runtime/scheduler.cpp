@@ -94,7 +94,7 @@ struct Group {
     uint32_t mask = 0;
     for (uint32_t lane = 0; lane < lanes; ++lane) {
       const Fiber& fiber = *fibers[first + lane];
-      if (fiber.wait != Wait::kSimd) {
+      if (fiber.wait != Wait::kExchange && fiber.wait != Wait::kSimdBarrier) {
         continue;
       }
       if (waiting == nullptr) {
@@ -117,12 +117,12 @@ struct Group {
       state.abandoned = true;
       return false;
     }
-    Simdgroup& state_of = state.simdgroups[simdgroup];
-    if (waiting->flags == 0) {
-      state_of.active[(waiting->exchanges - 1) & 1] = mask;
+    Simdgroup& meeting = state.simdgroups[simdgroup];
+    if (waiting->wait == Wait::kExchange) {
+      meeting.active[(waiting->exchanges - 1) & 1] = mask;
     }
-    state_of.epoch[kDevice] += waiting->flags & 1;
-    state_of.epoch[kThreadgroup] += waiting->flags >> 1 & 1;
+    meeting.epoch[kDevice] += waiting->flags & 1;
+    meeting.epoch[kThreadgroup] += waiting->flags >> 1 & 1;
     for (uint32_t lane = 0; lane < lanes; ++lane) {
       if (mask >> lane & 1) {
         fibers[first + lane]->wait = Wait::kReady;
@@ -175,22 +175,25 @@ struct Group {
 
 void run_threadgroup(std::vector<Fiber*>& fibers, Schedule& schedule) {
   Group group{fibers, schedule, static_cast<uint32_t>(fibers.size())};
-  for (;;) {
-    for (uint32_t simdgroup : schedule.sequence(state.simdgroups.size())) {
-      do {
-        group.run_lanes(simdgroup);
-      } while (!state.abandoned && group.complete_exchange(simdgroup));
+  while (!state.abandoned) {
+    // Up to the next barrier. In random order the simdgroups also take turns between exchanges.
+    std::vector<uint32_t> running = schedule.sequence(state.simdgroups.size());
+    while (!running.empty()) {
+      const bool any = schedule.order == Order::kRandom;
+      const size_t chosen = any ? schedule.random.below(running.size()) : 0;
+      group.run_lanes(running[chosen]);
+      const bool goes_on = !state.abandoned && group.complete_exchange(running[chosen]);
       if (state.abandoned) {
         return;
+      }
+      if (!goes_on) {
+        running.erase(running.begin() + chosen);
       }
     }
     if (group.live == 0) {
       return;
     }
     group.complete_barrier();
-    if (state.abandoned) {
-      return;
-    }
   }
 }
 

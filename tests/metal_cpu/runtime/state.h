@@ -10,11 +10,10 @@
 namespace runtime {
 
 constexpr size_t kStackBytes = 256 << 10;
-constexpr uint32_t kMaxThreads = 1024;
 constexpr size_t kMaxThreadgroupBytes = 32768;
 constexpr int kMaxCallDepth = 64;
 
-enum class Wait { kReady, kSimd, kBarrier, kDone };
+enum class Wait { kReady, kExchange, kSimdBarrier, kBarrier, kDone };
 
 // Memory that a barrier orders: its flags say which kinds.
 enum Memory { kDevice = 0, kThreadgroup = 1 };
@@ -87,7 +86,6 @@ void clear_findings();
 [[gnu::format(printf, 3, 4)]] void report(void* pc, int line, const char* format, ...);
 // A finding that holds only if the two call paths differ once translated to source lines.
 void report_if_paths_differ(const Fiber& a, const Fiber& b, int line, const char* message);
-bool any_findings();
 
 // ---- checked memory (shadow.cpp)
 void access(const void* address, size_t bytes, bool write, void* pc, bool atomic = false);

@@ -40,7 +40,7 @@ extern "C" const char* mtl_exchange(const void* value, uint32_t bytes, int line,
   char* slots = current_simdgroup().slots[fiber.exchanges++ & 1];
   memcpy(slots + MTL_SLOT_BYTES * fiber.self.lane, value, bytes);
   ++state.counters.exchanges;
-  fiber.wait = Wait::kSimd;
+  fiber.wait = Wait::kExchange;
   fiber.flags = 0;
   fiber.line = line;
   fiber.operation = operation;
@@ -64,7 +64,7 @@ extern "C" void mtl_barrier(int scope, int flags, int line) {
     fiber.wait = Wait::kBarrier;
     fiber.operation = kThreadgroupBarriers[fiber.flags];
   } else {
-    fiber.wait = Wait::kSimd;
+    fiber.wait = Wait::kSimdBarrier;
     fiber.operation = kSimdgroupBarriers[fiber.flags];
   }
   suspend();
