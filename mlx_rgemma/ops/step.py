@@ -7,14 +7,15 @@ the operations that it joins. Gradients are theirs in either case.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_rgemma.ops import kernels
 from mlx_rgemma.ops.conv import causal_conv1d
+from mlx_rgemma.ops.elementwise import gated_gelu
 from mlx_rgemma.ops.fused import run_fused
+from mlx_rgemma.ops.gates import block_diagonal
 from mlx_rgemma.ops.kernels import SIMD, ceil_div, sample
 from mlx_rgemma.ops.rg_lru import NORMAL, PADDING, RESET, rg_lru
 
@@ -93,8 +94,7 @@ def recurrent_step(
     return out, conv_state, h
 
 
-def _plain(y_branch, x_branch, *rest, gate=None):
-    gate = gate or _gate
+def _plain(y_branch, x_branch, *rest, product=block_diagonal):
     weights, (conv_state, h0, *kind) = RecurrentWeights(*rest[:7]), rest[7:]
     reset = mask = segment_pos = lengths = None
     if kind:
@@ -115,27 +115,16 @@ def _plain(y_branch, x_branch, *rest, gate=None):
     )
     h, h_last = rg_lru(
         x.astype(mx.float32),
-        gate(x, weights.input_weight, weights.input_bias),
-        gate(x, weights.recurrent_weight, weights.recurrent_bias),
+        product(x, weights.input_weight),
+        product(x, weights.recurrent_weight),
         weights.a_param,
         h0,
         reset=reset,
         mask=mask,
+        input_gate_bias=weights.input_bias.flatten(),
+        recurrent_gate_bias=weights.recurrent_bias.flatten(),
     )
-    return (_gelu(y_branch) * h).astype(x_branch.dtype), conv_state, h_last
-
-
-def _gate(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """Pre-activation of a gate, one block of channels a head, fp32: (B, L, D) -> (B, L, D)."""
-    batch, length, width = x.shape
-    heads = x.reshape(batch, length, weight.shape[0], -1).swapaxes(1, 2)
-    gate = (heads @ weight).swapaxes(1, 2).reshape(batch, length, width)
-    return gate.astype(mx.float32) + bias.reshape(width).astype(mx.float32)
-
-
-def _gelu(y: mx.array) -> mx.array:
-    y = y.astype(mx.float32)
-    return 0.5 * y * (1.0 + mx.tanh(math.sqrt(2.0 / math.pi) * (y + 0.044715 * y * y * y)))
+    return gated_gelu(y_branch, h).astype(x_branch.dtype), conv_state, h_last
 
 
 def _launch(y_branch, x_branch, *rest):
@@ -239,13 +228,12 @@ def _example(dtype, weight_dtype, block, rows):
 
 def _exact(y_branch, x_branch, *rest):
     """The plain form with the gates in fp32: a GPU may round the operands of matrix products."""
-    return _plain(y_branch, x_branch, *rest, gate=_exact_gate)
+    return _plain(y_branch, x_branch, *rest, product=_exact_product)
 
 
-def _exact_gate(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    heads = x.astype(mx.float32).reshape(*x.shape[:2], *bias.shape, 1)
-    gate = (heads * weight.astype(mx.float32)).sum(axis=-2) + bias.astype(mx.float32)
-    return gate.reshape(x.shape)
+def _exact_product(x: mx.array, weight: mx.array) -> mx.array:
+    heads = x.astype(mx.float32).reshape(*x.shape[:2], *weight.shape[:2], 1)
+    return (heads * weight.astype(mx.float32)).sum(axis=-2).reshape(x.shape)
 
 
 STEP = kernels.register(
