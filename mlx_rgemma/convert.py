@@ -10,6 +10,9 @@ from mlx_rgemma.checkpoints.quantization import MODES
 from mlx_rgemma.checkpoints.recipes import RECIPES, RGEMMA
 from mlx_rgemma.griffin.config import DTYPES
 
+STORIES = ""
+"""Stands for the text that comes with the package."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's."""
@@ -48,6 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="dtype of what is not quantized. Default: the config's.")
     add("-d", "--dequantize", action="store_true", help="Make a quantized model a plain one.")
     add("--revision", help="Branch, tag or commit of a repository.")
+    add(
+        "--report",
+        nargs="?",
+        const=STORIES,
+        metavar="TEXT",
+        help="Measure the new model against the source on a text (as --data-path of"
+        " mlx_rgemma.perplexity; without TEXT, the stories of the package): print a table, and"
+        " keep it in the folder's model card and quality.json.",
+    )
+    add("--upload-repo", metavar="REPO", help="Repository of the Hub to upload the folder to.")
     add("--strict", action="store_true", help="Refuse weights that are NaN or infinite.")
     google = parser.add_argument_group(
         "what Google's formats do not hold",
@@ -83,8 +96,23 @@ def _convert(args: argparse.Namespace) -> None:
     from mlx_rgemma.checkpoints.conversion import convert
     from mlx_rgemma.checkpoints.folder import shortened
     from mlx_rgemma.checkpoints.output import gigabytes
+    from mlx_rgemma.checkpoints.upload import check_repository, upload
+    from mlx_rgemma.conversion_report import (
+        check_reportable,
+        report_conversion,
+        write_report,
+    )
+    from mlx_rgemma.quality_report import table
+    from mlx_rgemma.texts import read_documents
 
-    made = convert(**vars(args), progress=True)
+    options = vars(args)
+    text, repository = options.pop("report"), options.pop("upload_repo")
+    documents = None if text is None else read_documents(None if text == STORIES else text)
+    if documents is not None:
+        check_reportable(options)
+    if repository is not None:
+        check_repository(repository)
+    made = convert(**options, progress=True)
     print(f"Wrote {made.folder}: {made.stored}.")
     print(
         f"{made.parameters / 1e6:.1f} M parameters, {gigabytes(made.nbytes)},"
@@ -94,6 +122,12 @@ def _convert(args: argparse.Namespace) -> None:
         print(f"Not quantized, no whole number of groups: {shortened(made.kept)}.")
     for note in made.notes:
         print(f"Note: {note}")
+    if documents is not None:
+        entries = report_conversion(options, made.folder, documents)
+        write_report(made.folder, entries)
+        print(f"\n{table(entries)}")
+    if repository is not None:
+        print(f"Uploaded to {upload(made.folder, repository)}.")
 
 
 if __name__ == "__main__":

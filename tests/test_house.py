@@ -25,6 +25,7 @@ FLOORS = [
     ("mlx_rgemma.batch_generation", 5),
     ("mlx_rgemma.command_line", 5),
     ("mlx_rgemma.launch_count", 5),
+    ("mlx_rgemma.conversion_report", 5),
     ("mlx_rgemma.calibration", 5),
     ("mlx_rgemma.quality", 5),
     ("mlx_rgemma.quality_report", 5),

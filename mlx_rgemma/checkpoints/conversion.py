@@ -21,6 +21,7 @@ from mlx_rgemma.checkpoints.recipes import Recipe
 from mlx_rgemma.checkpoints.safetensors import MLX_NAME, TensorInfo
 from mlx_rgemma.checkpoints.source import Source
 from mlx_rgemma.checkpoints.tokenizer import has_tokenizer, load_tokenizer
+from mlx_rgemma.checkpoints.upload import check_repository, upload
 from mlx_rgemma.checkpoints.weights import ConvertedWeights
 from mlx_rgemma.checkpoints.writing import (
     Written,
@@ -71,6 +72,7 @@ def convert(
     dequantize: bool = False,
     revision: str | None = None,
     quant_predicate: str | None = None,
+    upload_repo: str | None = None,
     *,
     attention_window_size: int | None = None,
     logits_soft_cap: float | None = None,
@@ -99,6 +101,7 @@ def convert(
         revision: Branch, tag or commit of a repository.
         quant_predicate: A recipe that gives each matrix its own bits: `rgemma`, or one of
             mlx-lm's `mixed_2_6`, `mixed_3_4`, `mixed_3_6` and `mixed_4_6`.
+        upload_repo: Repository of the Hugging Face Hub to upload the new folder to.
         attention_window_size: Past keys that a query sees, where Google's formats need to be told
             because the model is of no released shape.
         logits_soft_cap: Cap of the logits (0: none), in the same case.
@@ -109,15 +112,20 @@ def convert(
     Raises:
         UserError: If the arguments are impossible.
         CheckpointError: If the source is missing, damaged or of another model, or the target
-            exists or cannot be written.
+            exists or cannot be written, or the Hub cannot be reached.
     """
     recipe = _recipe(quantize, dequantize, q_mode, q_bits, q_group_size, quant_predicate)
     chosen = None if dtype is None else read_dtype(dtype)
     target = Path(mlx_path).expanduser()
     refuse_existing(target)
+    if upload_repo is not None:
+        check_repository(upload_repo)
     unsaid = Unsaid(attention_window_size, logits_soft_cap, embeddings_scale)
     with open_source(hf_path, revision, target, unsaid, progress=progress) as opened:
-        return _convert(opened, target, recipe, chosen, dequantize, strict, progress)
+        made = _convert(opened, target, recipe, chosen, dequantize, strict, progress)
+    if upload_repo is not None:
+        upload(target, upload_repo)
+    return made
 
 
 def _convert(
