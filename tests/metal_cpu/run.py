@@ -300,8 +300,10 @@ def _place(offset: str, path: Path) -> tuple[int, str]:
         return 0, ""
     # The address after a call: one less lies within it.
     address = hex(int(offset, 16) - 1)
-    result = subprocess.run(
-        ["addr2line", "-i", "-e", str(path), address], capture_output=True, text=True
-    )
+    command = ["addr2line", "-i", "-e", str(path), address]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return 0, ""  # no binutils: findings without lines
     match = re.search(rf"{re.escape(KERNEL_FILE)}:(\d+)(.*)", result.stdout)
     return (int(match.group(1)), match.group(2)) if match else (0, "")

@@ -34,6 +34,7 @@ def test_the_kernel_itself_is_clean(dtype, order):
     assert all(launch.accepted == () for launch in launches)
 
 
+# Bodies for 64 threads that set `out` from `in`; `i` is the thread, `lane` and `s` its place.
 CLEAN = {
     "the same helper twice in a row": "out = total(in) + total(2.0f * in);",
     "a call in each branch of a uniform test": """
@@ -44,25 +45,44 @@ CLEAN = {
         if (i % 3 == 0) { out += 1.0f; }
         out = total(out);
     """,
+    "a simdgroup operation of one simdgroup": "out = in; if (s == 0) { out = total(in); }",
     "simdgroup barrier within a simdgroup": """
-        threadgroup float shared[32];
-        shared[thread_index_in_simdgroup] = in;
+        threadgroup float shared[64];
+        shared[i] = in;
         simdgroup_barrier(mem_flags::mem_threadgroup);
-        out = shared[thread_index_in_simdgroup ^ 1];
+        out = shared[i ^ 1];
         simdgroup_barrier(mem_flags::mem_threadgroup);
-        shared[thread_index_in_simdgroup ^ 3] = out;
+        shared[i ^ 3] = out;
+    """,
+    "device memory behind a device barrier": """
+        y[i] = in;
+        threadgroup_barrier(mem_flags::mem_device);
+        out = y[i];
+    """,
+    "both memories behind one barrier": """
+        threadgroup float shared[64];
+        shared[i] = in;
+        y[i] = in;
+        threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+        out = shared[63 - i] + 0.0f * y[i];
     """,
     "bytes of one word by different threads": """
         threadgroup uchar bytes[64];
-        bytes[thread_index_in_simdgroup] = 1;
-        bytes[32 + thread_index_in_simdgroup] = 2;
-        out = in + bytes[thread_index_in_simdgroup];
+        bytes[i] = 1;
+        out = in + bytes[i];
+    """,
+    "halves of one word by different threads": """
+        threadgroup half halves[64];
+        halves[i] = half(in);
+        out = float(halves[i]);
+    """,
+    "elements of one vector by different threads": """
+        threadgroup float4 vectors[16];
+        vectors[i / 4][i % 4] = in;
+        out = vectors[i / 4][i % 4];
     """,
     "unsigned overflow": "uint big = 4294967295u; big += uint(in) + 1u; out = float(big);",
-    "vector loads and stores": """
-        const float4 four = *(const device float4*)(x + 4 * (i / 4));
-        out = four[i % 4];
-    """,
+    "vector loads": "const float4 v = *(const device float4*)(x + 4 * (i / 4)); out = v[i % 4];",
     "atomics on threadgroup memory": """
         threadgroup atomic_uint count;
         if (i == 0) { atomic_store_explicit(&count, 0, memory_order_relaxed); }
@@ -72,24 +92,85 @@ CLEAN = {
         out = float(atomic_load_explicit(&count, memory_order_relaxed));
     """,
 }
+RACES = {
+    "device memory behind a threadgroup barrier": (
+        """
+        y[i] = in;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        out = y[63 - i];
+        """,
+        "out = y[63 - i]",
+    ),
+    "a reader in another simdgroup": (
+        # Simdgroup 1 has a barrier between its own reads and its write; simdgroup 0 has none.
+        """
+        threadgroup float shared[1];
+        if (i == 0) { shared[0] = in; }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        out = shared[0];
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        if (i == 32) { shared[0] = out; }
+        """,
+        "shared[0]",
+    ),
+    "a simdgroup operation instead of a barrier": (
+        """
+        threadgroup float shared[64];
+        shared[i] = total(in);
+        out = shared[i ^ 1];
+        """,
+        "shared[i",
+    ),
+    "an atomic beside a plain store": (
+        """
+        threadgroup atomic_uint count;
+        if (i == 0) { *(threadgroup uint*)&count = 0; }
+        atomic_fetch_add_explicit(&count, 1, memory_order_relaxed);
+        out = in;
+        """,
+        "count",
+    ),
+}
+
+
+def run_body(body: str, order: str = "forward") -> None:
+    """Run one of the bodies above, checked."""
+    source = """
+    const uint i = thread_position_in_grid.x;
+    const uint s = simdgroup_index_in_threadgroup;
+    const float in = x[i];
+    float out;
+    """
+    with metal_cpu.executed("checked", order):
+        kernel = mx.fast.metal_kernel(
+            name="body",
+            input_names=["x"],
+            output_names=["y"],
+            source=f"{source}(void)s;\n{body}\ny[i] = out;",
+            header="METAL_FUNC float total(float value) { return simd_sum(value); }",
+        )
+        kernel(
+            inputs=[mx.arange(64.0)],
+            output_shapes=[(64,)],
+            output_dtypes=[mx.float32],
+            grid=(64, 1, 1),
+            threadgroup=(64, 1, 1),
+        )
 
 
 @pytest.mark.parametrize("name", CLEAN)
 def test_what_is_allowed_is_not_reported(name):
-    header = "METAL_FUNC float total(float value) { return simd_sum(value); }"
-    source = "const uint i = thread_position_in_grid.x;\nconst float in = x[i];\nfloat out;\n"
-    source += CLEAN[name] + "\ny[i] = out;"
-    with metal_cpu.executed("checked", "random"):
-        kernel = mx.fast.metal_kernel(
-            name="clean", input_names=["x"], output_names=["y"], source=source, header=header
-        )
-        kernel(
-            inputs=[mx.arange(32.0)],
-            output_shapes=[(32,)],
-            output_dtypes=[mx.float32],
-            grid=(32, 1, 1),
-            threadgroup=(32, 1, 1),
-        )
+    for order in ("forward", "reverse", "random"):
+        run_body(CLEAN[name], order)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("name", RACES)
+def test_races_are_found_in_every_order(name, order):
+    body, at = RACES[name]
+    with pytest.raises(metal_cpu.KernelError, match=r"data race|uninitialised") as raised:
+        run_body(body, order)
+    assert any(at in f.text for f in raised.value.findings)
 
 
 def test_races_between_threadgroups():
