@@ -6,7 +6,7 @@ import guinea_pig
 import metal_cpu
 import mlx.core as mx
 import pytest
-from planted_bugs import BUGS, changed
+from guinea_pig_bugs import BUGS, changed
 
 
 @pytest.mark.parametrize("name", BUGS)
