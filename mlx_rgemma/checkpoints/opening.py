@@ -72,9 +72,9 @@ def open_source(
                 raise CheckpointError(f"{inside.path}: an archive in an archive.")
             name = found.path.name.split(".tar")[0].removesuffix(".tgz")
             yield _open(inside, Source(inside.path, title=name), unsaid)
-        except CheckpointError as error:
+        except UserError as error:
             # The unpacked files are gone by the time that the user reads this.
-            raise CheckpointError(str(error).replace(str(scratch), str(found.path))) from error
+            raise type(error)(str(error).replace(str(scratch), str(found.path))) from error
 
 
 def _unpack(archive: Path, scratch: Path, progress: bool) -> None:
@@ -86,22 +86,25 @@ def _unpack(archive: Path, scratch: Path, progress: bool) -> None:
 
 
 def _only_folder(folder: Path) -> Path:
-    """The folder itself, or the one that is all it holds."""
-    children = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    if len(children) == 1 and children[0].is_dir() and recognise(folder).kind is Kind.FOLDER:
-        return children[0]
+    """The folder itself, or, as long as a folder is all that it holds, that one."""
+    while recognise(folder).kind is Kind.FOLDER:
+        children = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        if len(children) != 1 or not children[0].is_dir():
+            break
+        folder = children[0]
     return folder
 
 
 def _open(found: Found, source: Source, unsaid: Unsaid) -> Opened:
     if found.kind is Kind.FOLDER:
+        checkpoint = CheckpointFolder.open(found.path)
         if unsaid.stated:
             options = ", ".join(OPTION[name].split(" ")[0] for name in unsaid.stated)
             raise UserError(
                 f"{options}: only for Google's formats; {found.path} has a config.json that says"
                 " this itself."
             )
-        return Opened(source, CheckpointFolder.open(found.path))
+        return Opened(source, checkpoint)
     store = TorchFile(found.path) if found.kind is Kind.PYTORCH else OrbaxFolder(found.path)
     checkpoint, released, said = open_google(store, unsaid)
     title = _title(found, source, released)

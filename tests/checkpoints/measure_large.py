@@ -1,0 +1,149 @@
+"""Convert a checkpoint of a released model's shape, with random weights, and measure.
+
+    python tests/checkpoints/measure_large.py --size 9b --format huggingface --folder /tmp/large
+
+Written, timed and removed: the checkpoint (19 GB for 9B in Hugging Face's layout with its redundant
+head), a copy of it (what the disk needs on its own), and its conversion to 4 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from google_files import torch_entry, torch_pickle, torch_zip
+
+from mlx_rgemma.checkpoints.contents import Expected, expected_tensors
+from mlx_rgemma.checkpoints.google import place
+from mlx_rgemma.checkpoints.safetensors import TensorInfo, write_file
+from mlx_rgemma.checkpoints.writing import split_shards
+from mlx_rgemma.griffin.config import PRESETS, GriffinConfig
+
+BLOCK = 1 << 24
+
+
+class Noise:
+    """Normal values in bfloat16, as bits: one block of them, begun elsewhere for each tensor."""
+
+    def __init__(self) -> None:
+        values = np.random.default_rng(0).standard_normal(BLOCK, np.float32) * 0.02
+        self.block = (values.view(np.uint32) >> 16).astype(np.uint16)
+
+    def bits(self, count: int, seed: str) -> np.ndarray:
+        start = sum(seed.encode()) * 7919 % BLOCK
+        repeats = -(-(count + start) // BLOCK)
+        return np.tile(self.block, repeats)[start : start + count]
+
+
+def huggingface(folder: Path, config: GriffinConfig, noise: Noise) -> None:
+    """As Google released it there: shards of 5 GB, and a head that repeats the embedding."""
+    embedding, *others = expected_tensors(config)
+    tensors = [embedding, *others, replace(embedding, name="lm_head.weight")]
+    infos = [TensorInfo(wanted.name, "BF16", shape_there(wanted)) for wanted in tensors]
+    shards = split_shards(infos)
+
+    def values(shard: list[TensorInfo]) -> Iterator[tuple[str, mx.array]]:
+        for info in shard:
+            seed = info.name.replace("lm_head", "model.embed_tokens")
+            bits = noise.bits(info.nbytes // 2, seed).reshape(info.shape)
+            yield info.name, mx.array(bits).view(mx.bfloat16)
+
+    places = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / name, shard, values(shard), {"format": "pt"})
+        places.update({info.name: name for info in shard})
+        mx.clear_cache()
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def shape_there(wanted: Expected) -> tuple[int, ...]:
+    if wanted.name.endswith("conv_1d.weight"):
+        channels, taps, one = wanted.shape
+        return channels, one, taps
+    return wanted.shape
+
+
+def pytorch(folder: Path, config: GriffinConfig, noise: Noise) -> None:
+    """As Google's own archive has it: one file."""
+    places = {p.name: p.shape for p in (place(w, False) for w in expected_tensors(config))}
+    keys = {name: str(key) for key, name in enumerate(places)}
+    entries = {name: torch_entry(shape, "BF16", keys[name]) for name, shape in places.items()}
+    storages = (
+        (keys[name], noise.bits(int(np.prod(shape)), name).data) for name, shape in places.items()
+    )
+    torch_zip(folder / "large.pt", torch_pickle(entries), storages)
+
+
+FORMATS = {"huggingface": huggingface, "pytorch": pytorch}
+
+
+def forget(folder: Path) -> None:
+    """Have the next reader find nothing of a folder in memory."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """How long the disk takes to copy a folder."""
+    forget(source)
+    start = time.perf_counter()
+    shutil.copytree(source, target)
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=PRESETS, default="2b")
+    parser.add_argument("--format", choices=FORMATS, default="huggingface")
+    parser.add_argument("--folder", type=Path, required=True, help="A new folder, removed again.")
+    args, options = parser.parse_known_args()
+    source, target = args.folder / "source", args.folder / "converted"
+    source.mkdir(parents=True)
+    try:
+        FORMATS[args.format](source, PRESETS[args.size], Noise())
+        size = sum(path.stat().st_size for path in source.iterdir())
+        copied = copy_seconds(source, args.folder / "copy")
+        forget(source)
+        command = [sys.executable, "-m", "mlx_rgemma.convert", "--hf-path", str(source)]
+        start = time.perf_counter()
+        subprocess.run(
+            [*command, "--mlx-path", str(target), *(options or ["-q"])],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+        converted = time.perf_counter() - start
+        # Kilobytes on Linux, bytes on a Mac.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+        written = sum(path.stat().st_size for path in target.iterdir())
+        print(f"source {size / 1e9:.2f} GB, converted {written / 1e9:.2f} GB")
+        print(f"peak resident size {peak / 1e9:.2f} GB")
+        print(f"conversion {converted:.0f} s; the disk's own copy of the source {copied:.0f} s")
+    finally:
+        shutil.rmtree(args.folder)
+
+
+if __name__ == "__main__":
+    main()

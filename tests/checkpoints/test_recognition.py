@@ -1,0 +1,90 @@
+"""What a path holds is found out by looking, whatever it is called."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+
+import pytest
+from checkpoint_files import golden_copy
+from conftest import GOLDEN
+from google_files import FLAX, TORCH, flax_copy, tar_of
+
+from mlx_rgemma import convert, load
+from mlx_rgemma.checkpoints.recognition import Found, Kind, recognise
+from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.errors import CheckpointError
+
+
+def test_kinds(tmp_path):
+    assert recognise(EMBEDDED) == Found(Kind.FOLDER, EMBEDDED)
+    assert recognise(GOLDEN / "tiny-2b") == Found(Kind.FOLDER, GOLDEN / "tiny-2b")
+    assert recognise(TORCH) == recognise(TORCH.parent) == Found(Kind.PYTORCH, TORCH)
+    for folder in FLAX.values():
+        assert recognise(folder) == Found(Kind.FLAX, folder)
+    for name, mode in (("a.tar", "w"), ("b.tar.gz", "w:gz"), ("c", "w:gz"), ("d.pt", "w")):
+        archive = tar_of(tmp_path / name, TORCH, mode=mode)
+        assert recognise(archive) == Found(Kind.ARCHIVE, archive)
+    for name in ("weights", "weights.bin", "archive.tar.gz"):
+        shutil.copyfile(TORCH, tmp_path / name)
+        assert recognise(tmp_path / name) == Found(Kind.PYTORCH, tmp_path / name)
+
+
+@pytest.mark.parametrize("keep", ["_METADATA", ".zarray", "manifest.ocdbt"])
+def test_flax_folders_without_their_other_files(tmp_path, keep):
+    folder = flax_copy("orbax-0.5.9-zarr" if "z" in keep else "orbax-0.5.9-ocdbt", tmp_path / "x")
+    for name in ("_METADATA", "_sharding", "checkpoint", "manifest.ocdbt"):
+        if name != keep:
+            (folder / name).unlink(missing_ok=True)
+    assert recognise(folder) == recognise(tmp_path) == Found(Kind.FLAX, folder)
+
+
+def test_a_hugging_face_folder_that_holds_other_things_too(tmp_path):
+    folder = golden_copy("tiny-2b", tmp_path)
+    shutil.copyfile(TORCH, folder / "original.pt")
+    assert recognise(folder) == Found(Kind.FOLDER, folder)
+
+
+def test_several(tmp_path):
+    shutil.copyfile(TORCH, tmp_path / "2b.pt")
+    tar_of(tmp_path / "2b.tar.gz", TORCH)
+    assert recognise(tmp_path) == Found(Kind.PYTORCH, tmp_path / "2b.pt")
+    flax_copy("orbax-0.5.9-zarr", tmp_path / "2b-it")
+    with pytest.raises(CheckpointError, match=r"more than one checkpoint: 2b-it, 2b\.pt; name one"):
+        recognise(tmp_path)
+
+
+OTHERS = {
+    "text": (b"hello", "x.txt", "a file of no known format; give the folder"),
+    "empty": (b"", "x", "a file of no known format"),
+    "safetensors": (b"\x10\0\0\0\0\0\0\0{}", "model.safetensors", "give the folder that holds"),
+    "empty .pt": (b"", "x.pt", "not a sound PyTorch file"),
+    "damaged .pt": (b"PK\3\4", "x.pt", "not a sound PyTorch file"),
+    "empty .tar": (b"", "x.tar", "not a sound archive"),
+    "damaged .gz": (b"\x1f\x8bxxxxxxxxxxxxx", "x.gz", "not a sound archive"),
+}
+
+
+@pytest.mark.parametrize(("content", "name", "message"), OTHERS.values(), ids=OTHERS)
+def test_other_files(tmp_path, content, name, message):
+    path = tmp_path / "source" / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        convert(path, tmp_path / "out")
+    with pytest.raises(CheckpointError):
+        load(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_zip_archives_are_to_be_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("2b/config.json", "{}")
+    with pytest.raises(CheckpointError, match="a zip archive; unpack it"):
+        convert(tmp_path / "x.zip", tmp_path / "out")
+
+
+def test_loading_an_archive_says_to_convert_first(tmp_path):
+    archive = tar_of(tmp_path / "2b.tar.gz", TORCH)
+    with pytest.raises(CheckpointError, match=r"an archive; convert it first: mlx_rgemma\.convert"):
+        load(archive)
