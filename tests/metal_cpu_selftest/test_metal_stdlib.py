@@ -8,34 +8,7 @@ import numpy as np
 import pytest
 from guinea_pig import DTYPES
 from metal_cpu.arrays import to_numpy
-
-LANES = 64
-
-
-def per_thread(
-    source: str,
-    *inputs: mx.array,
-    dtype: mx.Dtype = mx.float32,
-    header: str = "",
-    count: int = LANES,
-) -> np.ndarray:
-    """`y[i] = ...` for each thread i; inputs are x0, x1, ...; NumPy values of y."""
-    with metal_cpu.executed("checked"):
-        kernel = mx.fast.metal_kernel(
-            name="function",
-            input_names=[f"x{n}" for n in range(len(inputs))],
-            output_names=["y"],
-            source=f"const uint i = thread_position_in_grid.x;\n{source}",
-            header=header,
-        )
-        (y,) = kernel(
-            inputs=list(inputs),
-            output_shapes=[(count,)],
-            output_dtypes=[dtype],
-            grid=(count, 1, 1),
-            threadgroup=(min(count, LANES), 1, 1),
-        )
-    return to_numpy(y) if dtype == mx.bfloat16 else np.array(y)
+from per_thread import LANES, evaluate, per_thread
 
 
 @pytest.mark.parametrize("name", ["half", "bfloat"])
@@ -120,13 +93,10 @@ def test_functions_of_one_number(space, dtype):
     x = mx.linspace(0.1, 3, LANES).astype(dtype)
     exact = np.array(x.astype(mx.float32)).astype(np.float64)
     rounding = {mx.float32: 3e-7, mx.float16: 1e-3, mx.bfloat16: 8e-3}[dtype]
-    cases = "".join(
-        f"  case {n}: value = {space}::{f}(x0[i]); break;\n" for n, f in enumerate(UNARY)
-    )
-    body = f"auto value = x0[i];\nswitch (x1[i]) {{\n{cases}}}\ny[i] = static_cast<float>(value);"
-    for number, (name, function) in enumerate(UNARY.items()):
-        got = per_thread(body, x, mx.full((LANES,), number, dtype=mx.int32))
-        np.testing.assert_allclose(got, function(exact), rtol=rounding, atol=1e-6, err_msg=name)
+    got = evaluate([f"{space}::{name}(x0[i])" for name in UNARY], x)
+    for (expression, values), function in zip(got.items(), UNARY.values(), strict=True):
+        expected = function(exact)
+        np.testing.assert_allclose(values, expected, rtol=rounding, atol=1e-6, err_msg=expression)
 
 
 BINARY = {
@@ -140,67 +110,63 @@ BINARY = {
 }
 
 
-@pytest.mark.parametrize("name", BINARY)
-def test_functions_of_two_numbers(name):
-    a, b = (
-        np.linspace(0.1, 3, LANES, dtype=np.float32),
-        np.linspace(2, -1.1, LANES, dtype=np.float32),
-    )
-    got = per_thread(f"y[i] = metal::{name}(x0[i], x1[i]);", mx.array(a), mx.array(b))
-    np.testing.assert_allclose(got, BINARY[name](a.astype(np.float64), b), rtol=3e-7, atol=1e-7)
+def test_functions_of_two_numbers():
+    a = np.linspace(0.1, 3, LANES, dtype=np.float32)
+    b = np.linspace(2, -1.1, LANES, dtype=np.float32)
+    got = evaluate([f"metal::{name}(x0[i], x1[i])" for name in BINARY], mx.array(a), mx.array(b))
+    for (expression, values), function in zip(got.items(), BINARY.values(), strict=True):
+        expected = function(a.astype(np.float64), b)
+        np.testing.assert_allclose(values, expected, rtol=3e-7, atol=1e-7, err_msg=expression)
 
 
 def test_functions_of_three_numbers():
     a = np.linspace(-3, 3, LANES, dtype=np.float32)
-    x = mx.array(a)
-    assert np.array_equal(per_thread("y[i] = metal::clamp(x0[i], -1.0f, 2.0f);", x), a.clip(-1, 2))
-    exact = (a.astype(np.float64) * a + 1).astype(np.float32)
-    assert np.array_equal(per_thread("y[i] = metal::fma(x0[i], x0[i], 1.0f);", x), exact)
-    assert np.array_equal(per_thread("y[i] = x0[i] * x0[i] + 1.0f;", x), a * a + np.float32(1))
-    np.testing.assert_allclose(
-        per_thread("y[i] = metal::mix(x0[i], 1.0f, 0.25f);", x), a * 0.75 + 0.25, rtol=1e-6
-    )
-    assert np.array_equal(
-        per_thread("y[i] = metal::select(x0[i], 9.0f, x0[i] > 0);", x), np.where(a > 0, 9, a)
-    )
+    cases = {
+        "metal::clamp(x0[i], -1.0f, 2.0f)": a.clip(-1, 2),
+        "metal::fma(x0[i], x0[i], 1.0f)": (a.astype(np.float64) * a + 1).astype(np.float32),
+        "x0[i] * x0[i] + 1.0f": a * a + np.float32(1),  # not fused unasked
+        "metal::mix(x0[i], 1.0f, 0.25f)": a + (1 - a) * np.float32(0.25),
+        "metal::select(x0[i], 9.0f, x0[i] > 0)": np.where(a > 0, 9, a),
+    }
+    for expression, values in evaluate(cases, mx.array(a)).items():
+        assert np.array_equal(values, cases[expression]), expression
 
 
 def test_special_numbers():
     x = mx.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, 1e-45, -3e38, *range(8, LANES)])
     a = np.array(x)
-    for name, function in [
-        ("isnan", np.isnan),
-        ("isinf", np.isinf),
-        ("isfinite", np.isfinite),
-        ("signbit", np.signbit),
-    ]:
-        got = per_thread(f"y[i] = metal::{name}(x0[i]);", x, dtype=mx.bool_)
-        assert np.array_equal(got, function(a)), name
-    # Of a number and a NaN both max and min are the number.
-    assert not np.isnan(per_thread("y[i] = metal::max(x0[i], 0.0f);", x)).any()
-    limits = per_thread("y[i] = metal::numeric_limits<float>::infinity();", x)
-    assert np.isposinf(limits).all()
+    cases = {
+        "metal::isnan(x0[i])": np.isnan(a),
+        "metal::isinf(x0[i])": np.isinf(a),
+        "metal::isfinite(x0[i])": np.isfinite(a),
+        "metal::signbit(x0[i])": np.signbit(a),
+        # Of a number and a NaN both max and min are the number.
+        "metal::isnan(metal::max(x0[i], 0.0f))": np.zeros(LANES, bool),
+        "metal::isnan(metal::min(x0[i], 0.0f))": np.zeros(LANES, bool),
+        "x0[i] == metal::numeric_limits<float>::infinity()": np.isposinf(a),
+        "metal::isnan(metal::numeric_limits<half>::quiet_NaN())": np.ones(LANES, bool),
+    }
+    for expression, values in evaluate(cases, x, dtype=mx.bool_).items():
+        assert np.array_equal(values, cases[expression]), expression
 
 
 def test_integer_functions():
-    values = np.array(
-        [0, 1, 2, 3, 0x80000000, 0xFFFFFFFF, 12345, *range(7, LANES)], dtype=np.uint32
-    )
-    x = mx.array(values)
+    special = [0, 1, 2, 3, 0x80000000, 0xFFFFFFFF, 12345]
+    values = np.array([*special, *range(7, LANES)], dtype=np.uint32)
+    numbers = values.tolist()
     cases = {
-        "popcount(x0[i])": [int(v).bit_count() for v in values],
-        "clz(x0[i])": [32 - int(v).bit_length() for v in values],
-        "ctz(x0[i])": [(int(v) & -int(v)).bit_length() - 1 if v else 32 for v in values],
-        "mulhi(x0[i], x0[i])": [int(v) ** 2 >> 32 for v in values],
-        "rotate(x0[i], 5u)": [((int(v) << 5) | (int(v) >> 27)) & 0xFFFFFFFF for v in values],
-        "reverse_bits(x0[i])": [int(f"{int(v):032b}"[::-1], 2) for v in values],
-        "absdiff(x0[i], 7u)": [abs(int(v) - 7) for v in values],
-        "min(x0[i], 9u)": [min(int(v), 9) for v in values],
-        "clamp(x0[i], 3u, 9u)": [max(3, min(int(v), 9)) for v in values],
+        "metal::popcount(x0[i])": [v.bit_count() for v in numbers],
+        "metal::clz(x0[i])": [32 - v.bit_length() for v in numbers],
+        "metal::ctz(x0[i])": [(v & -v).bit_length() - 1 if v else 32 for v in numbers],
+        "metal::mulhi(x0[i], x0[i])": [v**2 >> 32 for v in numbers],
+        "metal::rotate(x0[i], 5u)": [((v << 5) | (v >> 27)) & 0xFFFFFFFF for v in numbers],
+        "metal::reverse_bits(x0[i])": [int(f"{v:032b}"[::-1], 2) for v in numbers],
+        "metal::absdiff(x0[i], 7u)": [abs(v - 7) for v in numbers],
+        "metal::min(x0[i], 9u)": [min(v, 9) for v in numbers],
+        "metal::clamp(x0[i], 3u, 9u)": [max(3, min(v, 9)) for v in numbers],
     }
-    for expression, expected in cases.items():
-        got = per_thread(f"y[i] = metal::{expression};", x, dtype=mx.uint32)
-        assert got.tolist() == expected, expression
+    for expression, got in evaluate(cases, mx.array(values), dtype=mx.uint32).items():
+        assert got.tolist() == cases[expression], expression
 
 
 def test_64_bit_arithmetic():
@@ -235,28 +201,33 @@ def test_vectors():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_simdgroup_reductions(dtype):
     x = mx.random.randint(-8, 9, (LANES,), key=mx.random.key(0)).astype(dtype)
-    a = np.array(x.astype(mx.float32)).reshape(2, 32)
-    for name, function in [("sum", np.sum), ("max", np.max), ("min", np.min)]:
-        got = per_thread(f"y[i] = static_cast<float>(simd_{name}(x0[i]));", x)
-        assert np.array_equal(got, np.repeat(function(a, axis=1), 32)), name
     signs = mx.where(x < 0, mx.array(-1.0), mx.array(1.0)).astype(dtype)
-    got = per_thread("y[i] = static_cast<float>(simd_product(x0[i]));", signs)
-    assert np.array_equal(got, np.repeat(np.prod(np.where(a < 0, -1, 1), axis=1), 32))
+    rows, row_signs = (np.array(v.astype(mx.float32)).reshape(2, 32) for v in (x, signs))
+    cases = {
+        "simd_sum(x0[i])": rows.sum(axis=1),
+        "simd_max(x0[i])": rows.max(axis=1),
+        "simd_min(x0[i])": rows.min(axis=1),
+        "simd_product(x1[i])": row_signs.prod(axis=1),
+    }
+    for expression, got in evaluate(cases, x, signs).items():
+        assert np.array_equal(got, np.repeat(cases[expression], 32)), expression
 
 
 def test_integer_reductions_and_votes():
     values = np.random.default_rng(0).integers(0, 2**31, LANES).astype(np.int32)
-    x, rows = mx.array(values), values.reshape(2, 32)
-    for name, function in [("and", np.bitwise_and), ("or", np.bitwise_or), ("xor", np.bitwise_xor)]:
-        got = per_thread(f"y[i] = simd_{name}(x0[i]);", x, dtype=mx.int32)
-        assert np.array_equal(got, np.repeat(function.reduce(rows, axis=1), 32)), name
-    odd = rows % 2 == 1
-    bits = (odd * (np.uint64(1) << np.arange(32, dtype=np.uint64))).sum(axis=1)
-    ballot = "y[i] = uint(ulong(simd_ballot(x0[i] % 2 == 1)));"
-    assert np.array_equal(per_thread(ballot, x, dtype=mx.uint32), np.repeat(bits, 32))
-    for name, function in [("any", np.any), ("all", np.all)]:
-        got = per_thread(f"y[i] = simd_{name}(x0[i] > {int(rows[0].min())});", x, dtype=mx.bool_)
-        assert np.array_equal(got, np.repeat(function(rows > rows[0].min(), axis=1), 32))
+    rows = values.reshape(2, 32)
+    least = int(rows[0].min())
+    odd = (rows % 2 == 1) * (1 << np.arange(32, dtype=np.int64))
+    cases = {
+        "simd_and(x0[i])": np.bitwise_and.reduce(rows, axis=1),
+        "simd_or(x0[i])": np.bitwise_or.reduce(rows, axis=1),
+        "simd_xor(x0[i])": np.bitwise_xor.reduce(rows, axis=1),
+        "ulong(simd_ballot(x0[i] % 2 == 1))": odd.sum(axis=1),
+        f"simd_any(x0[i] < {least})": (rows < least).any(axis=1),
+        f"simd_all(x0[i] >= {least})": (rows >= least).all(axis=1),
+    }
+    for expression, got in evaluate(cases, mx.array(values), dtype=mx.uint32).items():
+        assert got.tolist() == np.repeat(cases[expression], 32).tolist(), expression
 
 
 def test_sums_are_pairwise_in_a_fixed_tree():
@@ -270,23 +241,18 @@ def test_sums_are_pairwise_in_a_fixed_tree():
 
 
 def test_prefixes():
-    values = np.random.default_rng(2).integers(1, 3, LANES).astype(np.int32)
+    values = np.random.default_rng(2).integers(1, 3, LANES).astype(np.float32)
     rows = values.reshape(2, 32)
-    sums = np.cumsum(rows, axis=1)
-    inclusive = per_thread(
-        "y[i] = simd_prefix_inclusive_sum(x0[i]);", mx.array(values), dtype=mx.int32
-    )
-    exclusive = per_thread(
-        "y[i] = simd_prefix_exclusive_sum(x0[i]);", mx.array(values), dtype=mx.int32
-    )
-    assert np.array_equal(inclusive, sums.ravel())
-    assert np.array_equal(exclusive, (sums - rows).ravel())
-    halves = mx.array(np.where(values == 2, 0.5, 1.0).astype(np.float32))
-    products = np.cumprod(np.array(halves).reshape(2, 32), axis=1)
-    got = per_thread("y[i] = simd_prefix_inclusive_product(x0[i]);", halves)
-    np.testing.assert_allclose(got, products.ravel())
-    got = per_thread("y[i] = simd_prefix_exclusive_product(x0[i]);", halves)
-    np.testing.assert_allclose(got, (products / np.array(halves).reshape(2, 32)).ravel())
+    sums, products = np.cumsum(rows, axis=1), np.cumprod(1 / rows, axis=1)
+    cases = {
+        "simd_prefix_inclusive_sum(x0[i])": sums,
+        "simd_prefix_exclusive_sum(x0[i])": sums - rows,
+        "simd_prefix_inclusive_product(1.0f / x0[i])": products,
+        "simd_prefix_exclusive_product(1.0f / x0[i])": products * rows,
+        "simd_prefix_inclusive_sum(uint(x0[i]))": sums,
+    }
+    for expression, got in evaluate(cases, mx.array(values)).items():
+        assert np.array_equal(got, cases[expression].ravel()), expression
 
 
 LANE = np.arange(LANES) % 32
@@ -303,24 +269,22 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("expression", MOVES)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint8])
-def test_moves_between_lanes(expression, dtype):
-    x = mx.arange(LANES).astype(dtype)
-    got = per_thread(f"y[i] = static_cast<float>({expression});", x)
-    assert np.array_equal(got, BASE + MOVES[expression])
+def test_moves_between_lanes(dtype):
+    for expression, got in evaluate(MOVES, mx.arange(LANES).astype(dtype)).items():
+        assert np.array_equal(got, BASE + MOVES[expression]), expression
 
 
 def test_shifts_between_lanes():
-    x = mx.arange(LANES).astype(mx.float32)
-    up = per_thread("y[i] = simd_shuffle_up(x0[i], 4);", x)
-    down = per_thread("y[i] = simd_shuffle_down(x0[i], 4);", x)
-    assert np.array_equal(up[LANE >= 4], (BASE + LANE - 4)[LANE >= 4])
-    assert np.array_equal(down[LANE < 28], (BASE + LANE + 4)[LANE < 28])
-    filled = per_thread("y[i] = simd_shuffle_and_fill_up(x0[i], 1000.0f + x0[i], 4);", x)
-    assert np.array_equal(filled, np.where(LANE >= 4, BASE + LANE - 4, 1000 + BASE + LANE + 28))
-    filled = per_thread("y[i] = simd_shuffle_and_fill_down(x0[i], 1000.0f + x0[i], 4);", x)
-    assert np.array_equal(filled, np.where(LANE < 28, BASE + LANE + 4, 1000 + BASE + LANE - 28))
+    up, down = "simd_shuffle_up(x0[i], 4)", "simd_shuffle_down(x0[i], 4)"
+    fill_up = "simd_shuffle_and_fill_up(x0[i], 1000.0f + x0[i], 4)"
+    fill_down = "simd_shuffle_and_fill_down(x0[i], 1000.0f + x0[i], 4)"
+    got = evaluate([up, down, fill_up, fill_down], mx.arange(LANES).astype(mx.float32))
+    lower, higher = LANE >= 4, LANE < 28  # the lanes that have such a neighbour
+    assert np.array_equal(got[up][lower], (BASE + LANE - 4)[lower])
+    assert np.array_equal(got[down][higher], (BASE + LANE + 4)[higher])
+    assert np.array_equal(got[fill_up], BASE + np.where(lower, LANE - 4, 1000 + LANE + 28))
+    assert np.array_equal(got[fill_down], BASE + np.where(higher, LANE + 4, 1000 + LANE - 28))
 
 
 @pytest.mark.parametrize("type_name", ["ulong", "long", "bool"])
