@@ -1,7 +1,8 @@
-"""A stand-in for the Hugging Face Hub on this machine: enough of it to download from."""
+"""A stand-in for the Hugging Face Hub on this machine: enough of it to download and upload."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_stand_in"
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -25,12 +27,29 @@ class _Hub(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
 
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.server.requests.append(self.path)  # type: ignore[attr-defined]
+        uploads = self.server.uploads  # type: ignore[attr-defined]
+        self._send(*uploads.post(path, body, self.headers.get("Authorization", "")))
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.uploads.objects[hashlib.sha256(content).hexdigest()] = content  # type: ignore[attr-defined]
+        self._send(200, {}, b"")
+
     def log_message(self, *arguments: object) -> None:
         pass
 
     def _answer(self, with_body: bool) -> None:
         status, headers, body = self._route(unquote(urlsplit(self.path).path).strip("/"))
         self.server.requests.append(self.path)  # type: ignore[attr-defined]
+        self._send(status, headers, body, with_body)
+
+    def _send(
+        self, status: int, headers: dict[str, str], body: bytes, with_body: bool = True
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -77,11 +96,75 @@ class _Hub(BaseHTTPRequestHandler):
         }
 
 
+class Uploads:
+    """What was uploaded: files by repository, large ones as objects of their own (git LFS)."""
+
+    def __init__(self) -> None:
+        self.endpoint = ""
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.objects: dict[str, bytes] = {}
+
+    def post(self, path: str, body: bytes, token: str) -> tuple[int, dict[str, str], bytes]:
+        """The answer to a request of the Hub's API for uploads."""
+        if token != f"Bearer {TOKEN}":
+            return 401, {}, b"Invalid token"
+        if path == "api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        values = [json.loads(line) for line in body.splitlines()]
+        if path == "api/repos/create":
+            name = f"{values[0].get('organization') or 'me'}/{values[0]['name']}"
+            if name.startswith("others/"):
+                return 403, {}, b"You have no rights to create a model under others"
+            self.files.setdefault(name, {})
+            return self._json({"url": f"{self.endpoint}/{name}"})
+        if "/preupload/" in path:
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in values[0]["files"]
+            ]
+            return self._json({"files": modes})
+        if path.endswith("/info/lfs/objects/batch"):
+            place = {"upload": {"href": f"{self.endpoint}/objects"}}
+            objects = [{**wanted, "actions": place} for wanted in values[0]["objects"]]
+            return self._json({"transfer": "basic", "objects": objects})
+        return self._commit("/".join(path.split("/")[2:4]), values)
+
+    def _commit(self, name: str, lines: list[dict]) -> tuple[int, dict[str, str], bytes]:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                self.files[name][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.files[name][value["path"]] = self.objects[value["oid"]]
+        url = f"{self.endpoint}/{name}/commit/{COMMIT}"
+        return self._json({"commitUrl": url, "commitOid": COMMIT, "success": True})
+
+    @staticmethod
+    def _json(values: object) -> tuple[int, dict[str, str], bytes]:
+        return 200, {"Content-Type": "application/json"}, json.dumps(values).encode()
+
+
 @contextmanager
-def hub(repositories: dict[str, Path | None]) -> Iterator[tuple[str, list[str]]]:
+def upload_hub() -> Iterator[Uploads]:
+    """A Hub without repositories, to upload to."""
+    uploads = Uploads()
+    with hub({}, uploads) as (endpoint, _):
+        uploads.endpoint = endpoint
+        yield uploads
+
+
+@contextmanager
+def hub(
+    repositories: dict[str, Path | None], uploads: Uploads | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Serve folders as repositories; yields the endpoint and the requests that were made."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     server.repositories, server.requests = repositories, []  # type: ignore[attr-defined]
+    server.uploads = uploads or Uploads()  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
