@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -89,7 +90,9 @@ def _orbax_folders(path: Path) -> list[Path]:
     """Orbax folders in a folder, also those that a step or an item's name lies around."""
     found = []
     for child in sorted(path.iterdir()):
-        if child.is_dir() and not child.is_symlink():
+        with suppress(PermissionError):  # what cannot be looked at is not what was meant
+            if not child.is_dir() or child.is_symlink():
+                continue
             if _is_orbax(child):
                 found.append(child)
             else:

@@ -25,7 +25,7 @@ import numpy as np
 from google_files import torch_entry, torch_pickle, torch_zip
 
 from mlx_rgemma.checkpoints.contents import Expected, expected_tensors
-from mlx_rgemma.checkpoints.google import place
+from mlx_rgemma.checkpoints.google import Place, place
 from mlx_rgemma.checkpoints.safetensors import TensorInfo, write_file
 from mlx_rgemma.checkpoints.writing import split_shards
 from mlx_rgemma.griffin.config import PRESETS, GriffinConfig
@@ -88,12 +88,36 @@ def pytorch(folder: Path, config: GriffinConfig, noise: Noise) -> None:
     torch_zip(folder / "large.pt", torch_pickle(entries), storages)
 
 
-FORMATS = {"huggingface": huggingface, "pytorch": pytorch}
+def flax(folder: Path, config: GriffinConfig, noise: Noise) -> None:
+    """As Orbax writes it: OCDBT, each array one chunk, compressed."""
+    import tensorstore
+
+    base = {"driver": "file", "path": f"{folder.resolve()}/"}
+    for name, shape in {p.name: p.shape for p in map(flax_place, expected_tensors(config))}.items():
+        metadata = {"shape": shape, "chunks": shape, "dtype": "bfloat16", "fill_value": None}
+        metadata["compressor"] = {"id": "zstd", "level": 1}
+        array = tensorstore.open(
+            {
+                "driver": "zarr",
+                "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
+                "metadata": metadata,
+                "create": True,
+            }
+        ).result()
+        values = noise.bits(int(np.prod(shape)), name).view(array.dtype.numpy_dtype)
+        array.write(values.reshape(shape)).result()
+
+
+def flax_place(wanted: Expected) -> Place:
+    return place(wanted, True)
+
+
+FORMATS = {"huggingface": huggingface, "pytorch": pytorch, "flax": flax}
 
 
 def forget(folder: Path) -> None:
     """Have the next reader find nothing of a folder in memory."""
-    for path in folder.iterdir():
+    for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):
@@ -105,7 +129,7 @@ def copy_seconds(source: Path, target: Path) -> float:
     forget(source)
     start = time.perf_counter()
     shutil.copytree(source, target)
-    for path in target.iterdir():
+    for path in filter(Path.is_file, target.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     seconds = time.perf_counter() - start
@@ -123,7 +147,7 @@ def main() -> None:
     source.mkdir(parents=True)
     try:
         FORMATS[args.format](source, PRESETS[args.size], Noise())
-        size = sum(path.stat().st_size for path in source.iterdir())
+        size = sum(path.stat().st_size for path in source.rglob("*"))
         copied = copy_seconds(source, args.folder / "copy")
         forget(source)
         command = [sys.executable, "-m", "mlx_rgemma.convert", "--hf-path", str(source)]

@@ -117,7 +117,9 @@ def test_redundant_head():
 @pytest.fixture
 def quantized(tmp_path):
     """A quantized checkpoint, 64 wide: everything in it is quantized."""
-    convert(GOLDEN / "tiny-sharded", tmp_path / "quantized", quantize=True, q_group_size=32)
+    convert(
+        GOLDEN / "tiny-sharded", tmp_path / "quantized", quantize=True, q_group_size=32, q_bits=4
+    )
     return tmp_path / "quantized"
 
 

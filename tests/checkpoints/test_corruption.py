@@ -39,12 +39,12 @@ class Case:
 
 
 CASES = {
-    "huggingface": Case(36),
-    "sharded": Case(36),
-    "quantized": Case(30),
+    "huggingface": Case(24),
+    "sharded": Case(24),
+    "quantized": Case(20),
     "pytorch": Case(40, summed=True),
-    "archive": Case(30, summed=True),
-    **{name: Case(40) for name in FLAX},
+    "archive": Case(24, summed=True),
+    **{name: Case(30) for name in FLAX},
 }
 
 
