@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def save(launches: Iterable[RecordedLaunch], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, launch in enumerate(launches):
-        described = asdict(launch)
+        described = asdict(replace(launch, values={}))
         del described["values"]
         path = folder / f"{number:03d}-{launch.name}.npz"
         contents: dict[str, Any] = {f"buffer_{n}": values for n, values in launch.values.items()}

@@ -88,10 +88,6 @@ class Compiler:
     family: str
     version: str
 
-    @property
-    def major(self) -> int:
-        return int(self.version.split(".")[0])
-
     def flags(self, checked: bool) -> tuple[str, ...]:
         """What every kernel is compiled with."""
         flags: tuple[str, ...] = (*_LANGUAGE, *_NUMERICS, *_OF_FAMILY[self.family])

@@ -189,6 +189,18 @@ def test_a_compiler_can_be_chosen(monkeypatch):
     assert metal_cpu.compiler() == (None, "no-such-compiler -x: No such file or directory")
 
 
+def test_fibers_of_the_c_library(monkeypatch):
+    """What switches between threads on processors other than x86-64."""
+    command = " ".join(toolchain.required_compiler().command)
+    monkeypatch.setenv("MLX_RGEMMA_METAL_CPU_CXX", f"{command} -DMTL_UCONTEXT")
+    given = guinea_pig.case(2, 37, 64, mx.float32)
+    launches: list[metal_cpu.Launch] = []
+    with metal_cpu.executed("checked", "random", record=launches):
+        y, _ = guinea_pig.call(guinea_pig.make(), given)
+    assert guinea_pig.relative_error(y, guinea_pig.reference(given)[0]) < 1e-6
+    assert launches[0].traffic["y"].stores == y.size
+
+
 def test_old_compilers_are_refused(tmp_path, monkeypatch):
     old = tmp_path / "old-g++"
     old.write_text("#!/bin/sh\necho 'g++ (GCC) 9.4.0'\n")

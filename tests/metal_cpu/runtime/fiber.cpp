@@ -1,9 +1,11 @@
 // Fibers: a GPU thread that waits gives the processor to the next one. On x86-64 a switch saves the
-// six registers that a function must preserve; elsewhere ucontext does it.
+// six registers that a function must preserve; elsewhere, and with MTL_UCONTEXT, ucontext does it.
 #include <sys/mman.h>
 
 #include "state.h"
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MTL_UCONTEXT)
+#define MTL_OWN_SWITCH
+#else
 #include <ucontext.h>
 #endif
 
@@ -22,7 +24,7 @@ char* new_stack() {
   return static_cast<char*>(memory) + kGuardBytes;
 }
 
-#if defined(__x86_64__)
+#if defined(MTL_OWN_SWITCH)
 
 extern "C" void mtl_switch_stack(void** save, void* load);
 asm(R"(

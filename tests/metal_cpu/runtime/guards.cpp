@@ -61,7 +61,7 @@ void on_fault(int number, siginfo_t* info, void* context) {
   } else if (address < stack && address >= stack - kStackGuard) {
     report(nullptr, 0, "stack overflow: endless recursion or huge private arrays");
   } else {
-    report_outside(address, 1, false, pc);
+    report_outside(address, 1, "access", pc);
   }
   abandon_launch();
 }

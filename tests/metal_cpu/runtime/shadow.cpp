@@ -74,16 +74,14 @@ Traffic traffic_of(const Region& region) {
   return traffic;
 }
 
-void report_outside(const char* address, size_t bytes, bool write, void* pc) {
+void report_outside(const char* address, size_t bytes, const char* verb, void* pc) {
   const Region* near = region_at(address);
   if (near == nullptr) {
     near = nearest_buffer(address);
   }
   const uint32_t* at = state.current->self.position_in_grid;
-  const char* verb = write ? "write" : "read";
   if (near == nullptr) {
-    report(pc, 0, "%s of %zu B through a stray pointer, thread (%u, %u, %u)", verb, bytes, at[0],
-           at[1], at[2]);
+    report(pc, 0, "%s through a stray pointer, thread (%u, %u, %u)", verb, at[0], at[1], at[2]);
     return;
   }
   const bool before = address < near->base;
@@ -224,7 +222,7 @@ void access(const void* address, size_t bytes, bool write, void* pc, bool atomic
   Region* region = region_at(p);
   if (region == nullptr || p + bytes > region->base + region->bytes) {
     if (region != nullptr || (p >= arena_begin && p < arena_end)) {
-      report_outside(p, bytes, write, pc);
+      report_outside(p, bytes, write ? "write" : "read", pc);
       abandon_launch();
     }
     return;  // constant tables and the like

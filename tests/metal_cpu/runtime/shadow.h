@@ -63,6 +63,6 @@ Region* nearest_buffer(const char* address);
 // Where the guard pages between buffers lie: an address in there is a stray pointer.
 void set_arena(char* begin, char* end);
 Traffic traffic_of(const Region& region);
-void report_outside(const char* address, size_t bytes, bool write, void* pc);
+void report_outside(const char* address, size_t bytes, const char* verb, void* pc);
 
 }  // namespace runtime
