@@ -24,6 +24,7 @@ _HOMES = {
     "generate": "mlx_rgemma.generation",
     "stream_generate": "mlx_rgemma.generation",
     "batch_generate": "mlx_rgemma.batch_generation",
+    "Session": "mlx_rgemma.session",
     "load_prompt_cache": "mlx_rgemma.prompt_cache",
     "save_prompt_cache": "mlx_rgemma.prompt_cache",
     "register": "mlx_rgemma.registration",
@@ -34,6 +35,7 @@ _HOMES = {
 __all__ = [
     "GriffinConfig",
     "Model",
+    "Session",
     "__version__",
     "batch_generate",
     "convert",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from mlx_rgemma.griffin.model import Model
     from mlx_rgemma.prompt_cache import load_prompt_cache, save_prompt_cache
     from mlx_rgemma.registration import register
+    from mlx_rgemma.session import Session
 
 
 def __getattr__(name: str) -> Any:

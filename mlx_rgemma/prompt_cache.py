@@ -18,6 +18,8 @@ from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.registration import register
 
 FINGERPRINT = "fingerprint"
+PENDING = "pending_token"
+"""Where a saved session says which token comes next: it has been seen, but not yet read."""
 
 
 def fingerprint(model: Model) -> str:
@@ -82,8 +84,22 @@ def load_prompt_cache(path: str | Path, model: Model) -> list[GriffinCache]:
     """Load a state and check that it belongs to the model.
 
     Args:
-        path: A file that `save_prompt_cache` or mlx-lm wrote.
+        path: A file that `save_prompt_cache`, `Session.save` or mlx-lm wrote.
         model: The model that is to continue from it.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or of another model, window or shape.
+    """
+    cache, metadata = read_prompt_cache(path, model)
+    pending = pending_token(path, model, metadata)
+    if pending is not None:
+        model(mx.array([[pending]]), cache=cache)
+        mx.eval([layer.state for layer in cache])
+    return cache
+
+
+def read_prompt_cache(path: str | Path, model: Model) -> tuple[list[GriffinCache], dict[str, str]]:
+    """Load a state as it lies in its file, and the texts kept with it.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or of another model, window or shape.
@@ -105,10 +121,28 @@ def load_prompt_cache(path: str | Path, model: Model) -> list[GriffinCache]:
         model.check_cache(cache)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    found = metadata.get(FINGERPRINT) if isinstance(metadata, dict) else None
+    metadata = metadata if isinstance(metadata, dict) else {}
+    found = metadata.get(FINGERPRINT)
     if found is not None and found != fingerprint(model):
         raise CheckpointError(
             f"{path}: saved by another model (fingerprint {found[:8]}, this one is"
             f" {fingerprint(model)[:8]}); load it with the model that made it."
         )
-    return cache
+    return cache, metadata
+
+
+def pending_token(path: str | Path, model: Model, metadata: Mapping[str, str]) -> int | None:
+    """The token that a saved session has seen but not read.
+
+    Raises:
+        CheckpointError: If it is none that the model knows.
+    """
+    text = metadata.get(PENDING)
+    if text is None:
+        return None
+    known = model.args.vocab_size
+    if not (text.isascii() and text.isdigit() and int(text) < known):
+        raise CheckpointError(
+            f"{path}: {PENDING} is {text[:20]!r}, expected a token from 0 to {known - 1}."
+        )
+    return int(text)

@@ -10,10 +10,24 @@ TEXT_LIMIT = 4096
 
 
 class TextStream:
-    """mlx-lm's streaming detokenizer, forgetting what has been handed out."""
+    """mlx-lm's streaming detokenizer, forgetting what has been handed out.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        tokenizer: From `load`.
+        after: The token that the text goes on from, if it is in the middle of a sentence: the
+            space between words would be lost otherwise.
+    """
+
+    def __init__(self, tokenizer: Any, after: int | None = None) -> None:
+        self.skip = 0
+        if after is not None:
+            before = TextStream(tokenizer)
+            text = before.add(after) + before.finish()
+            # Half a character is completed by what follows, and shown then.
+            self.skip = 0 if "\ufffd" in text else len(text)
         self.detokenizer = tokenizer.detokenizer
+        if after is not None:
+            self.detokenizer.add_token(after)
 
     def add(self, token: int) -> str:
         """The text that a token completes (may be empty)."""
@@ -37,7 +51,9 @@ class TextStream:
             d.offset -= dropped
         if len(d.tokens) > TEXT_LIMIT:
             d.tokens = []
-        return segment
+        skipped = min(self.skip, len(segment))
+        self.skip -= skipped
+        return segment[skipped:]
 
 
 class StopMatcher:

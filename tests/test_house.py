@@ -21,16 +21,25 @@ FLOORS = [
     ("mlx_rgemma.registration", 5),
     ("mlx_rgemma.prompt_cache", 5),
     ("mlx_rgemma.text_stream", 5),
+    ("mlx_rgemma.text_pieces", 5),
+    ("mlx_rgemma.text_state", 5),
+    ("mlx_rgemma.session", 5),
+    ("mlx_rgemma.sampling", 5),
+    ("mlx_rgemma.drafts", 5),
+    ("mlx_rgemma.speculation", 5),
+    ("mlx_rgemma.serving", 5),
     ("mlx_rgemma.generation", 5),
     ("mlx_rgemma.batch_generation", 5),
     ("mlx_rgemma.command_line", 5),
     ("mlx_rgemma.launch_count", 5),
     ("mlx_rgemma.conversion_report", 5),
+    ("mlx_rgemma.evaluation", 5),
     ("mlx_rgemma.calibration", 5),
     ("mlx_rgemma.quality", 5),
     ("mlx_rgemma.quality_report", 5),
     ("mlx_rgemma.texts", 5),
     ("mlx_rgemma.convert", 6),
+    ("mlx_rgemma.evaluate", 6),
     ("mlx_rgemma.generate", 6),
     ("mlx_rgemma.launches", 6),
     ("mlx_rgemma.perplexity", 6),
@@ -120,7 +129,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", "convert", "launches", "perplexity", "quantize", "selftest"]
+    "command", ["generate", "convert", "evaluate", "launches", "perplexity", "quantize", "selftest"]
 )
 def test_help_imports_nothing_heavy(command):
     code = (

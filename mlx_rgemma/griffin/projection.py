@@ -35,6 +35,7 @@ class FusedProjection:
             for key in KEYS:
                 if key in layer:
                     layer[key] = joint[key][start : start + width]
+            mx.eval(layer.parameters())  # what is left to compute belongs to this thread
         self.parts = [layer["weight"] for layer in layers]
 
     def __call__(self, x: mx.array) -> list[mx.array]:
