@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -60,9 +61,9 @@ def recognise(path: Path) -> Found:
     if any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
         return Found(Kind.FOLDER, path)
     inside = [
-        *(Found(Kind.PYTORCH, p) for name in TORCH_NAMES for p in path.glob(name) if p.is_file()),
+        *(Found(Kind.PYTORCH, p) for p in _files(path, TORCH_NAMES)),
         *(Found(Kind.FLAX, p) for p in _orbax_folders(path)),
-    ] or [Found(Kind.ARCHIVE, p) for n in ARCHIVE_NAMES for p in path.glob(n) if p.is_file()]
+    ] or [Found(Kind.ARCHIVE, p) for p in _files(path, ARCHIVE_NAMES)]
     if len(inside) > 1:
         names = shortened(sorted(str(found.path.relative_to(path)) for found in inside))
         raise CheckpointError(f"{path}: more than one checkpoint: {names}; name one of them.")
@@ -84,6 +85,12 @@ def refuse_unconverted(path: Path) -> None:
             f"{path}: {found.kind.value}; convert it first: mlx_rgemma.convert --hf-path {path}"
             " --mlx-path <new folder>."
         )
+
+
+def _files(path: Path, names: Iterable[str]) -> list[Path]:
+    """Files of some names, but for hidden ones (a Mac's archives hold a `._x` for each x)."""
+    found = (file for name in names for file in path.glob(name))
+    return [file for file in found if file.is_file() and not file.name.startswith(".")]
 
 
 def _orbax_folders(path: Path) -> list[Path]:

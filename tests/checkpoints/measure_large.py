@@ -102,7 +102,8 @@ def flax(folder: Path, config: GriffinConfig, noise: Noise) -> None:
                 "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
                 "metadata": metadata,
                 "create": True,
-            }
+            },
+            context=tensorstore.Context({"file_io_sync": False}),
         ).result()
         values = noise.bits(int(np.prod(shape)), name).view(array.dtype.numpy_dtype)
         array.write(values.reshape(shape)).result()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import mlx.core as mx
@@ -26,6 +27,8 @@ from google_files import (
     torch_pickle,
     torch_zip,
 )
+from measure_large import FORMATS as WRITERS
+from measure_large import Noise
 
 from mlx_rgemma import GriffinConfig, convert, load, load_model
 from mlx_rgemma.checkpoints import google
@@ -214,6 +217,28 @@ def test_incomplete_trees(tmp_path, change, message):
     change(store.tensors)
     with pytest.raises(CheckpointError, match=message):
         open_google(store, Unsaid(16, 30.0, True))
+
+
+@pytest.mark.parametrize("kind", ["pytorch", pytest.param("flax", marks=needs_tensorstore)])
+def test_memory_holds_one_tensor(tmp_path, kind):
+    """Eight layers more do not need more memory, neither MLX's nor NumPy's."""
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 2048, "lru_width": 256}
+    sizes |= {"num_attention_heads": 4, "head_dim": 64, "attention_window_size": 16}
+    noise, peaks, totals = Noise(), [], []
+    for layers in (2, 10):
+        source = tmp_path / f"source {layers}"
+        source.mkdir()
+        config = GriffinConfig(**sizes, num_hidden_layers=layers)
+        WRITERS[kind](source, config, noise)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        tracemalloc.start()
+        convert(source, tmp_path / f"out {layers}", quantize=True, **SAID)
+        peaks.append(mx.get_peak_memory() - before + tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        totals.append(sum(2 * wanted.size for wanted in expected_tensors(config)))
+    assert peaks[1] - peaks[0] < 0.05 * (totals[1] - totals[0])
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -47,6 +47,7 @@ def test_a_hugging_face_folder_that_holds_other_things_too(tmp_path):
 
 def test_several(tmp_path):
     shutil.copyfile(TORCH, tmp_path / "2b.pt")
+    (tmp_path / "._2b.pt").write_bytes(b"a Mac's own")
     tar_of(tmp_path / "2b.tar.gz", TORCH)
     assert recognise(tmp_path) == Found(Kind.PYTORCH, tmp_path / "2b.pt")
     flax_copy("orbax-0.5.9-zarr", tmp_path / "2b-it")
