@@ -161,7 +161,7 @@ def open_google(store: Store, unsaid: Unsaid) -> tuple[CheckpointFolder, str | N
         there, info = places[name], tensors[name]
         value = mx.array(store.read(there.name, there.part))
         value = value.view(getattr(mx, MLX_NAME[info.dtype]))
-        return (value.T if there.transposed else value).reshape(info.shape)
+        return (mx.contiguous(value.T) if there.transposed else value).reshape(info.shape)
 
     return CheckpointFolder(store.path, {}, config, tensors, read), released, said
 
