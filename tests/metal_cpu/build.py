@@ -79,7 +79,7 @@ def _build(found: Compiler, source: str, function: str, instance: str, checked: 
     text = _translation_unit(source, params, instance)
     flags = found.flags(checked)
     runtime = _runtime_library(found)
-    prelude = _prelude(found, checked)
+    prelude = precompiled_prelude(found, flags)
     key = digest(text, prelude.name, runtime.name)
 
     def compile_kernel(scratch: Path, out: Path) -> None:
@@ -119,9 +119,8 @@ def _runtime_library(found: Compiler) -> Path:
 
 
 @functools.cache
-def _prelude(found: Compiler, checked: bool) -> Path:
-    """The header that comes first. g++ finds its compiled form beside it."""
-    flags = found.flags(checked)
+def precompiled_prelude(found: Compiler, flags: tuple[str, ...]) -> Path:
+    """The header to `-include` first. g++ finds its compiled form, for these flags, beside it."""
     headers = sorted(f for f in STDLIB.rglob("*") if f.is_file())
     texts = [f.read_text() for f in headers]
     key = digest(*texts, version("mlx"), *INCLUDE_FLAGS, *found.command, found.version, *flags)

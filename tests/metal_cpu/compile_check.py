@@ -11,14 +11,25 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .build import INCLUDE_FLAGS, PRELUDE
+from .build import INCLUDE_FLAGS, precompiled_prelude
 from .errors import Finding, finding
 from .source import for_execution
 from .toolchain import KERNEL_FILE, Compiler
 
 _WARNINGS = ("-Wuninitialized", "-Wvla", "-Wreturn-type")
-_FLAGS = ("-std=c++17", "-O1", "-fno-inline", "-fno-optimize-sibling-calls", "-fno-exceptions")
-_DEFINES = ("-DMTL_CHECKED", "-DMTL_EXPLICIT_BFLOAT")
+_FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-fno-inline",
+    "-fno-optimize-sibling-calls",
+    "-fno-exceptions",
+    "-DMTL_CHECKED",
+    "-DMTL_EXPLICIT_BFLOAT",
+)
+_OF_FAMILY = {
+    "gcc": ("-fsingle-precision-constant",),
+    "clang": ("-Xclang", "-cl-single-precision-constant", "-Wno-everything"),
+}
 
 
 def compile_findings(found: Compiler, source: str, instance: str) -> list[Finding]:
@@ -29,22 +40,15 @@ def compile_findings(found: Compiler, source: str, instance: str) -> list[Findin
         source: the generated text.
         instance: the expression that names the kernel function.
     """
-    text = f'{PRELUDE}#line 1 "{KERNEL_FILE}"\n{for_execution(source)}\n'
-    text += f"auto mtl_kernel = &{instance};\n"
+    text = f'#line 1 "{KERNEL_FILE}"\n{for_execution(source)}\nauto mtl_kernel = &{instance};\n'
     with tempfile.TemporaryDirectory() as scratch:
         cpp = Path(scratch) / "kernel.cpp"
         cpp.write_text(text)
-        command = [*found.command, *_FLAGS, *_DEFINES, *_WARNINGS, *INCLUDE_FLAGS, "-S", str(cpp)]
-        if found.family == "gcc":
-            command += [
-                "-fsingle-precision-constant",
-                "-fcallgraph-info",
-                "-o",
-                f"{scratch}/kernel.s",
-            ]
-        else:
-            command += ["-Xclang", "-cl-single-precision-constant", "-Wno-everything", *_WARNINGS]
-            command += ["-emit-llvm", "-o", f"{scratch}/kernel.ll"]
+        flags = (*_FLAGS, *_OF_FAMILY[found.family])
+        prelude = precompiled_prelude(found, flags)
+        command = [*found.command, *flags, *_WARNINGS, *INCLUDE_FLAGS, "-include", str(prelude)]
+        command += ["-S", str(cpp), "-o", f"{scratch}/kernel.s"]
+        command += ["-fcallgraph-info"] if found.family == "gcc" else ["-emit-llvm"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
         findings = messages(result.stderr, source)
         if result.returncode:
@@ -52,7 +56,7 @@ def compile_findings(found: Compiler, source: str, instance: str) -> list[Findin
         if found.family == "gcc":
             graph, lines = _gcc_calls((Path(scratch) / "kernel.ci").read_text())
         else:
-            graph, lines = _llvm_calls((Path(scratch) / "kernel.ll").read_text())
+            graph, lines = _llvm_calls((Path(scratch) / "kernel.s").read_text())
     for function in sorted(recursive(graph)):
         findings.append(
             finding("recursion, which Metal does not have", lines.get(function, 0), source)
