@@ -77,6 +77,20 @@ def build_parser() -> argparse.ArgumentParser:
         default=2048,
         help="Prompt tokens to read at a time. Default: %(default)s.",
     )
+    add("--draft-model", help="A smaller model of the same vocabulary, for speculative decoding.")
+    add(
+        "--num-draft-tokens",
+        type=count(1),
+        default=3,
+        help="Tokens that the draft model proposes at a time. Default: %(default)s.",
+    )
+    add(
+        "--prompt-lookup",
+        type=count(0),
+        default=0,
+        metavar="N",
+        help="Without a draft model: propose N tokens at a time from the text so far.",
+    )
     add("--prompt-cache-file", help="State to start from, as cache_prompt saves it.")
     add("--max-kv-size", type=int, help=argparse.SUPPRESS)
     add("--kv-bits", type=int, help=argparse.SUPPRESS)
@@ -119,6 +133,9 @@ def _generate(args: argparse.Namespace) -> int:
             "--kv-bits and --max-kv-size are not needed: the state is bounded already,"
             f" {megabytes:.1f} MB at any length."
         )
+    drafting = _drafting(model, tokenizer, args)
+    if drafting and len(prompts) > 1:
+        raise UserError("--draft-model and --prompt-lookup go with one prompt.")
     cache = None
     if args.prompt_cache_file is not None:
         if len(prompts) > 1:
@@ -126,7 +143,7 @@ def _generate(args: argparse.Namespace) -> int:
         cache = load_prompt_cache(args.prompt_cache_file, model)
     tokens = [_encode(tokenizer, prompt, args, model.args.vocab_size, cache) for prompt in prompts]
     if len(prompts) == 1:
-        return _generate_one(model, tokenizer, tokens[0], cache, args)
+        return _generate_one(model, tokenizer, tokens[0], cache, drafting, args)
     return _generate_batch(model, tokenizer, prompts, tokens, args)
 
 
@@ -172,12 +189,34 @@ def _encode(
     return tokens
 
 
-def _sampling(tokenizer: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:
+def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What speculative decoding needs; nothing where it is not asked for."""
+    from mlx_rgemma.checkpoints import load
+    from mlx_rgemma.errors import UserError
+    from mlx_rgemma.speculation import SpeculationStats, check_vocabulary
+
+    if args.draft_model is None:
+        if not args.prompt_lookup:
+            return {}
+        return {"prompt_lookup": args.prompt_lookup, "speculation_stats": SpeculationStats()}
+    if args.prompt_lookup:
+        raise UserError("--prompt-lookup is for generating without a --draft-model.")
+    draft_model, draft_tokenizer = load(args.draft_model, dtype=args.dtype, window=args.window)
+    check_vocabulary(model, draft_model, tokenizer, draft_tokenizer)
+    return {
+        "draft_model": draft_model,
+        "num_draft_tokens": args.num_draft_tokens,
+        "speculation_stats": SpeculationStats(),
+    }
+
+
+def _sampling(args: argparse.Namespace, *, drafting: bool = False) -> tuple[Any, list[Any]]:
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-    sampler = make_sampler(
-        args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, top_k=args.top_k
-    )
+    from mlx_rgemma.sampling import Sampler
+
+    make: Any = Sampler if drafting else make_sampler
+    sampler = make(args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, top_k=args.top_k)
     processors = make_logits_processors(
         repetition_penalty=args.repetition_penalty,
         repetition_context_size=args.repetition_context_size,
@@ -190,6 +229,7 @@ def _generate_one(
     tokenizer: Any,
     tokens: list[int],
     cache: list[GriffinCache] | None,
+    drafting: dict[str, Any],
     args: argparse.Namespace,
 ) -> int:
     import json
@@ -197,7 +237,7 @@ def _generate_one(
     from mlx_rgemma.generation import generate, stream_generate
     from mlx_rgemma.griffin.cache import state_nbytes
 
-    sampler, processors = _sampling(tokenizer, args)
+    sampler, processors = _sampling(args, drafting=bool(drafting))
     cache = cache or model.make_cache()
     options: dict[str, Any] = {
         "max_tokens": args.max_tokens,
@@ -207,6 +247,7 @@ def _generate_one(
         "logits_processors": processors,
         "prefill_step_size": args.prefill_step_size,
         "prompt_progress_callback": _progress(args.prefill_step_size),
+        **drafting,
     }
     if not args.json:
         text = generate(model, tokenizer, tokens, verbose=args.verbose, **options)
@@ -216,20 +257,20 @@ def _generate_one(
     pieces = []
     for response in stream_generate(model, tokenizer, tokens, **options):
         pieces.append(response.text)
-    print(
-        json.dumps(
-            {
-                "text": "".join(pieces),
-                "finish_reason": response.finish_reason,
-                "prompt_tokens": response.prompt_tokens,
-                "prompt_tps": response.prompt_tps,
-                "generation_tokens": response.generation_tokens,
-                "generation_tps": response.generation_tps,
-                "peak_memory_gb": response.peak_memory,
-                "state_bytes": state_nbytes(cache),
-            }
-        )
-    )
+    answer = {
+        "text": "".join(pieces),
+        "finish_reason": response.finish_reason,
+        "prompt_tokens": response.prompt_tokens,
+        "prompt_tps": response.prompt_tps,
+        "generation_tokens": response.generation_tokens,
+        "generation_tps": response.generation_tps,
+        "peak_memory_gb": response.peak_memory,
+        "state_bytes": state_nbytes(cache),
+    }
+    if drafting:
+        stats = drafting["speculation_stats"]
+        answer |= {"acceptance_rate": stats.acceptance_rate, "passes": stats.passes}
+    print(json.dumps(answer))
     return 0
 
 
@@ -248,7 +289,7 @@ def _generate_batch(
 
     if args.max_tokens == -1:
         raise UserError("--max-tokens -1 goes with one prompt.")
-    sampler, processors = _sampling(tokenizer, args)
+    sampler, processors = _sampling(args)
     result = batch_generate(
         model,
         tokenizer,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import mlx.core as mx
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.speculation import DRAFT_TOKENS, SpeculationStats, speculative_steps
 from mlx_rgemma.text_stream import StopMatcher, TextStream
 
 if TYPE_CHECKING:
@@ -32,6 +34,10 @@ def stream_generate(
     stop: str | Sequence[str] = (),
     prompt_cache: list[GriffinCache] | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
+    draft_model: Model | None = None,
+    num_draft_tokens: int = DRAFT_TOKENS,
+    prompt_lookup: int = 0,
+    speculation_stats: SpeculationStats | None = None,
     **kwargs: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate text piece by piece.
@@ -48,6 +54,11 @@ def stream_generate(
         prompt_cache: A state to continue, from `model.make_cache()`; updated in place.
         logits_processors: Functions of (the last tokens, logits) to logits, from
             `mlx_lm.sample_utils.make_logits_processors`. They see at most `CONTEXT_LIMIT` tokens.
+        draft_model: A smaller model with the same vocabulary, for speculative decoding. A
+            `mlx_rgemma.sampling.Sampler` as `sampler` keeps most of its drafts.
+        num_draft_tokens: Tokens that it drafts at a time.
+        prompt_lookup: Tokens to draft at a time from the text so far, without a draft model.
+        speculation_stats: Filled in while speculating.
         **kwargs: Passed on to `mlx_lm.generate.generate_step`: `sampler`, `prefill_step_size`,
             `prompt_progress_callback`.
 
@@ -55,15 +66,30 @@ def stream_generate(
         mlx-lm's `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
 
     Raises:
-        UserError: If the prompt is empty or holds an unknown token, or `max_tokens` is no count.
+        UserError: If the prompt is empty or holds an unknown token, `max_tokens` is no count, or
+            the draft model does not fit.
     """
-    from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
+    from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 
     if max_tokens < 1 and max_tokens != -1:
         raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1 for no limit).")
     tokens = encode(tokenizer, prompt, model.args.vocab_size)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
-    runner: Any = _WithProcessors(model, logits_processors) if logits_processors else model
+    common: dict[str, Any] = {"max_tokens": max_tokens, "prompt_cache": cache, **kwargs}
+    if draft_model is None and not prompt_lookup:
+        steps = _plain_steps(tokens, model, logits_processors, **common)
+    else:
+        steps = speculative_steps(
+            tokens,
+            model,
+            draft_model=draft_model,
+            num_draft_tokens=num_draft_tokens,
+            prompt_lookup=prompt_lookup,
+            stats=speculation_stats,
+            logits_processors=logits_processors,
+            context_limit=CONTEXT_LIMIT,
+            **common,
+        )
     stops = StopMatcher([stop] if isinstance(stop, str) else stop)
     text = TextStream(tokenizer)
 
@@ -71,11 +97,8 @@ def stream_generate(
     streams: Any = [generation_stream]
     with wired_limit(model, streams):
         tic = time.perf_counter()
-        steps: Any = generate_step(
-            tokens, runner, max_tokens=max_tokens, prompt_cache=cache, **kwargs
-        )
-        try:
-            for n, (token, logprobs) in enumerate(steps, start=1):
+        with closing(steps):
+            for n, (token, logprobs, from_draft) in enumerate(steps, start=1):
                 if n == 1:
                     prompt_tps = tokens.size / (time.perf_counter() - tic)
                     tic = time.perf_counter()
@@ -89,7 +112,7 @@ def stream_generate(
                     text=segment,
                     token=token,
                     logprobs=logprobs,
-                    from_draft=False,
+                    from_draft=from_draft,
                     prompt_tokens=tokens.size,
                     prompt_tps=prompt_tps,
                     generation_tokens=n,
@@ -99,8 +122,19 @@ def stream_generate(
                 )
                 if reason is not None:
                     return
-        finally:
-            steps.close()
+
+
+def _plain_steps(
+    tokens: mx.array, model: Model, processors: Sequence[LogitsProcessor] | None, **kwargs: Any
+) -> Generator[tuple[int, mx.array, bool], None, None]:
+    """mlx-lm's loop: a token, its log-probabilities, and that it was not drafted."""
+    from mlx_lm.generate import generate_step
+
+    runner: Any = _WithProcessors(model, processors) if processors else model
+    steps: Any = generate_step(tokens, runner, **kwargs)
+    with closing(steps):
+        for token, logprobs in steps:
+            yield token, logprobs, False
 
 
 def generate(
@@ -120,6 +154,8 @@ def generate(
         print("=" * 10)
     pieces = []
     response = None
+    if kwargs.get("draft_model") is not None or kwargs.get("prompt_lookup"):
+        kwargs.setdefault("speculation_stats", SpeculationStats())
     cache = kwargs.pop("prompt_cache", None) or model.make_cache()
     try:
         for response in stream_generate(model, tokenizer, prompt, prompt_cache=cache, **kwargs):
@@ -129,6 +165,8 @@ def generate(
     finally:
         if verbose and response is not None:
             print(f"\n{'=' * 10}\n{statistics(response, state_nbytes(cache))}", flush=True)
+            if kwargs.get("speculation_stats") is not None:
+                print(kwargs["speculation_stats"], flush=True)
     return "".join(pieces)
 
 

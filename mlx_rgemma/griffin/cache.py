@@ -12,10 +12,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.griffin.history import Trimmable
 from mlx_rgemma.ops import Ring
 
 
-class _StateCache:
+class _StateCache(Trimmable):
     """What both kinds of cache share: positions, and the lengths of right-padded prompts.
 
     Attributes:
@@ -44,10 +45,6 @@ class _StateCache:
         """Whether no row has seen a token."""
         return not any(self.positions)
 
-    def is_trimmable(self) -> bool:
-        """False: a recurrence cannot be run backwards."""
-        return False
-
     def prepare(
         self, *, lengths: Sequence[int] | None = None, right_padding: Any = None, **other: Any
     ) -> None:
@@ -72,6 +69,8 @@ class _StateCache:
     def advance(self, length: int, next_positions: list[int] | None = None) -> None:
         """Count a call of `length` tokens a row as read."""
         valid = self.valid(length)
+        if next_positions is not None or self.lengths is not None:
+            self.forget()  # rows moved by different numbers of tokens
         if next_positions is not None:
             self.positions = list(next_positions)
         elif valid is None:
@@ -91,6 +90,7 @@ class _StateCache:
                 f" {batch_size}."
             )
         self.positions = [0] * batch_size
+        self.forget()
         self._allocate(batch_size)
 
     def _allocate(self, batch_size: int) -> None:
@@ -158,6 +158,7 @@ class RecurrentCache(_StateCache):
         if not ok:
             raise CheckpointError("the file does not hold the state of a recurrent block.")
         self.h, self.conv, self.positions = h, conv, positions
+        self.forget()
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep these rows, in this order."""
@@ -222,6 +223,36 @@ class AttentionCache(_StateCache):
     def ring(self, ring: Ring) -> None:
         self.kv, self.head = ring
 
+    def keep_history(self, tokens: int) -> None:
+        """Make the last `tokens` tokens of calls to come ones that `trim` can take back.
+
+        Raises:
+            ValueError: If the window is shorter than that.
+        """
+        if tokens > self.window:
+            raise ValueError(f"[cache] a window of {self.window} cannot keep {tokens} tokens.")
+        super().keep_history(tokens)
+
+    def save_slots(self, length: int) -> None:
+        """Remember the slots that a call of `length` tokens is about to write over."""
+        if self.history is None or length > self.history.limit:
+            self.forget()
+            return
+        head, slots = self.head, self.kv.shape[2]
+        end = head + length
+        old = self.kv[:, :, head : min(end, slots)]
+        if end > slots:
+            old = mx.concatenate([old, self.kv[:, :, : end - slots]], axis=2)
+        old = mx.contiguous(old)
+        # Copied before the ring is written, so that it can still be written in place.
+        (self.kv,) = mx.depends([self.kv], [old])
+
+        def undo(cache: AttentionCache, kept: int) -> None:
+            start = Ring(cache.kv, (head + kept) % slots)
+            cache.kv, cache.head = start.appended(old[:, :, kept:]).kv, start.head
+
+        self.remember(length, undo)
+
     def write(self, kv: mx.array) -> None:
         """Write the keys and values of a call: (B, 2, L, head_dim)."""
         length, slots = kv.shape[2], self.kv.shape[2]
@@ -268,6 +299,7 @@ class AttentionCache(_StateCache):
         if not ok:
             raise CheckpointError("the file does not hold the state of an attention block.")
         self.kv, self.head, self.window, self.positions = kv, head, window, positions
+        self.forget()
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep these rows, in this order."""
@@ -330,12 +362,14 @@ def _rows(batch_indices: Any) -> tuple[list[int], mx.array]:
 
 
 def _keep_rows(cache: _StateCache, rows: list[int]) -> None:
+    cache.forget()
     cache.positions = [cache.positions[r] for r in rows]
     if cache.lengths is not None:
         cache.lengths = [cache.lengths[r] for r in rows]
 
 
 def _append_rows(cache: _StateCache, other: _StateCache) -> None:
+    cache.forget()
     if cache.lengths is not None or other.lengths is not None:
         mine = cache.lengths or [0] * cache.batch_size
         cache.lengths = mine + (other.lengths or [0] * other.batch_size)

@@ -27,6 +27,7 @@ from mlx_rgemma.ops import (
     rg_lru,
     ring_step,
     rms_norm,
+    step_kinds,
 )
 
 
@@ -112,6 +113,8 @@ class RecurrentBlock(SharedInputBlock):
 
     def __call__(self, x: mx.array, layout: TokenLayout, cache: RecurrentCache | None) -> mx.array:
         y, x = self.project(x)
+        if cache is not None and cache.history is not None:
+            self._remember(x, layout, cache)
         if cache is not None and layout.few_steps:
             out, cache.conv, cache.h = recurrent_step(
                 y, x, self._weights(), cache.conv, cache.h, layout.kind
@@ -122,6 +125,22 @@ class RecurrentBlock(SharedInputBlock):
         if cache is not None:
             cache.conv, cache.h = conv, h
         return self.linear_out(gated_gelu(y, x))
+
+    def _remember(self, x: mx.array, layout: TokenLayout, cache: RecurrentCache) -> None:
+        """Note how to get the state after the first tokens of this call: by reading them again."""
+        conv, h = cache.conv, cache.h
+        kind = layout.kind if layout.few_steps else step_kinds(layout.reset, layout.mask)
+
+        def undo(cache: RecurrentCache, kept: int) -> None:
+            cache.conv, cache.h = conv, h
+            if kept:
+                first = x[:, :kept]
+                what = kind if kind is None or kind.ndim == 1 else kind[:, :kept]
+                _, cache.conv, cache.h = recurrent_step(
+                    first, first, self._weights(), conv, h, what
+                )
+
+        cache.remember(x.shape[1], undo)
 
     def _weights(self) -> RecurrentWeights:
         conv, rg_lru = self.conv_1d, self.rg_lru
@@ -157,6 +176,8 @@ class LocalAttentionBlock(SharedInputBlock):
         q, k, v = self.project(x)
         q = q.reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
         k, v = k[:, None], v[:, None]
+        if cache is not None and cache.history is not None:
+            cache.save_slots(length)
         ring = None if cache is None or layout.fresh else cache.ring
         place: dict[str, Any] = {"window": self.window, "reach": layout.reach, "ring": ring}
         if cache is not None and layout.one_step:

@@ -1,0 +1,170 @@
+"""Where drafts of the next tokens come from: a smaller model, or the text so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+
+from mlx_rgemma.griffin.cache import GriffinCache
+from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.sampling import Sampler, log_softmax
+
+Process = Callable[[mx.array, mx.array], mx.array]
+"""Logits processors, applied to (1, V) logits behind the tokens drafted so far."""
+
+LOOKUP_WINDOW = 8192
+"""Most recent tokens that `PromptLookup` looks for drafts in."""
+LOOKUP_SIZES = (4, 3, 2)
+"""Numbers of tokens that have to agree, the longest tried first."""
+
+
+class Draft(NamedTuple):
+    """Tokens that may come next.
+
+    Attributes:
+        tokens: (n,), int32.
+        logprobs: (n, V), fp32. What each was drawn with; None when nothing was left to chance.
+    """
+
+    tokens: mx.array
+    logprobs: mx.array | None = None
+
+
+NOTHING = Draft(mx.array([], mx.int32))
+
+
+class Drafter(Protocol):
+    """What proposes tokens."""
+
+    def read(self, tokens: mx.array) -> None:
+        """Take a part of the prompt."""
+
+    def draft(self, last: int, n: int, process: Process) -> Draft:
+        """Propose up to `n` tokens behind `last`, which has not been read yet."""
+
+    def settle(self, kept: int) -> None:
+        """Of the tokens proposed, the first `kept` have become part of the text."""
+
+    def finish(self, last: int | None) -> None:
+        """The generation ends, with a token that has not been read yet (if any)."""
+
+
+class DraftModel:
+    """Drafts of a smaller model with the same vocabulary.
+
+    Args:
+        model: The smaller model.
+        cache: Its state, of the same text; updated in place.
+        sampler: What the text is sampled with.
+        limit: Tokens a draft has at most.
+    """
+
+    def __init__(self, model: Model, cache: list[GriffinCache], sampler: Any, limit: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.sampler = sampler
+        self.pending: list[int] = []  # tokens of the text that the model has not read
+        self.drafted: mx.array = NOTHING.tokens
+        for layer in cache:
+            layer.keep_history(limit + 1)
+
+    def read(self, tokens: mx.array) -> None:
+        self.model(tokens[None], cache=self.cache)  # lazy: only the state is ever computed
+        mx.eval([layer.state for layer in self.cache])
+
+    def draft(self, last: int, n: int, process: Process) -> Draft:
+        self.pending.append(last)
+        self.drafted = NOTHING.tokens
+        if n == 0:
+            return NOTHING
+        with_odds = isinstance(self.sampler, Sampler) and not self.sampler.greedy
+        unread = mx.array(self.pending, mx.int32)
+        odds = []
+        for _ in range(n):
+            logits = self.model(unread[None], cache=self.cache)[:, -1]
+            logprobs = log_softmax(process(logits, self.drafted))
+            if with_odds:
+                odds.append(self.sampler.distribution(logprobs))
+                token = mx.random.categorical(odds[-1])
+            else:
+                token = self.sampler(logprobs)
+            unread = token.astype(mx.int32)
+            self.drafted = mx.concatenate([self.drafted, unread])
+        self.pending = []
+        return Draft(self.drafted, mx.concatenate(odds) if odds else None)
+
+    def settle(self, kept: int) -> None:
+        spare = self.drafted.size - 1 - kept  # the last token drafted has not been read
+        if spare > 0:
+            for layer in self.cache:
+                layer.trim(spare)
+        elif spare < 0 and kept:
+            token: Any = self.drafted[kept - 1].item()
+            self.pending.append(token)
+
+    def finish(self, last: int | None) -> None:
+        unread = self.pending if last is None else [*self.pending, last]
+        if unread:
+            self.read(mx.array(unread, mx.int32))
+        self.pending = []
+        for layer in self.cache:
+            layer.keep_history(0)
+        mx.eval([layer.state for layer in self.cache])
+
+
+class PromptLookup:
+    """Drafts from the text itself: what followed when its last tokens were there before.
+
+    Holds the last tokens of the text, so many that they are bounded, and an index of them.
+
+    Args:
+        window: How many tokens.
+        sizes: Numbers of tokens that have to agree, the longest first.
+    """
+
+    def __init__(self, window: int = LOOKUP_WINDOW, sizes: Sequence[int] = LOOKUP_SIZES) -> None:
+        self.window = window
+        self.sizes = tuple(sizes)
+        self.tokens: list[int] = []
+        self.start = 0  # number of tokens before the first one held
+        self.index: dict[tuple[int, ...], int] = {}  # of the token that followed, last time
+        self.drafted: list[int] = []
+
+    def read(self, tokens: mx.array) -> None:
+        values: Any = tokens.tolist()
+        for token in values[-self.window :]:
+            self._add(token)
+
+    def draft(self, last: int, n: int, process: Process) -> Draft:
+        self._add(last)
+        self.drafted = self._continuation(n)
+        return Draft(mx.array(self.drafted, mx.int32))
+
+    def settle(self, kept: int) -> None:
+        for token in self.drafted[:kept]:
+            self._add(token)
+
+    def finish(self, last: int | None) -> None:
+        self.drafted = []
+
+    def _add(self, token: int) -> None:
+        for size in self.sizes:
+            if len(self.tokens) >= size:
+                self.index[tuple(self.tokens[-size:])] = self.start + len(self.tokens)
+        self.tokens.append(token)
+        if len(self.tokens) > 2 * self.window:
+            self.start += self.window
+            del self.tokens[: self.window]
+            longest = self.start + max(self.sizes)
+            self.index = {key: at for key, at in self.index.items() if at >= longest}
+
+    def _continuation(self, n: int) -> list[int]:
+        """What followed the last tokens before; where that is the end, it goes round."""
+        for size in self.sizes:
+            at = self.index.get(tuple(self.tokens[-size:]))
+            if at is not None and len(self.tokens) >= size:
+                text = self.tokens[at - self.start :]
+                return [text[i % len(text)] for i in range(n)]
+        return []
