@@ -6,8 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_rgemma.griffin.model import Model
 
 
 def run(command: Callable[[], int | None]) -> int:
@@ -68,3 +72,51 @@ def number(minimum: float, maximum: float = float("inf")) -> Callable[[str], flo
 
     parse.__name__ = "number"
     return parse
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a model, for `load_model`."""
+    add = parser.add_argument
+    add("--model", help="Folder or Hub repository; without it, the small embedded model.")
+    add("--adapter-path", help="Folder with trained adapter weights and config.")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="Default: float32 on a CPU, the file's own on a GPU.",
+    )
+    add(
+        "--window",
+        choices=("google", "hf"),
+        default="google",
+        help="Attention window as DeepMind's code has it (W+1 keys) or transformers' (W).",
+    )
+    add(
+        "--prefill-step-size",
+        type=count(1),
+        default=2048,
+        help="Tokens to read at a time. Default: %(default)s.",
+    )
+    add("--max-kv-size", type=int, help=argparse.SUPPRESS)
+    add("--kv-bits", type=int, help=argparse.SUPPRESS)
+    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+
+
+def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
+    """The model that `add_model`'s arguments name, and its tokenizer.
+
+    Raises:
+        UserError: If it cannot be loaded, or its state was to be limited, which it is by itself.
+    """
+    from mlx_rgemma import load
+    from mlx_rgemma.griffin.cache import state_nbytes
+
+    model, tokenizer = load(
+        args.model, dtype=args.dtype, adapter_path=args.adapter_path, window=args.window
+    )
+    if args.kv_bits is not None or args.max_kv_size is not None:
+        megabytes = state_nbytes(model.make_cache()) / 1e6
+        raise UserError(
+            "--kv-bits and --max-kv-size are not needed: the state is bounded already,"
+            f" {megabytes:.1f} MB at any length."
+        )
+    return model, tokenizer

@@ -316,7 +316,8 @@ class Session:
     def _tokens(self, source: Source) -> Iterable[list[int]]:
         """The tokens of a source, in lists of bounded length, each of them checked."""
         if isinstance(source, str) or hasattr(source, "read"):
-            pieces: Any = self._pieces.tokens(source, begin=self.tokens_seen == 0)
+            begin = self.tokens_seen == 0
+            pieces: Any = self._pieces.tokens(source, begin=begin, last=self.last_token)
         else:
             values: Any = source.tolist() if isinstance(source, mx.array) else list(source)
             pieces = [values]

@@ -47,34 +47,41 @@ class TextPieces:
         self.tokenizer = tokenizer
         self.piece, self.longest = piece, longest
         self.joined = _joined_pairs(tokenizer)
-        self.special = tuple(tokenizer.get_added_vocab())
+        self.special: dict[str, int] = tokenizer.get_added_vocab()
 
-    def tokens(self, source: str | TextFile, *, begin: bool) -> Iterator[list[int]]:
+    def tokens(
+        self, source: str | TextFile, *, begin: bool, last: int | None = None
+    ) -> Iterator[list[int]]:
         """The tokens of a text, in lists of bounded length.
 
         Args:
             source: A text, or an open text file.
             begin: Whether nothing came before: the tokens then begin with BOS. Otherwise they have
                 none, also where the text itself begins with it.
+            last: The token that came before, if it is known.
 
         Raises:
             UserError: If the file holds no UTF-8 text.
         """
-        before = ""
+        bos, first = self.tokenizer.bos_token, True
+        # Text behind a special token may get a space in front of it, as at the beginning.
+        before = next((text for text, token in self.special.items() if token == last), "")
         for text in self._cut(source):
             if begin:
-                bos = self.tokenizer.bos_token
                 special = bos is None or not text.startswith(bos)
                 yield list(self.tokenizer.encode(text, add_special_tokens=special))
             else:
-                yield self._behind(before, text)
-            begin, before = False, text[-1]
+                yield self._behind(before, text.removeprefix(bos or "") if first else text)
+            begin = first = False
+            before = text[-1]
 
     def _cut(self, source: str | TextFile) -> Iterator[str]:
-        """The text in pieces, none of them empty."""
+        """The text in pieces, none of them empty; one that is short enough stays whole."""
         held = ""
         for more in self._read(source):
             held += more
+            if len(held) <= self.piece:
+                continue
             at = self._last_cut(held)
             if at == 0 and len(held) >= self.longest:
                 at = len(held) - 1
@@ -109,7 +116,7 @@ class TextPieces:
         for at in range(len(text) - 1, 0, -1):
             if text[at] not in " \n" or not self._apart(text[at - 1], text[at]):
                 continue
-            if not (self.special and text.endswith(self.special, 0, at)):
+            if not text.endswith(tuple(self.special), 0, at):
                 return at
         return 0
 
@@ -119,13 +126,10 @@ class TextPieces:
 
     def _behind(self, before: str, text: str) -> list[int]:
         """Tokens of a text that goes on, without BOS and without a space in front of it."""
-        bos = self.tokenizer.bos_token
-        if not before and bos is not None and text.startswith(bos):
-            text = text[len(bos) :]
         if not text:
             return []
         for anchor in (before, *ANCHORS):
-            if anchor and self._apart(anchor, text[0]):
+            if anchor and self._apart(anchor[-1], text[0]):
                 head = list(self.tokenizer.encode(anchor, add_special_tokens=False))
                 tokens = list(self.tokenizer.encode(anchor + text, add_special_tokens=False))
                 if tokens[: len(head)] == head:

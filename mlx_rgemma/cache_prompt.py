@@ -1,0 +1,97 @@
+"""The command `python -m mlx_rgemma.cache_prompt`: read a document once, keep its state."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from mlx_rgemma import command_line
+
+if TYPE_CHECKING:
+    from mlx_rgemma.session import Reading, Session
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments: mlx-lm's, and a few more."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_rgemma.cache_prompt",
+        description="Read a text of any size and save the state it leads to, for the"
+        " --prompt-cache-file of generate and chat.",
+    )
+    add = parser.add_argument
+    command_line.add_model(parser)
+    add("--prompt-cache-file", required=True, help="The file to save the state in.")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", "-p", help="The text; '-' reads stdin, however long it is.")
+    text.add_argument("--prompt-file", "-f", help="Read the text from a file.")
+    add("--ignore-chat-template", action="store_true", help="Read the text as it is.")
+    add("--eos-token", help=argparse.SUPPRESS)
+    add("--kv-group-size", type=int, help=argparse.SUPPRESS)
+    add("--quantized-kv-start", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    return command_line.run(lambda: _cache_prompt(args))
+
+
+def _cache_prompt(args: argparse.Namespace) -> None:
+    from contextlib import nullcontext
+    from pathlib import Path
+
+    from mlx_rgemma.errors import UserError
+
+    target = Path(args.prompt_cache_file).expanduser()
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: there is no folder {target.parent}.")
+    if args.prompt_file is not None:
+        with open(args.prompt_file, encoding="utf-8") as file:
+            _read_and_save(args, file, target)
+    else:
+        text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+        with nullcontext(sys.stdin if args.prompt == "-" else text) as source:
+            _read_and_save(args, source, target)
+
+
+def _read_and_save(args: argparse.Namespace, source: Any, target: Any) -> None:
+    import mlx.core as mx
+
+    from mlx_rgemma.conversation import OPEN, TURN, open_turn
+    from mlx_rgemma.errors import UserError
+    from mlx_rgemma.prompt_cache import save_prompt_cache
+    from mlx_rgemma.session import Session
+
+    model, tokenizer = command_line.load_model(args)
+    session = Session(model, tokenizer, prefill_step_size=args.prefill_step_size)
+    if tokenizer.has_chat_template and not args.ignore_chat_template:
+        session.feed(open_turn(tokenizer)[0])
+    reading = session.feed(source, progress=_progress)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if reading.tokens == 0:
+        raise UserError("the prompt is empty: it needs at least one token.")
+    metadata = {"model": args.model or "embedded", TURN: OPEN}
+    save_prompt_cache(target, model, session.prompt_cache(), metadata)
+    _report(session, reading)
+    print(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
+    print(f"Saved in {target}")
+
+
+def _report(session: Session, reading: Reading) -> None:
+    print(f"Processed {reading.tokens} tokens ({reading.tokens_per_second:.2f} tok/s)")
+    print(f"State: {session.nbytes / 1e6:.3f} MB, at any length")
+
+
+def _progress(reading: Reading) -> None:
+    """A counter on stderr while the text is read."""
+    if sys.stderr.isatty():
+        speed = reading.tokens_per_second
+        line = f"\rProcessed {reading.tokens:6d} tokens ({speed:6.2f} tok/s)\033[K"
+        print(line, end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""The command `python -m mlx_rgemma.chat`: a conversation whose history is its state."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mlx_rgemma import command_line
+
+if TYPE_CHECKING:
+    from mlx_rgemma.conversation import Conversation
+    from mlx_rgemma.session import Session
+
+DEFAULT_MAX_TOKENS = 256
+FIRST = "main"
+HELP = """\
+Whatever you type is read by the model, once. A line of its own is a command:
+  q             quit (so does the end of the input, Ctrl-D)
+  r             reset: begin a new conversation
+  h             this help
+  /save FILE    save the conversation
+  /load FILE    go on with one that was saved, or with a text that cache_prompt has read
+  /fork NAME    go on in a copy called NAME; the conversation stays as it is
+  /switch NAME  go to another of the copies; the first one is called main
+  /forks        list them
+Ctrl-C stops an answer."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments: mlx-lm's, and a few more."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_rgemma.chat",
+        description="Chat with RecurrentGemma. The history is kept in a state of constant size;"
+        " nothing is read twice.",
+    )
+    count, number = command_line.count, command_line.number
+    add = parser.add_argument
+    command_line.add_model(parser)
+    add("--prompt-cache-file", help="State to start from, as cache_prompt or /save saves it.")
+    add("--system-prompt", help="System prompt for the chat template.")
+    add("--ignore-chat-template", action="store_true", help="Have the model continue the text.")
+    add(
+        "--max-tokens",
+        "-m",
+        type=count(1, unlimited=True),
+        default=DEFAULT_MAX_TOKENS,
+        help="Tokens of an answer at most; -1 for no limit. Default: %(default)s.",
+    )
+    add("--stop", action="append", default=[], help="Text that ends an answer; repeatable.")
+    add("--temp", type=number(0), default=0.0, help="Sampling temperature. Default: 0, greedy.")
+    add("--top-p", type=number(0, 1), default=1.0, help="Sampling top-p.")
+    add("--min-p", type=number(0, 1), default=0.0, help="Sampling min-p.")
+    add("--top-k", type=count(0), default=0, help="Sampling top-k; 0 for all.")
+    add("--min-tokens-to-keep", type=count(1), default=1, help="Tokens that min-p keeps.")
+    add("--xtc-probability", type=number(0, 1), default=0.0, help="Probability of XTC sampling.")
+    add("--xtc-threshold", type=number(0, 0.5), default=0.1, help="Threshold of XTC sampling.")
+    add("--repetition-penalty", type=number(0), help="Penalty for tokens of the last stretch.")
+    add(
+        "--repetition-context-size",
+        type=count(1),
+        default=20,
+        help="How far back the penalty looks. Default: %(default)s.",
+    )
+    add("--seed", type=int, help="Seed of the random numbers.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    return command_line.run(lambda: _chat(args))
+
+
+def _chat(args: argparse.Namespace) -> None:
+    import mlx.core as mx
+
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    model, tokenizer = command_line.load_model(args)
+    chat = Chat(args, model, tokenizer)
+    name = args.model or "the embedded model"
+    print(f"{name}: state {chat.session.nbytes / 1e6:.3f} MB, at any length")
+    print("q quits, r resets, h helps")
+    while (line := _read_line()) is not None:
+        if line in ("q", "/q"):
+            break
+        try:
+            chat.take(line)
+        except KeyboardInterrupt:
+            print("\n[stopped]", flush=True)
+        except (ValueError, OSError) as error:  # a UserError is a ValueError
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def _read_line() -> str | None:
+    """What the user types; None at the end."""
+    while True:
+        try:
+            return input(">> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print("\nq quits")
+
+
+class Chat:
+    """The conversations of one program, by name.
+
+    Args:
+        args: The command's arguments.
+        model, tokenizer: From `load`.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
+        from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        sampler = make_sampler(
+            args.temp,
+            args.top_p,
+            args.min_p,
+            args.min_tokens_to_keep,
+            top_k=args.top_k,
+            xtc_probability=args.xtc_probability,
+            xtc_threshold=args.xtc_threshold,
+            xtc_special_tokens=[
+                *tokenizer.encode("\n", add_special_tokens=False),
+                *tokenizer.eos_token_ids,
+            ],
+        )
+        processors = make_logits_processors(
+            repetition_penalty=args.repetition_penalty,
+            repetition_context_size=args.repetition_context_size,
+        )
+        self.options = {
+            "max_tokens": args.max_tokens,
+            "stop": args.stop,
+            "sampler": sampler,
+            "logits_processors": processors,
+        }
+        if args.prompt_cache_file is None:
+            first = self._converse(self._new(), args.system_prompt)
+        else:
+            first = self._converse(self._load(args.prompt_cache_file), args.system_prompt)
+        self.name = FIRST
+        self.conversations = {FIRST: first}
+
+    @property
+    def session(self) -> Session:
+        return self.conversations[self.name].session
+
+    def take(self, line: str) -> None:
+        """Obey a line, or answer it.
+
+        Raises:
+            UserError: If a command cannot be obeyed, or the message not be read.
+        """
+        from mlx_rgemma.errors import UserError
+
+        if not line:
+            return
+        word, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if line in ("h", "/h"):
+            print(HELP, flush=True)
+        elif line in ("r", "/r"):
+            fresh = self._converse(self._new(), self.args.system_prompt)
+            self.conversations[self.name] = fresh
+            print("[reset]", flush=True)
+        elif word in self.commands and bool(rest) == self.commands[word][1]:
+            self.commands[word][0](self, rest)
+        elif word in self.commands:
+            raise UserError(f"{word} takes {'one' if self.commands[word][1] else 'no'} name; see h")
+        elif word.startswith("/") and word[1:].isalpha():
+            raise UserError(f"{word} is no command; h lists them")
+        else:
+            self._answer(line)
+
+    def _answer(self, message: str) -> None:
+        conversation = self.conversations[self.name]
+        response = None
+        try:
+            for response in conversation.ask(message, **self.options):
+                print(response.text, end="", flush=True)
+        except KeyboardInterrupt:
+            print("\n[stopped]" if response is not None else "\n[stopped, message taken back]")
+        else:
+            print()
+        if response is not None:
+            print(
+                f"  {response.generation_tokens} tokens · {response.generation_tps:.1f} tok/s ·"
+                f" prompt {response.prompt_tps:.1f} tok/s · {self.session.tokens_seen} in the"
+                f" state · peak {response.peak_memory:.2f} GB",
+                flush=True,
+            )
+
+    def _save(self, name: str) -> None:
+        self.session.save(_path(name))
+        print(f"[saved in {name}: {self.session.tokens_seen} tokens]", flush=True)
+
+    def _go_on(self, name: str) -> None:
+        self.conversations[self.name] = self._converse(self._load(name))
+        print(f"[loaded {name}: {self.session.tokens_seen} tokens]", flush=True)
+
+    def _fork(self, name: str) -> None:
+        from mlx_rgemma.errors import UserError
+
+        if name in self.conversations:
+            raise UserError(f"there is a {name} already; /switch {name} goes to it")
+        old = self.conversations[self.name]
+        fork = self._converse(self.session.fork())
+        fork.system_prompt = old.system_prompt  # where it has not been read yet
+        self.conversations[name] = fork
+        self.name = name
+        self._forks()
+
+    def _switch(self, name: str) -> None:
+        from mlx_rgemma.errors import UserError
+
+        if name not in self.conversations:
+            raise UserError(f"there is no {name}; there are {', '.join(self.conversations)}")
+        self.name = name
+        self._forks()
+
+    def _forks(self, _: str = "") -> None:
+        for name, conversation in self.conversations.items():
+            here = "*" if name == self.name else " "
+            print(f"{here} {name}: {conversation.session.tokens_seen} tokens", flush=True)
+
+    commands: ClassVar[dict[str, tuple[Callable[[Chat, str], None], bool]]] = {
+        "/save": (_save, True),
+        "/load": (_go_on, True),
+        "/fork": (_fork, True),
+        "/switch": (_switch, True),
+        "/forks": (_forks, False),
+    }
+    """What obeys a command, and whether it takes a name."""
+
+    def _converse(self, session: Session, system_prompt: str | None = None) -> Conversation:
+        from mlx_rgemma.conversation import Conversation
+
+        return Conversation(
+            session,
+            system_prompt=system_prompt,
+            use_template=not self.args.ignore_chat_template,
+        )
+
+    def _new(self) -> Session:
+        from mlx_rgemma.session import Session
+
+        step = self.args.prefill_step_size
+        return Session(self.model, self.tokenizer, prefill_step_size=step)
+
+    def _load(self, name: str) -> Session:
+        from mlx_rgemma.session import Session
+
+        step = self.args.prefill_step_size
+        return Session.load(_path(name), self.model, self.tokenizer, prefill_step_size=step)
+
+
+def _path(name: str) -> Any:
+    from pathlib import Path
+
+    return Path(name).expanduser()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
