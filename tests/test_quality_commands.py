@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -128,6 +129,20 @@ def test_convert_report(tmp_path, capsys):
     assert "## Quality" in card and f"{made['mean_kl']:.5f}" in card
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out"}
     load(out)
+
+
+def test_report_on_an_archive(tmp_path, capsys):
+    """No model can be loaded from one: it is converted for the time of the report."""
+    text, out, archive = tmp_path / "text.txt", tmp_path / "out", tmp_path / "story.tar.gz"
+    text.write_text(TEXT)
+    with tarfile.open(archive, "w:gz", compresslevel=1) as file:
+        file.add(EMBEDDED, "embedded")
+    command = ["--model", str(archive), "--mlx-path", str(out), "-q", "--report", str(text)]
+    assert convert_main(command) == 0
+    source, made = json.loads((out / "quality.json").read_text())
+    assert (source["model"], source["bits_per_weight"]) == ("story.tar.gz", 16.0)
+    assert source["mean_kl"] < 1e-9 < 1e-3 < made["mean_kl"] < 1
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out", "story.tar.gz"}
 
 
 def test_report_without_a_text_reads_the_stories_of_the_package():
