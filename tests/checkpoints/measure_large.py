@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -116,6 +116,10 @@ def flax_place(wanted: Expected) -> Place:
 FORMATS = {"huggingface": huggingface, "pytorch": pytorch, "flax": flax}
 
 
+def write(kind: str, folder: Path, size: str) -> None:
+    FORMATS[kind](folder, PRESETS[size], Noise())
+
+
 def forget(folder: Path) -> None:
     """Have the next reader find nothing of a folder in memory."""
     for path in filter(Path.is_file, folder.rglob("*")):
@@ -147,21 +151,26 @@ def main() -> None:
     source, target = args.folder / "source", args.folder / "converted"
     source.mkdir(parents=True)
     try:
-        FORMATS[args.format](source, PRESETS[args.size], Noise())
+        # In a process of its own: Linux counts the peak of the parent as its children's.
+        context = multiprocessing.get_context("spawn")
+        writer = context.Process(target=write, args=(args.format, source, args.size))
+        writer.start()
+        writer.join()
         size = sum(path.stat().st_size for path in source.rglob("*"))
         copied = copy_seconds(source, args.folder / "copy")
         forget(source)
         command = [sys.executable, "-m", "mlx_rgemma.convert", "--hf-path", str(source)]
         start = time.perf_counter()
-        subprocess.run(
-            [*command, "--mlx-path", str(target), *(options or ["-q"])],
-            check=True,
-            stderr=subprocess.DEVNULL,
+        process = subprocess.Popen(
+            [*command, "--mlx-path", str(target), *(options or ["-q"])], stderr=subprocess.DEVNULL
         )
+        _, status, usage = os.wait4(process.pid, 0)
         converted = time.perf_counter() - start
+        if status:
+            raise SystemExit("the conversion failed")
         # Kilobytes on Linux, bytes on a Mac.
         unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+        peak = usage.ru_maxrss * unit
         written = sum(path.stat().st_size for path in target.iterdir())
         print(f"source {size / 1e9:.2f} GB, converted {written / 1e9:.2f} GB")
         print(f"peak resident size {peak / 1e9:.2f} GB")
