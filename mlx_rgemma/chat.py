@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     command_line.add_model(parser)
     add("--prompt-cache-file", help="State to start from, as cache_prompt or /save saves it.")
     add("--system-prompt", help="System prompt for the chat template.")
+    add("--chat-template-config", help="JSON object with more arguments for the chat template.")
     add("--ignore-chat-template", action="store_true", help="Have the model continue the text.")
     add(
         "--max-tokens",
@@ -240,11 +241,13 @@ class Chat:
 
     def _converse(self, session: Session, system_prompt: str | None = None) -> Conversation:
         from mlx_rgemma.conversation import Conversation
+        from mlx_rgemma.generation import template_options
 
         return Conversation(
             session,
             system_prompt=system_prompt,
             use_template=not self.args.ignore_chat_template,
+            options=template_options(self.args.chat_template_config),
         )
 
     def _new(self) -> Session:

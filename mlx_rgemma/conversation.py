@@ -15,6 +15,9 @@ TURN = "turn"
 OPEN = "open"
 """What a session's metadata say of a text that the user has not finished: `cache_prompt`'s."""
 
+MLX_LM = "tokenizer_config"
+"""What the prompt caches of mlx-lm's own `cache_prompt` hold; they end in an open turn, too."""
+
 MARK = "WHAT-STANDS-HERE-IS-REPLACED"
 
 
@@ -67,7 +70,8 @@ class Conversation:
         """
         text = self.turn(message)
         before: Mark | None = self.session.mark()
-        self.session.metadata.pop(TURN, None)
+        for key in (TURN, MLX_LM):
+            self.session.metadata.pop(key, None)
         try:
             for response in self.session.stream(text, **kwargs):
                 before = None
@@ -83,7 +87,7 @@ class Conversation:
             UserError: If the template refuses the message.
         """
         session, tokenizer = self.session, self.session.tokenizer
-        is_open = session.metadata.get(TURN) == OPEN
+        is_open = session.metadata.get(TURN) == OPEN or MLX_LM in session.metadata
         begun = session.tokens_seen > 0
         if not self.template:
             return message if is_open or not begun else "\n" + message

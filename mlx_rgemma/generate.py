@@ -11,6 +11,7 @@ from mlx_rgemma import command_line
 if TYPE_CHECKING:
     from mlx_rgemma.griffin.cache import GriffinCache
     from mlx_rgemma.griffin.model import Model
+    from mlx_rgemma.session import Session
 
 DEFAULT_PROMPT = "Once upon a time"
 DEFAULT_MAX_TOKENS = 100
@@ -118,7 +119,7 @@ def _generate(args: argparse.Namespace) -> int:
     from mlx_rgemma.checkpoints import load
     from mlx_rgemma.errors import UserError
     from mlx_rgemma.griffin.cache import state_nbytes
-    from mlx_rgemma.prompt_cache import load_prompt_cache
+    from mlx_rgemma.session import Session
 
     if args.seed is not None:
         mx.random.seed(args.seed)
@@ -140,8 +141,10 @@ def _generate(args: argparse.Namespace) -> int:
     if args.prompt_cache_file is not None:
         if len(prompts) > 1:
             raise UserError("--prompt-cache-file goes with one prompt.")
-        cache = load_prompt_cache(args.prompt_cache_file, model)
-    tokens = [_encode(tokenizer, prompt, args, model.args.vocab_size, cache) for prompt in prompts]
+        session = Session.load(args.prompt_cache_file, model, tokenizer)
+        tokens, cache = [_encode_next(session, prompts[0], args)], session.prompt_cache()
+    else:
+        tokens = [_encode(tokenizer, prompt, args, model.args.vocab_size) for prompt in prompts]
     if len(prompts) == 1:
         return _generate_one(model, tokenizer, tokens[0], cache, drafting, args)
     return _generate_batch(model, tokenizer, prompts, tokens, args)
@@ -169,7 +172,6 @@ def _encode(
     prompt: str,
     args: argparse.Namespace,
     vocab_size: int,
-    cache: list[GriffinCache] | None,
 ) -> list[int]:
     """Token ids of a prompt, in the chat template where the model has one."""
     from mlx_rgemma.generation import apply_chat_template, encode
@@ -182,11 +184,24 @@ def _encode(
             response=args.prefill_response,
             config=args.chat_template_config,
         )
-    elif cache is not None:
-        # The state has seen the beginning of the text already.
-        return tokenizer.encode(prompt, add_special_tokens=False)
     tokens: Any = encode(tokenizer, prompt, vocab_size).tolist()
     return tokens
+
+
+def _encode_next(session: Session, prompt: str, args: argparse.Namespace) -> list[int]:
+    """Token ids of a prompt that goes on from a state, in the chat template as its next turn."""
+    from mlx_rgemma.conversation import Conversation
+    from mlx_rgemma.generation import template_options
+
+    conversation = Conversation(
+        session,
+        system_prompt=args.system_prompt,
+        use_template=not args.ignore_chat_template,
+        options=template_options(args.chat_template_config),
+    )
+    if not conversation.template:
+        return session.encode(prompt)
+    return session.encode(conversation.turn(prompt) + (args.prefill_response or ""))
 
 
 def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:

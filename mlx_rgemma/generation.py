@@ -201,14 +201,7 @@ def apply_chat_template(
     Raises:
         UserError: If the template refuses the messages or `config` is no JSON object.
     """
-    import json
-
-    try:
-        options = {} if config is None else json.loads(config)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--chat-template-config is not JSON: {error}.") from error
-    if not isinstance(options, dict):
-        raise UserError("--chat-template-config must be a JSON object.")
+    options = template_options(config)
     messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     messages.append({"role": "user", "content": prompt})
     if response is not None:
@@ -223,6 +216,23 @@ def apply_chat_template(
         )
     except Exception as error:  # templates raise errors of their own making
         raise UserError(f"the model's chat template refuses the prompt: {error}.") from error
+
+
+def template_options(config: str | None) -> dict[str, Any]:
+    """The arguments for a chat template that `--chat-template-config` holds.
+
+    Raises:
+        UserError: If it is no JSON object.
+    """
+    import json
+
+    try:
+        options = {} if config is None else json.loads(config)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--chat-template-config is not JSON: {error}.") from error
+    if not isinstance(options, dict):
+        raise UserError("--chat-template-config must be a JSON object.")
+    return options
 
 
 def encode(tokenizer: Any, prompt: Prompt, vocab_size: int) -> mx.array:

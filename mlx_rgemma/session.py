@@ -111,6 +111,10 @@ class Session:
         """Bytes of the state; sessions that were forked share them until one of them goes on."""
         return state_nbytes(self._state.cache)
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that goes on from here; with BOS where nothing came before."""
+        return [token for tokens in self._tokens(text) for token in tokens]
+
     def feed(
         self, source: Source, *, progress: Callable[[Reading], object] | None = None
     ) -> Reading:

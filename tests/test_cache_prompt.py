@@ -78,8 +78,14 @@ def test_chat_goes_on_from_it(embedded, tmp_path):
     again = Session(model, tokenizer)
     again.feed("Once upon a")
     assert answers(result.out) == [again.generate("time", max_tokens=10)]
-    session = Session.load(file, model, tokenizer)
-    assert session.generate(" time", max_tokens=10) == expected
+    command = [sys.executable, "-m", "mlx_rgemma.generate", "--prompt", " time", "-m", "10"]
+    written = subprocess.run(
+        [*command, "--verbose", "f", "--prompt-cache-file", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert written.stdout == expected + "\n"
 
 
 def test_in_a_chat_template_the_question_ends_the_turn(chat_model, tmp_path):  # noqa: F811
@@ -95,6 +101,11 @@ def test_in_a_chat_template_the_question_ends_the_turn(chat_model, tmp_path):  #
     expected = session.generate(text, max_tokens=8)
     assert answers(result.out) == [expected.replace("\n", "")]
     assert f" {session.tokens_seen} in the state" in result.out
+    command = [sys.executable, "-m", "mlx_rgemma.generate", *options, "-m", "8", "--verbose", "f"]
+    written = subprocess.run(
+        [*command, "--prompt", "Who was it?"], capture_output=True, text=True, timeout=120
+    )
+    assert written.stdout == expected + "\n"
     plain = run(*options, "--ignore-chat-template", "--prompt", "A long story.\n")
     length = len(tokenizer.encode("A long story.\n"))
     assert plain.out.startswith(f"Processed {length} tokens")
