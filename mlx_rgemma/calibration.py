@@ -31,7 +31,7 @@ def run_quantizer(name: str, arguments: Sequence[str], data_path: Path | None) -
             own.
 
     Raises:
-        UserError: If the text cannot be read or is too short.
+        UserError: If the text cannot be read or is too short, or the quantizer refuses a value.
     """
     import importlib
 
@@ -46,6 +46,10 @@ def run_quantizer(name: str, arguments: Sequence[str], data_path: Path | None) -
     sys.argv = [f"mlx_rgemma.quantize {name}", *arguments]
     try:
         module.main()
+    except UserError:
+        raise
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"mlx-lm's {name} stops: {error}") from error
     finally:
         module.load_data, sys.argv = theirs, before
 

@@ -285,6 +285,9 @@ def test_learning_fails_in_one_line(learner, capsys):
     short.write_text("A cat.")
     assert quantize_main(["dwq", *common, new, "--data-path", str(short)]) == 1
     assert "too short: it makes 1 samples, and 8 are needed" in capsys.readouterr().err
+    text = ["--data-path", str(learner / "text.txt")]
+    assert quantize_main(["gptq", *common, new, *text, "--bits", "3"]) == 1
+    assert capsys.readouterr().err.endswith("mlx-lm's gptq stops: Unsupported bits 3\n")
     assert not Path(new).exists()
 
 
