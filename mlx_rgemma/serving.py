@@ -178,32 +178,30 @@ def serve(args: Namespace) -> None:
     provider = Provider(args)
     limit = 1 << 63 if args.prompt_cache_bytes is None else args.prompt_cache_bytes
     states = States(args.prompt_cache_size, limit)
-    generator = Generator(provider, states, args.max_requests)
+    fingerprint = mlx_lm_server.get_system_fingerprint()
     try:
-        generator.wait()
-        each = provider.state_bytes
-        kept = min(args.prompt_cache_size, limit // each)
-        fingerprint = mlx_lm_server.get_system_fingerprint()
-        try:
-            server = Server(
-                (args.host, args.port),
-                lambda *a, **k: Handler(generator, *a, system_fingerprint=fingerprint, **k),
-            )
-        except OSError as error:
-            raise UserError(
-                f"cannot listen on {args.host}:{args.port}: {error.strerror}."
-            ) from error
-        print(
-            f"Model: {provider.name}\n"
-            f"State: {each} bytes a conversation, at any length; {kept} kept for later turns,"
-            f" {kept * each / 1e6:.1f} MB\n"
-            f"Serving at http://{args.host}:{server.server_port}/v1",
-            flush=True,
+        server = Server(
+            (args.host, args.port),
+            lambda *a, **k: Handler(generator, *a, system_fingerprint=fingerprint, **k),
         )
-        with server:
+    except OSError as error:
+        raise UserError(f"cannot listen on {args.host}:{args.port}: {error.strerror}.") from error
+    with server:
+        generator = Generator(provider, states, args.max_requests)
+        try:
+            generator.wait()
+            each = provider.state_bytes
+            kept = min(args.prompt_cache_size, limit // each)
+            print(
+                f"Model: {provider.name}\n"
+                f"State: {each} bytes a conversation, at any length; {kept} kept for later turns,"
+                f" {kept * each / 1e6:.1f} MB\n"
+                f"Serving at http://{args.host}:{server.server_port}/v1",
+                flush=True,
+            )
             server.serve_forever()
-    finally:
-        generator.stop_and_join()
+        finally:
+            generator.stop_and_join()
 
 
 def _stream_generate(

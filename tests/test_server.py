@@ -2,89 +2,19 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import random
-import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 
 import pytest
+from running_server import BAD_BODIES, BAD_FIELDS, CHAT, COMPLETIONS, STORY, Running
 
 from mlx_rgemma import convert, generate, load
 from mlx_rgemma.checkpoints.source import EMBEDDED
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-STORY = "Lily and Tom went to the park to play with a big red ball. They saw a dog. " * 8
 CLIENTS = 64
-
-
-class Running:
-    """A server in a process of its own, on a free port."""
-
-    def __init__(self, *args: str) -> None:
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "mlx_rgemma.server",
-                "--port",
-                "0",
-                "--log-level",
-                "ERROR",
-                *args,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.greeting = ""
-        while "Serving at" not in self.greeting:
-            line = self.process.stdout.readline()
-            assert line, self.process.stderr.read()
-            self.greeting += line
-        self.port = int(self.greeting.rsplit(":", 1)[1].split("/")[0])
-
-    def send(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        try:
-            connection.request(method, path, body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-    def post(self, path: str, **body) -> tuple[int, dict]:
-        status, raw = self.send("POST", path, json.dumps(body).encode())
-        return status, json.loads(raw)
-
-    def complete(self, prompt: str, max_tokens: int, **body) -> str:
-        status, answer = self.post(COMPLETIONS, prompt=prompt, max_tokens=max_tokens, **body)
-        assert status == 200, answer
-        return answer["choices"][0]["text"]
-
-    def events(self, path: str, **body) -> list[dict]:
-        """The events of a streamed answer, which ends as it should."""
-        status, raw = self.send("POST", path, json.dumps({**body, "stream": True}).encode())
-        assert status == 200, raw
-        lines = [line for line in raw.decode().splitlines() if line.startswith("data: ")]
-        assert lines[-1] == "data: [DONE]"
-        return [json.loads(line[6:]) for line in lines[:-1]]
-
-    def leave(self, path: str, wait_s: float, **body) -> None:
-        """Ask, and hang up without having read the answer."""
-        raw = json.dumps(body).encode()
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
-            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
-            connection.sendall(head.encode() + raw)
-            time.sleep(wait_s)
-
-    def stop(self) -> str:
-        self.process.kill()
-        return self.process.communicate()[1]
 
 
 @pytest.fixture(scope="module")
@@ -186,116 +116,6 @@ def test_a_seed_repeats_an_answer(server):
     assert first == again != other
 
 
-BAD_FIELDS = [
-    {},
-    {"prompt": 3},
-    {"prompt": ["a", "b"]},
-    {"prompt": "a", "max_tokens": -1},
-    {"prompt": "a", "max_tokens": 0},
-    {"prompt": "a", "max_tokens": "many"},
-    {"prompt": "a", "max_tokens": True},
-    {"prompt": "a", "max_completion_tokens": 1.5},
-    {"prompt": "a", "temperature": "hot"},
-    {"prompt": "a", "temperature": -1},
-    {"prompt": "a", "top_p": 2},
-    {"prompt": "a", "top_k": -3},
-    {"prompt": "a", "min_p": []},
-    {"prompt": "a", "xtc_threshold": 0.9},
-    {"prompt": "a", "stream": "yes"},
-    {"prompt": "a", "stream": True, "stream_options": 7},
-    {"prompt": "a", "stop": [""]},
-    {"prompt": "a", "stop": 3},
-    {"prompt": "a", "stop": ["x"] * 17},
-    {"prompt": "a", "logprobs": "all"},
-    {"prompt": "a", "top_logprobs": 500},
-    {"prompt": "a", "logit_bias": {"99999": 1}},
-    {"prompt": "a", "logit_bias": {"x": 1}},
-    {"prompt": "a", "logit_bias": {"3": "1"}},
-    {"prompt": "a", "n": 2},
-    {"prompt": "a", "seed": 2**70},
-    {"prompt": "a", "seed": -1},
-    {"prompt": "a", "adapters": "/etc"},
-    {"prompt": "a", "draft_model": "other"},
-    {"prompt": "a\ud800"},
-]
-BAD_MESSAGES = [
-    None,
-    [],
-    "hello",
-    [3],
-    [{"content": "x"}],
-    [{"role": 3, "content": "x"}],
-    [{"role": "user", "content": 7}],
-    [
-        {
-            "role": "user",
-            "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1"}}],
-        }
-    ],
-    [{"role": "user", "content": [{"type": "text"}]}],
-    [{"role": "assistant", "content": "x", "tool_calls": [3]}],
-]
-BAD_BODIES = [
-    b"",
-    b"{",
-    b"[]",
-    b"3",
-    b"\xff\xfe\x00",
-    b"[" * 100_000,
-    b'{"prompt":"a","top_p":NaN}',
-]
-
-
-@pytest.mark.parametrize("body", BAD_FIELDS, ids=lambda body: json.dumps(body)[:60])
-def test_wrong_arguments_are_named(server, body):
-    status, answer = server.post(COMPLETIONS, **body)
-    assert status == 400
-    assert answer["error"]["type"] == "invalid_request_error"
-    wrong = [*body, "prompt"][1] if len(body) > 1 else "prompt"
-    wrong = "stream_options" if "stream_options" in body else wrong
-    assert wrong in answer["error"]["message"] or "surrogate" in answer["error"]["message"]
-    assert "\n" not in answer["error"]["message"]
-
-
-@pytest.mark.parametrize("messages", BAD_MESSAGES, ids=lambda m: json.dumps(m)[:60])
-def test_wrong_messages_are_refused(server, messages):
-    status, answer = server.post(CHAT, messages=messages, max_tokens=2)
-    assert status == 400
-    assert "messages" in answer["error"]["message"]
-
-
-@pytest.mark.parametrize("body", BAD_BODIES, ids=lambda body: repr(body[:20]))
-def test_broken_bodies_are_refused(server, body):
-    status, raw = server.send("POST", COMPLETIONS, body)
-    assert status == 400
-    assert json.loads(raw)["error"]["message"]
-
-
-def test_unknown_models_and_paths(server):
-    status, answer = server.post(COMPLETIONS, prompt="a", model="gpt-4")
-    assert (status, "gpt-4" in answer["error"]["message"]) == (404, True)
-    assert server.post("/v1/embeddings", input="a")[0] == 404
-    assert server.send("GET", "/nothing")[0] == 404
-
-
-@pytest.mark.parametrize(
-    ("head", "status"),
-    [
-        ("", 411),
-        ("Content-Length: -5\r\n", 400),
-        ("Content-Length: five\r\n", 400),
-        ("Content-Length: 999999999999\r\n", 413),
-        ("Transfer-Encoding: chunked\r\n", 411),
-        ("Content-Length: 50\r\n", 400),
-    ],
-)
-def test_lengths_that_are_wrong(server, head, status):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n{head}\r\n{{".encode())
-        connection.shutdown(socket.SHUT_WR)
-        assert int(connection.makefile("rb").readline().split()[1]) == status
-
-
 def test_sixty_four_clients_at_once(server):
     """Of unequal prompts, some streaming, some leaving midway, some sending nonsense."""
     prompts = [STORY[: 5 + 9 * n] for n in range(12)]
@@ -362,26 +182,6 @@ def test_a_draft_model_changes_no_answer(server, tmp_path):
     finally:
         errors = running.stop()
     assert "Traceback" not in errors
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (("--model", "nowhere-at-all"), "nowhere-at-all"),
-        (("--kv-bits", "4"), "bounded already"),
-        (("--host", "203.0.113.1"), "cannot listen on 203.0.113.1"),
-    ],
-)
-def test_a_server_that_cannot_start_says_why_in_one_line(args, message):
-    result = subprocess.run(
-        [sys.executable, "-m", "mlx_rgemma.server", "--port", "0", *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
 
 
 def test_the_openai_client(server):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MODELS, golden_model, max_error
+from conftest import golden_model, max_error
 
 from mlx_rgemma import GriffinConfig, Model, generate, load, speculation, stream_generate
 from mlx_rgemma.drafts import PromptLookup
@@ -77,86 +76,6 @@ def thousand(request, embedded):
     return model, tokenizer, prompt, tokens
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_trimmed_state_is_that_of_the_tokens_that_stayed(name):
-    """Calls of any lengths, trims of any lengths the history reaches, copies in between."""
-    model, rng = golden_model(name), np.random.default_rng(0)
-    for _ in range(2):
-        cache, stayed = model.make_cache(), []
-        for layer in cache:
-            layer.keep_history(8)
-        while len(stayed) < 40:
-            tokens = rng.integers(3, 96, rng.integers(1, 7)).tolist()
-            model(mx.array([tokens]), cache=cache)
-            stayed += tokens
-            back = int(rng.integers(0, min(8, cache[0].trimmable) + 1))
-            assert [layer.trim(back) for layer in cache] == [back] * len(cache)
-            stayed = stayed[: len(stayed) - back]
-            if rng.random() < 0.3:
-                cache = copy.deepcopy(cache)
-        plain = model.make_cache()
-        for token in stayed:
-            model(mx.array([[token]]), cache=plain)
-        assert cache[0].positions == plain[0].positions
-        found, expected = (model(mx.array([[5]]), cache=c) for c in (cache, plain))
-        assert max_error(found, np.array(expected)) < STATE_ATOL
-
-
-def test_whole_calls_are_taken_back_bit_by_bit():
-    model = golden_model("tiny-2b")
-    cache = model.make_cache(2)
-    model(mx.array([[2, 3, 4], [5, 6, 7]]), cache=cache)
-    for layer in cache:
-        layer.keep_history(4)
-    before = [[np.array(a) for a in layer.state] for layer in cache]
-    heads = [getattr(layer, "head", None) for layer in cache]
-    for call in ([[8], [9]], [[1, 2], [3, 4]], [[5], [5]]):
-        model(mx.array(call), cache=cache)
-    for layer in cache:
-        layer.trim(4)
-    after = [[np.array(a) for a in layer.state] for layer in cache]
-    assert [getattr(layer, "head", None) for layer in cache] == heads
-    for a, b in zip(before, after, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert np.array_equal(x, y)
-
-
-def test_a_cache_never_promises_what_it_cannot_take_back():
-    model = golden_model("tiny-2b")
-    cache = model.make_cache()
-    model(mx.array([[2, 3, 4]]), cache=cache)
-    assert not any(layer.is_trimmable() for layer in cache)
-    for layer in cache:
-        with pytest.raises(ValueError, match="cannot take back 1 tokens: 0 are kept"):
-            layer.trim(1)
-        layer.keep_history(3)
-    assert not any(layer.is_trimmable() for layer in cache)  # nothing has been read since
-    model(mx.array([[2, 3]]), cache=cache)
-    assert all(layer.is_trimmable() and layer.trimmable == 2 for layer in cache)
-    for layer in cache:
-        with pytest.raises(ValueError, match="cannot take back 3 tokens: 2 are kept"):
-            layer.trim(3)
-    model(mx.array([[2] * 9]), cache=cache)  # a call longer than the history
-    assert not any(layer.is_trimmable() for layer in cache)
-    model(mx.array([[2]]), cache=cache)
-    for layer in cache:
-        layer.filter([0, 0])
-    assert not any(layer.is_trimmable() for layer in cache)
-    with pytest.raises(ValueError, match="a window of 16 cannot keep 17 tokens"):
-        next(c for c in cache if hasattr(c, "window")).keep_history(17)
-
-
-def test_a_history_does_not_grow():
-    model = golden_model("tiny-9b")
-    cache = model.make_cache()
-    for layer in cache:
-        layer.keep_history(5)
-    for length in (1, 2, 1, 1, 3, 1, 1, 1, 4, 5, 1):
-        model(mx.array([[3] * length]), cache=cache)
-        assert all(layer.trimmable <= 9 and len(layer.history.calls) <= 5 for layer in cache)
-    assert cache[0].trimmable >= 5
-
-
 @pytest.mark.parametrize(
     ("options", "passes"),
     [({"num_draft_tokens": 4}, 200), ({"prompt_lookup": 5}, 900)],
@@ -214,6 +133,20 @@ def test_a_state_can_be_continued_wherever_the_generation_was_left(embedded, sto
         assert not any(layer.is_trimmable() for layer in state)
         found, expected = (reading(mx.array([[5]]), cache=c) for c in (state, plain))
         assert max_error(found, np.array(expected)) < STATE_ATOL
+
+
+@pytest.mark.parametrize("drafter", ["draft model", "prompt lookup"])
+def test_memory_does_not_grow(embedded, drafter):
+    model, tokenizer = golden_model("tiny-9b"), EndlessTokenizer(embedded[1])
+    options = {"prompt_lookup": 3}
+    if drafter == "draft model":
+        options = {"draft_model": bad_draft_model()}
+    held = []
+    steps = stream_generate(model, tokenizer, [2, 5, 6], max_tokens=400, **options)
+    for response in steps:
+        if response.generation_tokens in (100, 396):
+            held.append(mx.get_active_memory())
+    assert abs(held[1] - held[0]) < 100_000
 
 
 def test_logits_processors_see_what_they_would_see(embedded):
