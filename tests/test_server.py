@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -182,6 +185,22 @@ def test_a_draft_model_changes_no_answer(server, tmp_path):
     finally:
         errors = running.stop()
     assert "Traceback" not in errors
+
+
+def test_the_chat_client_of_the_examples(server):
+    script = Path(__file__).parents[1] / "examples" / "chat_client.py"
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    expected = server.post(CHAT, messages=messages, max_tokens=8)[1]["choices"][0]["message"]
+    url = f"http://127.0.0.1:{server.port}/v1"
+    result = subprocess.run(
+        [sys.executable, str(script), "--max-tokens", "8", "--url", url],
+        input="Tell me a story.\n\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"> {expected['content']}\n> "
 
 
 def test_the_openai_client(server):
