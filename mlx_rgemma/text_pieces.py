@@ -141,12 +141,16 @@ _PAIRS: WeakKeyDictionary[Any, frozenset[tuple[str, str]]] = WeakKeyDictionary()
 
 
 def _joined_pairs(tokenizer: Any) -> frozenset[tuple[str, str]]:
-    """The pairs of neighbouring characters that some entry of the vocabulary holds."""
+    """The pairs of neighbouring characters that some entry of the vocabulary holds.
+
+    Only those where a text may be cut, or be read behind an anchor: others are not asked for.
+    """
     pairs = _PAIRS.get(tokenizer)
     if pairs is None:
         found: set[tuple[str, str]] = set()
+        anchors = {anchor.replace(" ", SPACE) for anchor in ANCHORS}
         for entry in tokenizer.get_vocab():
-            entry = entry.replace(" ", SPACE)
-            found.update(pairwise(entry))
+            neighbours = pairwise(entry.replace(" ", SPACE))
+            found.update((a, b) for a, b in neighbours if b in (SPACE, "\n") or a in anchors)
         pairs = _PAIRS[tokenizer] = frozenset(found)
     return pairs
