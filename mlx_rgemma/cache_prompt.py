@@ -21,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     command_line.add_model(parser)
+    command_line.add_state(parser)
     add("--prompt-cache-file", required=True, help="The file to save the state in.")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", "-p", help="The text; '-' reads stdin, however long it is.")

@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     count, number = command_line.count, command_line.number
     add = parser.add_argument
     command_line.add_model(parser)
+    command_line.add_state(parser)
     add("--prompt-cache-file", help="State to start from, as cache_prompt or /save saves it.")
     add("--system-prompt", help="System prompt for the chat template.")
     add("--chat-template-config", help="JSON object with more arguments for the chat template.")

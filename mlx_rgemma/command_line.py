@@ -75,7 +75,7 @@ def number(minimum: float, maximum: float = float("inf")) -> Callable[[str], flo
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name a model, for `load_model`."""
+    """Add the arguments that name a model."""
     add = parser.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
     add("--adapter-path", help="Folder with trained adapter weights and config.")
@@ -90,6 +90,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="google",
         help="Attention window as DeepMind's code has it (W+1 keys) or transformers' (W).",
     )
+    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+
+
+def add_state(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a text is read into a state."""
+    add = parser.add_argument
     add(
         "--prefill-step-size",
         type=count(1),
@@ -98,11 +104,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-kv-size", type=int, help=argparse.SUPPRESS)
     add("--kv-bits", type=int, help=argparse.SUPPRESS)
-    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
 
 
 def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
-    """The model that `add_model`'s arguments name, and its tokenizer.
+    """The model that the arguments of `add_model` and `add_state` ask for, and its tokenizer.
 
     Raises:
         UserError: If it cannot be loaded, or its state was to be limited, which it is by itself.

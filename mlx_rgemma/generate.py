@@ -25,19 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     count, number = command_line.count, command_line.number
     add = parser.add_argument
-    add("--model", help="Folder or Hub repository; without it, the small embedded model.")
-    add("--adapter-path", help="Folder with trained adapter weights and config.")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="Default: float32 on a CPU, the file's own on a GPU.",
-    )
-    add(
-        "--window",
-        choices=("google", "hf"),
-        default="google",
-        help="Attention window as DeepMind's code has it (W+1 keys) or transformers' (W).",
-    )
+    command_line.add_model(parser)
     add("--extra-eos-token", nargs="+", default=(), help="More tokens that stop generation.")
     add(
         "--prompt",
@@ -72,12 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--stop", action="append", default=[], help="Text that ends the generation; repeatable.")
     add("--seed", type=int, help="Seed of the random numbers.")
-    add(
-        "--prefill-step-size",
-        type=count(1),
-        default=2048,
-        help="Prompt tokens to read at a time. Default: %(default)s.",
-    )
+    command_line.add_state(parser)
     add("--draft-model", help="A smaller model of the same vocabulary, for speculative decoding.")
     add(
         "--num-draft-tokens",
@@ -93,8 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="Without a draft model: propose N tokens at a time from the text so far.",
     )
     add("--prompt-cache-file", help="State to start from, as cache_prompt saves it.")
-    add("--max-kv-size", type=int, help=argparse.SUPPRESS)
-    add("--kv-bits", type=int, help=argparse.SUPPRESS)
     add(
         "--verbose",
         type=lambda text: text.lower() not in ("false", "f"),
@@ -116,24 +97,14 @@ def _generate(args: argparse.Namespace) -> int:
 
     import mlx.core as mx
 
-    from mlx_rgemma.checkpoints import load
     from mlx_rgemma.errors import UserError
-    from mlx_rgemma.griffin.cache import state_nbytes
     from mlx_rgemma.session import Session
 
     if args.seed is not None:
         mx.random.seed(args.seed)
-    model, tokenizer = load(
-        args.model, dtype=args.dtype, adapter_path=args.adapter_path, window=args.window
-    )
+    model, tokenizer = command_line.load_model(args)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
-    if args.kv_bits is not None or args.max_kv_size is not None:
-        megabytes = state_nbytes(model.make_cache()) / 1e6
-        raise UserError(
-            "--kv-bits and --max-kv-size are not needed: the state is bounded already,"
-            f" {megabytes:.1f} MB at any length."
-        )
     drafting = _drafting(model, tokenizer, args)
     if drafting and len(prompts) > 1:
         raise UserError("--draft-model and --prompt-lookup go with one prompt.")

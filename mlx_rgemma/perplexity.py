@@ -15,7 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Perplexity of RecurrentGemma on a text, and its distance from another model.",
     )
     add = parser.add_argument
-    add("--model", help="Folder or Hub repository; without it, the small embedded model.")
+    command_line.add_model(parser)
     add(
         "--reference",
         help="Folder or Hub repository of another model, as a rule the unquantized one: mean KL"
@@ -29,20 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         " that come with the package.",
     )
     add_reading(parser)
-    add("--adapter-path", help="Folder with trained adapter weights and config.")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="Default: float32 on a CPU, the file's own on a GPU.",
-    )
-    add(
-        "--window",
-        choices=("google", "hf"),
-        default="google",
-        help="Attention window as DeepMind's code has it (W+1 keys) or transformers' (W).",
-    )
     add("--json", action="store_true", help="Print JSON, and nothing else.")
-    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
