@@ -41,6 +41,7 @@ FLOORS = [
     ("mlx_rgemma.quality", 5),
     ("mlx_rgemma.quality_report", 5),
     ("mlx_rgemma.texts", 5),
+    ("mlx_rgemma.tuner", 5),
     ("mlx_rgemma.cache_prompt", 6),
     ("mlx_rgemma.chat", 6),
     ("mlx_rgemma.convert", 6),
