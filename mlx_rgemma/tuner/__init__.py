@@ -1,0 +1,1 @@
+"""Training: from scratch, further, and by adapters."""

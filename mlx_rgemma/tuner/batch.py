@@ -1,0 +1,44 @@
+"""What one training step reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, each with the tokens that are to be predicted.
+
+    Attributes:
+        tokens: (B, L), int32. What the model reads.
+        targets: (B, L), int32. The token after each.
+        mask: (B, L), bool. Which targets count.
+        segment_pos: (B, L), int32. Position of each token in its document: 0 wherever a document
+            (or a piece of one, or a row's padding) begins.
+    """
+
+    tokens: mx.array
+    targets: mx.array
+    mask: mx.array
+    segment_pos: mx.array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and tokens in each."""
+        rows, length = self.tokens.shape
+        return rows, length
+
+    def share(self, rank: int, size: int) -> Batch:
+        """The rows that one of `size` processes takes: every `size`-th.
+
+        Raises:
+            ValueError: If there are fewer rows than processes.
+        """
+        if self.shape[0] < size:
+            raise ValueError(f"[batch] {self.shape[0]} rows cannot be shared by {size} processes.")
+        if size == 1:
+            return self
+        parts = (self.tokens, self.targets, self.mask, self.segment_pos)
+        return Batch(*(part[rank::size] for part in parts))

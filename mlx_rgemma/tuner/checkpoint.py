@@ -1,0 +1,166 @@
+"""The state of a training run as one file, which appears whole or not at all.
+
+The file holds all that the next step depends on: weights, their average, the optimizer's moments
+and step, how far the run is, and what it read and was told (`fingerprint`). Data order and dropout
+follow from the seed and the iteration, so nothing else is needed for a run that goes on as if it
+had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_rgemma.checkpoints.safetensors import check_file
+from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.tuner.average import WeightAverage
+
+FORMAT = "mlx_rgemma training state 1"
+
+
+@dataclass
+class Progress:
+    """How far a training run is.
+
+    Attributes:
+        iteration: Iterations done.
+        updates: Updates of the weights done.
+        trained_tokens: Targets that counted, in all iterations.
+    """
+
+    iteration: int = 0
+    updates: int = 0
+    trained_tokens: int = 0
+
+
+@dataclass
+class TrainingState:
+    """What a run changes while it goes on.
+
+    Attributes:
+        model: Its trainable parameters are the state.
+        optimizer: Its moments, step and learning rate.
+        average: The average of the weights, if one is kept.
+        progress: How far the run is.
+    """
+
+    model: nn.Module
+    optimizer: optim.Optimizer
+    average: WeightAverage | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def arrays(self) -> dict[str, mx.array]:
+        """All arrays of the state, by name."""
+        parts: dict[str, Any] = {
+            "model": self.model.trainable_parameters(),
+            "optimizer": self.optimizer.state,
+        }
+        flat: Any = tree_flatten(parts)
+        arrays = dict(flat)
+        if self.average is not None:
+            arrays |= {f"average.{name}": value for name, value in self.average.weights.items()}
+        return arrays
+
+
+def save_state(path: Path, state: TrainingState, fingerprint: Mapping[str, Any]) -> None:
+    """Write a checkpoint over the one before, in one step.
+
+    Args:
+        path: The file.
+        state: The run.
+        fingerprint: What the run reads and was told, JSON values: a resumed run must have the same.
+
+    Raises:
+        CheckpointError: If it cannot be written; the file that was there stays.
+    """
+    metadata = {
+        "format": FORMAT,
+        "progress": json.dumps(vars(state.progress)),
+        "fingerprint": json.dumps(dict(fingerprint), sort_keys=True),
+    }
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.safetensors")
+    try:
+        _remove_abandoned(path)
+        mx.save_safetensors(str(partial), state.arrays(), metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({' '.join(str(error).split())});"
+            " the checkpoint before it, if there is one, stands."
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what a run that was killed while it wrote has left."""
+    for partial in path.parent.glob(f".{path.stem}.????????.safetensors"):
+        partial.unlink()
+
+
+def load_state(path: Path, state: TrainingState, fingerprint: Mapping[str, Any]) -> None:
+    """Go on where a checkpoint was written.
+
+    Args:
+        path: The file.
+        state: A run that has not begun; it is changed only if all of the checkpoint fits.
+        fingerprint: As for `save_state`.
+
+    Raises:
+        CheckpointError: If the file is damaged, or no checkpoint of such a model.
+        UserError: If the run that wrote it read other data or had other settings.
+    """
+    check_file(path)
+    try:
+        arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of a training run.")
+    _compare(path, json.loads(metadata["fingerprint"]), json.loads(json.dumps(dict(fingerprint))))
+    _check_shapes(path, arrays, state)
+    groups: dict[str, dict[str, mx.array]] = {"model": {}, "optimizer": {}, "average": {}}
+    for name, value in arrays.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = value
+    state.model.update(tree_unflatten(list(groups["model"].items())))
+    state.optimizer.state = tree_unflatten(list(groups["optimizer"].items()))
+    if state.average is not None:
+        state.average.weights = groups["average"]
+    state.progress = Progress(**json.loads(metadata["progress"]))
+    mx.eval(list(arrays.values()))
+
+
+def _compare(path: Path, written: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    for key in sorted({*written, *current}):
+        if written.get(key) != current.get(key):
+            raise UserError(
+                f"{path}: was written by a run with {key} = {written.get(key)!r}, this one has"
+                f" {current.get(key)!r}; go on with the same data and settings, or name another"
+                " folder to begin anew."
+            )
+
+
+def _check_shapes(path: Path, arrays: Mapping[str, mx.array], state: TrainingState) -> None:
+    state.optimizer.init(state.model.trainable_parameters())
+    expected = state.arrays()
+    for name in sorted({*arrays, *expected}):
+        found, wanted = arrays.get(name), expected.get(name)
+        if found is None or wanted is None or found.shape != wanted.shape:
+            shape = "missing" if found is None else f"of shape {found.shape}"
+            needs = "not part of this run" if wanted is None else f"{wanted.shape} here"
+            raise CheckpointError(f"{path}: {name} is {shape}, {needs}.")
