@@ -6,6 +6,9 @@ import json
 from functools import cache
 from pathlib import Path
 
+import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 import pytest

@@ -14,6 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "mlx_rgemma"
 FLOORS = [
     ("mlx_rgemma", 0),  # the root itself: everything it names is imported on first use
     ("mlx_rgemma.errors", 0),
+    ("mlx_rgemma.blas", 0),
+    ("mlx_rgemma.elf", 0),
     ("mlx_rgemma.ops.kernels", 1),
     ("mlx_rgemma.ops", 2),
     ("mlx_rgemma.griffin", 3),
@@ -21,6 +23,7 @@ FLOORS = [
     ("mlx_rgemma.registration", 5),
     ("mlx_rgemma.prompt_cache", 5),
     ("mlx_rgemma.text_stream", 5),
+    ("mlx_rgemma.text_responses", 5),
     ("mlx_rgemma.text_pieces", 5),
     ("mlx_rgemma.text_state", 5),
     ("mlx_rgemma.session", 5),
