@@ -13,7 +13,7 @@ from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.speculation import DRAFT_TOKENS, SpeculationStats, speculative_steps
-from mlx_rgemma.text_stream import StopMatcher, TextStream
+from mlx_rgemma.text_responses import text_responses
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -69,7 +69,7 @@ def stream_generate(
         UserError: If the prompt is empty or holds an unknown token, `max_tokens` is no count, or
             the draft model does not fit.
     """
-    from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
+    from mlx_lm.generate import generation_stream, wired_limit
 
     if max_tokens < 1 and max_tokens != -1:
         raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1 for no limit).")
@@ -90,38 +90,13 @@ def stream_generate(
             context_limit=CONTEXT_LIMIT,
             **common,
         )
-    stops = StopMatcher([stop] if isinstance(stop, str) else stop)
-    text = TextStream(tokenizer)
-
-    prompt_tps = 0.0
     streams: Any = [generation_stream]
     with wired_limit(model, streams):
         tic = time.perf_counter()
         with closing(steps):
-            for n, (token, logprobs, from_draft) in enumerate(steps, start=1):
-                if n == 1:
-                    prompt_tps = tokens.size / (time.perf_counter() - tic)
-                    tic = time.perf_counter()
-                ended = token in tokenizer.eos_token_ids
-                segment = text.finish() if ended else text.add(token)
-                if not ended and n == max_tokens:
-                    segment += text.finish()
-                segment, stopped = stops.feed(segment, last=ended or n == max_tokens)
-                reason = "stop" if ended or stopped else "length" if n == max_tokens else None
-                yield GenerationResponse(
-                    text=segment,
-                    token=token,
-                    logprobs=logprobs,
-                    from_draft=from_draft,
-                    prompt_tokens=tokens.size,
-                    prompt_tps=prompt_tps,
-                    generation_tokens=n,
-                    generation_tps=n / (time.perf_counter() - tic),
-                    peak_memory=mx.get_peak_memory() / 1e9,
-                    finish_reason=reason,
-                )
-                if reason is not None:
-                    return
+            yield from text_responses(
+                steps, tokenizer, max_tokens, stop=stop, prompt_tokens=tokens.size, started=tic
+            )
 
 
 def _plain_steps(

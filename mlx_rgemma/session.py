@@ -30,8 +30,8 @@ from mlx_rgemma.prompt_cache import (
     save_prompt_cache,
 )
 from mlx_rgemma.text_pieces import TextFile, TextPieces
+from mlx_rgemma.text_responses import text_responses
 from mlx_rgemma.text_state import Processors, Sampler, TextState
-from mlx_rgemma.text_stream import StopMatcher, TextStream
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -172,12 +172,11 @@ class Session:
             UserError: If there is nothing to go on from, `max_tokens` is no count, the prompt
                 cannot be read, or the session was changed while the stream was paused.
         """
-        from mlx_lm.generate import GenerationResponse, wired_limit
+        from mlx_lm.generate import wired_limit
 
         if max_tokens < 1 and max_tokens != -1:
             raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1: no limit).")
-        stops = StopMatcher([stop] if isinstance(stop, str) else stop)
-        text = TextStream(self.tokenizer, after=self.last_token if prompt is None else None)
+        after = self.last_token if prompt is None else None
         streams: Any = [mx.default_stream(mx.default_device())]
         with wired_limit(self.model, streams):
             tic = time.perf_counter()
@@ -192,30 +191,15 @@ class Session:
                 raise UserError("there is nothing to go on from: give a prompt.")
             processors = Processors(logits_processors, recent)
             steps = self._state.steps(self.model, max_tokens, sampler, processors)
-            for n, (token, logprobs) in enumerate(steps, start=1):
-                if n == 1:
-                    prompt_tps = read / (time.perf_counter() - tic)
-                    tic = time.perf_counter()
-                ended = token in self.tokenizer.eos_token_ids
-                segment = text.finish() if ended else text.add(token)
-                if not ended and n == max_tokens:
-                    segment += text.finish()
-                segment, stopped = stops.feed(segment, last=ended or n == max_tokens)
-                reason = "stop" if ended or stopped else "length" if n == max_tokens else None
-                yield GenerationResponse(
-                    text=segment,
-                    token=token,
-                    logprobs=logprobs,
-                    from_draft=False,
-                    prompt_tokens=read,
-                    prompt_tps=prompt_tps,
-                    generation_tokens=n,
-                    generation_tps=n / (time.perf_counter() - tic),
-                    peak_memory=mx.get_peak_memory() / 1e9,
-                    finish_reason=reason,
-                )
-                if reason is not None:
-                    return
+            yield from text_responses(
+                ((token, logprobs, False) for token, logprobs in steps),
+                self.tokenizer,
+                max_tokens,
+                stop=stop,
+                prompt_tokens=read,
+                started=tic,
+                after=after,
+            )
 
     def generate(self, prompt: Source | None = None, **kwargs: Any) -> str:
         """Read a prompt and write on; the arguments are those of `stream`.

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import random
 import threading
-import tracemalloc
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL, MODELS, golden_model
+from conftest import LOGITS_ATOL, golden_model
 
 from mlx_rgemma import Session, batch_generate, generate, load, load_prompt_cache
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.prompt_cache import PENDING, save_prompt_cache
-from mlx_rgemma.text_pieces import TextPieces
 from mlx_rgemma.texts import read_documents
 
 TEXT = "Once upon a time, there was a little girl named Lily."
@@ -74,79 +70,6 @@ def test_feeding_reports_how_far_and_how_fast(embedded):
     assert reading.tokens_per_second == pytest.approx(45 / reading.seconds)
     assert session.feed("").tokens == 0
     assert session.feed([]).tokens == 0
-
-
-@pytest.mark.parametrize("piece", [1, 2, 5, 16, 100])
-def test_the_pieces_of_a_text_have_the_tokens_of_the_whole(embedded, piece):
-    _, tokenizer = embedded
-    pieces = TextPieces(tokenizer, piece=piece)
-    rng = random.Random(piece)
-    stories = "\n\n".join(read_documents())
-    for n in range(60):
-        length, at = rng.randint(1, 300), rng.randrange(len(stories))
-        noise = "".join(rng.choice("ab .\n  é\t-\"'<s></s>") for _ in range(length))
-        text = noise if n % 2 else stories[at : at + length]
-        bos = text.startswith(tokenizer.bos_token)
-        expected = list(tokenizer.encode(text, add_special_tokens=not bos))
-        for source in (text, io.StringIO(text)):
-            found = [t for tokens in pieces.tokens(source, begin=True) for t in tokens]
-            assert found == expected
-
-
-@pytest.mark.parametrize("spaces", ["before", "around"])
-def test_the_pieces_of_a_tokenizer_that_looks_at_the_whole_text(spaces):
-    """As Gemma's: no rule splits the text before pairs are merged; spaces and newlines pile up."""
-    from tokenizers import Tokenizer, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["▁the", "▁cat", "the", "cat", "\n\n", "\n\n\n", "▁▁", "▁▁▁▁", "<bos>"]
-    merges = [("t", "h"), ("th", "e"), ("c", "a"), ("ca", "t"), ("▁", "the"), ("▁", "cat")]
-    merges += [("▁", "▁"), ("▁▁", "▁▁"), ("\n", "\n"), ("\n\n", "\n")]
-    if spaces == "around":  # a token that goes on over the end of a word
-        words.append("e▁")
-        merges.insert(0, ("e", "▁"))
-    vocab = [*"theca▁\n.", "th", "ca", *words]
-    fast = Tokenizer(models.BPE({w: i for i, w in enumerate(vocab)}, merges, unk_token="."))
-    fast.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<bos>")
-    rng = random.Random(0)
-    for n in range(200):
-        text = "".join(rng.choice(["the", "cat", " ", "\n", "  ", "."]) for _ in range(40))
-        expected = tokenizer.encode(text)
-        found = list(TextPieces(tokenizer, piece=n % 9 + 1).tokens(text, begin=True))
-        assert [t for tokens in found for t in tokens] == expected
-        assert len(found) > 1
-
-
-class Endless(io.TextIOBase):
-    """A text file of many megabytes that takes no room."""
-
-    name = "endless.txt"
-
-    def __init__(self, characters: int, text: str = "The cat sat. ") -> None:
-        self.left, self.text = characters, text
-
-    def read(self, size: int = -1) -> str:
-        text = (self.text * (size // len(self.text) + 1))[: min(size, self.left)]
-        self.left -= len(text)
-        return text
-
-
-@pytest.mark.parametrize("text", ["The cat sat. ", "x"], ids=["words", "no-space"])
-def test_a_file_of_any_size_needs_no_more_memory(embedded, text):
-    _, tokenizer = embedded
-    pieces = TextPieces(tokenizer, piece=1 << 12, longest=1 << 13)
-
-    def peak(characters: int) -> int:
-        tracemalloc.start()
-        total = sum(len(t) for t in pieces.tokens(Endless(characters, text), begin=True))
-        assert total > characters // 10
-        _, most = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        return most
-
-    peak(10_000)
-    assert peak(400_000) < 1.5 * peak(40_000)
 
 
 def test_a_file_is_read_like_its_text(embedded, session, tmp_path):
@@ -384,103 +307,3 @@ def test_threads_share_a_model(embedded):
     for i, text in enumerate(expected):
         assert found[i][:3] == [text] * 3
         assert found[i][3] + handed[i].generate(max_tokens=5) == text
-
-
-class Walk:
-    """Sessions, each with the list of tokens that it should have seen."""
-
-    def __init__(self, model, tokenizer, folder, seed: int) -> None:
-        self.model, self.tokenizer, self.folder = model, tokenizer, folder
-        self.rng = random.Random(seed)
-        self.held = [(self.session(), [])]
-        self.marks: list = []
-
-    def session(self) -> Session:
-        return Session(self.model, self.tokenizer, prefill_step_size=self.rng.choice([2, 7, 40]))
-
-    def some(self, most: int) -> list[int]:
-        return [self.rng.randint(3, 89) for _ in range(self.rng.randint(1, most))]
-
-    def step(self) -> None:
-        at = self.rng.randrange(len(self.held))
-        session, tokens = self.held[at]
-        action = self.rng.choice(
-            ["feed", "feed", "write", "write", "fork", "mark", "rewind", "file", "batch", "new"]
-        )
-        if action == "feed" or not tokens:
-            more = self.some(45)
-            assert session.feed(more).tokens == len(more)
-            self.held[at] = (session, tokens + more)
-        elif action == "write" and session.last_token is not None:
-            steps = session.stream(max_tokens=self.rng.choice([1, 4, 9]))
-            more = [r.token for r in islice(steps, self.rng.randint(1, 9))]
-            self.held[at] = (session, tokens + more)
-        elif action == "fork":
-            self.held.append((session.fork(), tokens))
-        elif action == "mark":
-            self.marks.append((session.mark(), tokens))
-        elif action == "rewind" and self.marks:
-            mark, marked = self.rng.choice(self.marks)
-            session.rewind(mark)
-            self.held[at] = (session, marked)
-        elif action == "file":
-            session.save(self.folder / "s.safetensors")
-            loaded = Session.load(self.folder / "s.safetensors", self.model, self.tokenizer)
-            self.held[at] = (loaded, tokens)
-        elif action == "batch":
-            self.batch()
-        elif action == "new":
-            self.held.append((self.session(), []))
-        self.held = self.held[-3:]
-
-    def batch(self) -> None:
-        """Some join, go on together, one leaves, another joins, and all leave."""
-        begun = [(s, t) for s, t in self.held if t]
-        self.rng.shuffle(begun)
-        first = begun[: self.rng.randint(1, len(begun))]
-        late = begun[len(first) :]
-        caches = [s.prompt_cache() for s, _ in first]
-        batch = [type(layers[0]).merge(layers) for layers in zip(*caches, strict=True)]
-        texts = [t for _, t in first]
-        texts = self.together(batch, texts)
-        done = []
-        if len(texts) > 1:
-            row = self.rng.randrange(len(texts))
-            done.append(([layer.extract(row) for layer in batch], texts.pop(row)))
-            for layer in batch:
-                layer.filter([r for r in range(len(texts) + 1) if r != row])
-        for session, tokens in late:
-            for layer, other in zip(batch, session.prompt_cache(), strict=True):
-                layer.extend(other)
-            texts.append(tokens)
-        texts = self.together(batch, texts)
-        done += [([layer.extract(i) for layer in batch], t) for i, t in enumerate(texts)]
-        for cache, tokens in done:
-            session = Session.from_prompt_cache(self.model, self.tokenizer, cache)
-            assert session.tokens_seen == len(tokens)
-            self.held.append((session, tokens))
-
-    def together(self, batch, texts: list[list[int]]) -> list[list[int]]:
-        length = self.rng.randint(1, 6)
-        rows = [[self.rng.randint(3, 89) for _ in range(length)] for _ in texts]
-        mx.eval(self.model(mx.array(rows), cache=batch))
-        return [text + row for text, row in zip(texts, rows, strict=True)]
-
-    def check(self) -> None:
-        for session, tokens in self.held:
-            assert session.tokens_seen == len(tokens)
-            session.feed([7])
-            logits = self.model(mx.array([[*tokens, 7]]))[0, -1]
-            expected = np.array(logits - mx.logsumexp(logits))
-            assert np.abs(next_logprobs(session) - expected).max() < LOGITS_ATOL
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_thousand_random_sequences_agree_with_one_plain_pass(name, embedded, tmp_path):
-    model, (_, tokenizer) = golden_model(name, num_hidden_layers=3), embedded
-    assert set(model.args.layer_types) == {"recurrent", "attention"}
-    for seed in range(334):
-        walk = Walk(model, tokenizer, tmp_path, seed)
-        for _ in range(walk.rng.randint(3, 7)):
-            walk.step()
-        walk.check()
