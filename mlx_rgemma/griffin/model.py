@@ -14,6 +14,7 @@ from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCach
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.layout import TokenLayout
+from mlx_rgemma.griffin.sharding import shard_model
 from mlx_rgemma.ops import forward_only, rotary_frequencies, soft_cap
 
 
@@ -58,6 +59,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = config
         self.model_type = config.model_type
+        self.group: mx.distributed.Group | None = None
         self.model = Griffin(config)
 
     def __call__(
@@ -103,11 +105,36 @@ class Model(nn.Module):
         """dtype of the activations between the blocks' matrix products."""
         return self.model.final_norm.weight.dtype
 
+    @property
+    def state_width(self) -> int:
+        """Channels of the recurrence that this process keeps: all, unless the model is sharded."""
+        return self.args.lru_width // (1 if self.group is None else self.group.size())
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Keep this process's part of the model, which all processes of the group then run.
+
+        For generating: gradients of a sharded model are not those of the whole one.
+
+        Args:
+            group: The processes that share it; all that MLX knows of, when omitted. They must
+                call the model with the same tokens.
+
+        Raises:
+            UserError: If the processes do not divide the model; the message says which numbers do.
+            ValueError: If the model has been sharded before.
+        """
+        if self.group is not None:
+            raise ValueError("[shard] the model has been sharded before.")
+        group = group or mx.distributed.init()
+        if group.size() > 1:
+            shard_model(self, group)
+            self.group = group
+
     def make_cache(self, batch_size: int = 1) -> list[GriffinCache]:
         """The state of `batch_size` sequences that have not begun, one cache a layer."""
         c, dtype = self.args, self.dtype
         return [
-            RecurrentCache(c.lru_width, c.conv1d_width, dtype, batch_size)
+            RecurrentCache(self.state_width, c.conv1d_width, dtype, batch_size)
             if kind == RECURRENT
             else AttentionCache(c.past_window, c.head_dim, dtype, batch_size)
             for kind in c.layer_types
@@ -151,7 +178,7 @@ class Model(nn.Module):
             raise ValueError(f"[cache] the model has {len(kinds)} layers, the cache {len(cache)}.")
         for i, (kind, layer) in enumerate(zip(kinds, cache, strict=True)):
             if kind == RECURRENT:
-                expected: tuple[Any, ...] = (RecurrentCache, c.lru_width, c.conv1d_width - 1)
+                expected: tuple[Any, ...] = (RecurrentCache, self.state_width, c.conv1d_width - 1)
             else:
                 expected = (AttentionCache, c.past_window, c.head_dim)
             found = getattr(layer, "signature", (type(layer),))

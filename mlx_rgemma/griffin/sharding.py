@@ -1,0 +1,156 @@
+"""One model on several processes: which part of it each of them keeps.
+
+Tensor parallelism as in Megatron-LM (arXiv:1909.08053, section 3), by MLX's own layers. Layers that
+read the residual stream are cut by their outputs, so that a process computes some heads of the
+attention, some heads of the recurrence with its gates, convolution and state, and some of the MLP's
+channels. Layers that write to the stream are cut by their inputs, and their results summed: two
+sums a layer. The one key/value head, the ring, norms and embedding are whole on every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import shard_inplace, shard_linear
+
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.griffin.cache import GriffinCache, RecurrentCache
+
+if TYPE_CHECKING:
+    from mlx_rgemma.griffin.model import Model
+
+INTO_PARTS = ("linear_y", "linear_x", "q_proj", "gate_proj", "up_proj")
+"""Linear layers of which each process has some outputs."""
+
+FROM_PARTS = ("linear_out", "o_proj", "down_proj")
+"""Linear layers of which each process has some inputs."""
+
+BY_CHANNEL = ("conv_1d", "rg_lru")
+"""Modules all of whose parameters begin with the axis of channels or heads."""
+
+
+def cut_axis(name: str) -> int | None:
+    """The axis along which a tensor is cut, by its name; None where every process has all of it."""
+    module, _, parameter = name.rpartition(".")
+    module = module.rpartition(".")[2]
+    if module in INTO_PARTS or module in BY_CHANNEL:
+        return 0
+    if module in FROM_PARTS and parameter != "bias":
+        return 1
+    return None
+
+
+def span(length: int, rank: int, size: int) -> slice:
+    """The part of an axis that a process keeps.
+
+    Raises:
+        ValueError: If the processes do not divide it.
+    """
+    if length % size:
+        raise ValueError(f"[shard] {size} processes do not divide an axis of {length}.")
+    each = length // size
+    return slice(rank * each, (rank + 1) * each)
+
+
+def own_part(name: str, value: mx.array, rank: int, size: int) -> mx.array:
+    """What a process keeps of a tensor."""
+    axis = cut_axis(name)
+    if axis is None:
+        return value
+    place: list[Any] = [slice(None)] * value.ndim
+    place[axis] = span(value.shape[axis], rank, size)
+    return mx.contiguous(value[tuple(place)])
+
+
+def possible_sizes(model: Model) -> list[int]:
+    """The numbers of processes that can share a model.
+
+    They divide its heads and the MLP's inner width, and cut no group of quantized weights.
+    """
+    c = model.args
+    units = [c.num_attention_heads, c.intermediate_size // 2]
+    for layer in model.layers:
+        for block in (layer.temporal_block, layer.mlp_block):
+            for name in FROM_PARTS:
+                linear = block.get(name)
+                if isinstance(linear, nn.QuantizedLinear):
+                    units.append(linear["scales"].shape[1])
+                    # Weights are packed by 32; a group may be smaller.
+                    units.append(linear["scales"].shape[1] * linear.group_size // 32)
+    most = c.num_attention_heads
+    return [n for n in range(1, most + 1) if not any(unit % n for unit in units)]
+
+
+def shard_model(model: Model, group: mx.distributed.Group) -> None:
+    """Keep this process's part of a model.
+
+    Its parameters may still be in their files, or be loaded afterwards, in parts already.
+
+    Raises:
+        UserError: If the processes do not divide the model; the message says which numbers do.
+    """
+    size = group.size()
+    possible = possible_sizes(model)
+    if size not in possible:
+        numbers = ", ".join(str(n) for n in possible if n > 1) or "none but 1"
+        quantized = " as it is quantized" if model.args.quantization is not None else ""
+        raise UserError(
+            f"{size} processes cannot share this model of {model.args.num_attention_heads} heads and"
+            f" {model.args.intermediate_size // 2} MLP channels{quantized}; numbers that can:"
+            f" {numbers}."
+        )
+    for layer in model.layers:
+        for block in (layer.temporal_block, layer.mlp_block):
+            _shard_block(block, group)
+
+
+def _shard_block(block: Any, group: mx.distributed.Group) -> None:
+    for name in INTO_PARTS:
+        if name in block:
+            # In place: what is computed is a linear layer still, and may be fused as one.
+            shard_inplace(block[name], "all-to-sharded", group=group)
+    for name in FROM_PARTS:
+        if name in block:
+            block[name] = shard_linear(block[name], "sharded-to-all", group=group)
+    for name in BY_CHANNEL:
+        if name in block:
+            shard_inplace(block[name], lambda path, weight: 0, group=group)
+    if "q_proj" in block:
+        block.num_heads //= group.size()
+    if "rg_lru" in block:
+        block.rg_lru.num_heads //= group.size()
+
+
+def gather_state(cache: Sequence[GriffinCache], group: mx.distributed.Group) -> list[GriffinCache]:
+    """A state as one process has it, from the parts of several; all of them must call this."""
+    return [
+        _recurrent(layer, lambda array: _gather(array, group))
+        if isinstance(layer, RecurrentCache)
+        else layer
+        for layer in cache
+    ]
+
+
+def split_state(cache: Sequence[GriffinCache], rank: int, size: int) -> list[GriffinCache]:
+    """A process's part of a state that `gather_state` or a single process made."""
+
+    def part(array: mx.array) -> mx.array:
+        return mx.contiguous(array[..., span(array.shape[-1], rank, size)])
+
+    return [
+        _recurrent(layer, part) if isinstance(layer, RecurrentCache) else layer for layer in cache
+    ]
+
+
+def _recurrent(layer: RecurrentCache, change: Any) -> RecurrentCache:
+    h, conv, positions = layer.state
+    return RecurrentCache.from_state((change(layer.h), change(layer.conv), positions))
+
+
+def _gather(array: mx.array, group: mx.distributed.Group) -> mx.array:
+    """Parts along the last axis, end to end."""
+    parts = mx.distributed.all_gather(array[None], group=group)
+    return mx.concatenate(list(parts), axis=-1)
