@@ -45,6 +45,8 @@ FLOORS = [
     ("mlx_rgemma.quality_report", 5),
     ("mlx_rgemma.texts", 5),
     ("mlx_rgemma.tuner", 5),
+    ("mlx_rgemma.measurement", 5),
+    ("mlx_rgemma.benchmark", 6),
     ("mlx_rgemma.cache_prompt", 6),
     ("mlx_rgemma.chat", 6),
     ("mlx_rgemma.convert", 6),
@@ -141,6 +143,7 @@ def test_importing_the_package_imports_nothing_heavy():
 @pytest.mark.parametrize(
     "command",
     [
+        "benchmark",
         "cache_prompt",
         "chat",
         "convert",

@@ -1,0 +1,108 @@
+"""Starting the processes that are measured, and asking them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_rgemma import blas
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.measurement.engines import MLX_LM, TRANSFORMERS, Unsupported
+
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What a measured process finds in its environment: nothing to download, nothing to say."""
+
+
+PEER_BLAS = ("same", "own")
+
+
+class WorkerError(UserError):
+    """A measured process that could not do what it was asked to."""
+
+
+class Worker:
+    """An engine in a process of its own; it computes only while it is asked something.
+
+    Args:
+        name: Of the engine.
+        environment: Variables beside this process's own; None takes one away.
+    """
+
+    def __init__(self, name: str, environment: Mapping[str, str | None] | None = None) -> None:
+        self.name = name
+        variables = {**os.environ, **QUIET, **(environment or {})}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_rgemma.measurement.worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={key: value for key, value in variables.items() if value is not None},
+        )
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """The answer to one request.
+
+        Raises:
+            Unsupported: If the engine has no such thing.
+            WorkerError: If it failed, or the process died.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            status = self.process.wait()
+            how = f"by signal {-status}" if status < 0 else f"with status {status}"
+            raise WorkerError(f"{self.name}: its process ended {how} while asked to {do}.")
+        reply = json.loads(line)
+        if "unsupported" in reply:
+            raise Unsupported(reply["unsupported"])
+        if "error" in reply:
+            raise WorkerError(f"{self.name}: {reply['error']}")
+        return reply["answer"]
+
+    def close(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self.process.kill()
+        self.close()
+
+
+def environment(name: str, peer_blas: str) -> dict[str, str | None]:
+    """Variables for an engine's process.
+
+    Args:
+        name: Of the engine.
+        peer_blas: "same": mlx-lm multiplies through the BLAS that this package finds, too. "own":
+            as it is shipped. PyTorch always has its own.
+    """
+    if name == MLX_LM and peer_blas == "own":
+        return {"LD_PRELOAD": None, blas.VARIABLE: "off"}
+    return {"LD_PRELOAD": None} if name == TRANSFORMERS else {}

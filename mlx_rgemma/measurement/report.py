@@ -1,0 +1,192 @@
+"""A report in words: mlx-lm's lines while it runs, a table and ratios at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from mlx_rgemma.measurement import machine
+from mlx_rgemma.measurement.results import (
+    SPEEDS,
+    Flatness,
+    Ratio,
+    Result,
+    Spread,
+    flatness,
+    ratios,
+)
+from mlx_rgemma.measurement.runs import Report
+
+TITLES = {"prompt_tps": "prompt", "generation_tps": "generation", "training_tps": "training"}
+
+
+def opening(report: Report) -> str:
+    """What is measured, on what."""
+    plan = report.plan
+    lines = machine.header(report.facts, report.peers)
+    lines.append(f"Model: {report.name}, {report.parameters / 1e6:,.1f} million parameters")
+    for cases in plan.rounds():
+        for case in cases:
+            lengths = f"{case.kind}_tokens" if case.kind != "generate" else "prompt_tokens"
+            generated = (
+                "" if case.kind == "train" else (f"generation_tokens={plan.generation_tokens}, ")
+            )
+            lines.append(
+                f"Timing with {lengths}={case.length}, {generated}batch_size={case.batch_size}."
+            )
+    return "\n".join(lines)
+
+
+def trial(report: Report, result: Result) -> str:
+    """The line of the latest trial, as mlx-lm's benchmark prints it."""
+    latest = result.trials[-1]
+    values = []
+    for name in SPEEDS:
+        spread: Spread | None = getattr(result, name)
+        if spread is not None:
+            values.append(f"{name}={spread.values[-1]:.3f}")
+    peak = latest["peak_memory_bytes"] or latest["process_peak_bytes"]
+    values.append(f"peak_memory={peak / 1e9:.3f}")
+    values.append(f"total_time={latest.get('last_token_s', latest.get('step_s')):.3f}")
+    return f"Trial {len(result.trials)}:  {_what(report, result)}{', '.join(values)}"
+
+
+def _what(report: Report, result: Result) -> str:
+    """Which engine and case a line is about, where there are several."""
+    words = []
+    if report.plan.peers:
+        words.append(result.engine)
+    if len(report.plan.dtypes) > 1:
+        words.append(result.dtype)
+    if len(report.plan.quantizations) > 1:
+        words.append(f"quantization {result.quantization}")
+    if sum(len(cases) for cases in report.plan.rounds()) > 1:
+        words.append(result.case.title)
+    return f"{', '.join(words)}: " if words else ""
+
+
+def closing(report: Report) -> str:
+    """Medians as tables, how this package compares, and what could not be measured."""
+    results = report.results
+    parts = [_speeds([r for r in results if r.case.kind == "generate"])]
+    parts.append(_after([r for r in results if r.case.kind == "after"]))
+    parts.append(_training([r for r in results if r.case.kind == "train"]))
+    copies = sorted({speed for result in results for speed in result.bandwidth})
+    if copies:
+        middle = copies[len(copies) // 2]
+        parts.append(f"A copy reads and writes {middle / 1e9:.1f} GB/s on this machine.")
+    parts.append("\n".join(map(ratio_line, ratios(results))))
+    parts.append("\n".join(map(flatness_line, flatness(results))))
+    parts.append("\n".join(f"Note: {note}" for note in report.notes))
+    return "\n\n".join(part for part in parts if part)
+
+
+def ratio_line(found: Ratio) -> str:
+    """How this package compares, in words."""
+    loaded = f"{found.dtype}, quantization {found.quantization}"
+    what = TITLES[found.figure]
+    if found.figure == "generation_tps" and found.case.kind == "generate":
+        what = "generation after"
+    title = found.case.title.removeprefix(f"{what} ")
+    return f"{what} {title}, {loaded}: {found.ratio:.2f} x {found.peer}"
+
+
+def flatness_line(found: Flatness) -> str:
+    """What length costs, in words."""
+    engine = f"{found.engine}, {found.dtype}, quantization {found.quantization}"
+    batch = f", batch {found.batch_size}" if found.batch_size > 1 else ""
+    return (
+        f"{engine}{batch}: {TITLES[found.figure]} at {found.long:,} tokens runs at"
+        f" {found.ratio:.3f} of its speed at {found.short:,}"
+    )
+
+
+Column = tuple[str, Callable[[Result], str]]
+
+COMMON: tuple[Column, ...] = (
+    ("engine", lambda r: r.engine),
+    ("dtype", lambda r: r.dtype),
+    ("quantization", lambda r: r.quantization),
+)
+
+
+def _speeds(results: Sequence[Result]) -> str:
+    return _table(
+        results,
+        *COMMON,
+        ("batch", lambda r: str(r.case.batch_size)),
+        ("prompt", lambda r: f"{r.case.length:,}"),
+        ("prompt tokens/s", lambda r: _spread(r.prompt_tps)),
+        ("first token", lambda r: _seconds(r.first_token_s)),
+        ("generation tokens/s", lambda r: _spread(r.generation_tps)),
+        *_limits(),
+    )
+
+
+def _after(results: Sequence[Result]) -> str:
+    return _table(
+        results,
+        *COMMON,
+        ("tokens read", lambda r: f"{r.case.length:,}"),
+        ("generation tokens/s", lambda r: _spread(r.generation_tps)),
+        *_limits(),
+    )
+
+
+def _training(results: Sequence[Result]) -> str:
+    return _table(
+        results,
+        *COMMON,
+        ("batch", lambda r: str(r.case.batch_size)),
+        ("row", lambda r: f"{r.case.length:,}"),
+        ("training tokens/s", lambda r: _spread(r.training_tps)),
+        ("peak memory", lambda r: _bytes(r.peak_memory_bytes)),
+    )
+
+
+def _limits() -> tuple[Column, ...]:
+    return (
+        ("of the bandwidth", lambda r: _percent(r.bandwidth_share)),
+        ("peak memory", lambda r: _bytes(r.peak_memory_bytes)),
+        ("state", lambda r: _bytes(r.state_bytes)),
+        ("launches a token", lambda r: "" if r.launches is None else str(r.launches)),
+    )
+
+
+def _table(results: Sequence[Result], *columns: Column) -> str:
+    if not results:
+        return ""
+    lines = [[title for title, _ in columns]]
+    lines += [[cell(result) for _, cell in columns] for result in results]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(_row(line, widths) for line in lines)
+
+
+def _row(cells: Iterable[str], widths: Iterable[int]) -> str:
+    padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+    return f"| {' | '.join(padded)} |"
+
+
+def _spread(figure: Spread | None) -> str:
+    if figure is None:
+        return ""
+    digits = 0 if figure.median >= 100 else 1
+    low, high = (f"{value:,.{digits}f}" for value in (figure.low, figure.high))
+    return f"{figure.median:,.{digits}f} ({low} to {high})"
+
+
+def _seconds(figure: Spread | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure.median:.2f} s" if figure.median >= 1 else f"{figure.median * 1e3:.0f} ms"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def _bytes(nbytes: Any) -> str:
+    if nbytes is None:
+        return ""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

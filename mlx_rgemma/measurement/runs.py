@@ -1,0 +1,264 @@
+"""Running a plan: every engine in turn, trial by trial, one at a time."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_rgemma.checkpoints.contents import expected_tensors
+from mlx_rgemma.checkpoints.folder import CheckpointFolder
+from mlx_rgemma.checkpoints.source import locate
+from mlx_rgemma.griffin.config import GriffinConfig
+from mlx_rgemma.measurement.engines import MLX_LM, OURS, PEERS, Unsupported, check_installed
+from mlx_rgemma.measurement.memory import physical_memory
+from mlx_rgemma.measurement.plan import Case, Plan
+from mlx_rgemma.measurement.processes import Worker, WorkerError, environment
+from mlx_rgemma.measurement.results import Result
+from mlx_rgemma.measurement.shapes import SHAPES, recipe
+
+Listener = Callable[["Report", Result], None]
+"""Is told of every trial; the result's last one is new."""
+
+TRAINING_COPIES = 4
+"""Of the weights: themselves, their gradients, and two moments."""
+
+SEED = 0
+
+
+@dataclass
+class Report:
+    """What a benchmark found out.
+
+    Attributes:
+        plan: What was asked for.
+        name: Of the model.
+        config: Its shape.
+        facts: About the machine and this package.
+        peers: The same about each engine that was compared with.
+        results: What was measured.
+        notes: What could not be, and why.
+    """
+
+    plan: Plan
+    name: str
+    config: GriffinConfig
+    facts: dict[str, Any] = field(default_factory=dict)
+    peers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """How many the model has."""
+        return sum(wanted.size for wanted in expected_tensors(self.config))
+
+    def note(self, text: str) -> None:
+        """Keep a note, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def prepare(plan: Plan) -> Report:
+    """Refuse what cannot be measured, before anything slow is done.
+
+    Raises:
+        UserError: If a peer is not installed, a label means nothing, or there is no such model.
+    """
+    for name in plan.peers:
+        check_installed(name)
+    for label in plan.quantizations:
+        recipe(label)
+    if plan.shape is not None:
+        return Report(plan, f"{plan.shape}, random weights", SHAPES[plan.shape])
+    source = locate(plan.model)
+    return Report(plan, source.name, CheckpointFolder.open(source.folder).config)
+
+
+def run(report: Report, begun: Callable[[Report], None], listener: Listener) -> None:
+    """Measure all that a report's plan asks for.
+
+    Args:
+        report: From `prepare`; filled in.
+        begun: Called when the machine and the packages are known.
+        listener: Called after every trial.
+
+    Raises:
+        UserError: If this package cannot do it. What a peer cannot do is noted in the report.
+    """
+    plan = report.plan
+    with ExitStack() as stack:
+        probe = stack.enter_context(Worker(OURS))
+        report.facts = probe.ask("describe")
+        for name in plan.peers:
+            with Worker(name, environment(name, plan.peer_blas)) as worker:
+                report.peers[name] = worker.ask("describe")
+        begun(report)
+        layers = {
+            "layers": report.config.num_hidden_layers,
+            "block_types": report.config.block_types,
+        }
+        launches = {
+            name: probe.ask("launches", **layers, theirs=name == MLX_LM)
+            for name in plan.engines
+            if name in (OURS, MLX_LM)
+        }
+        for dtype in plan.dtypes:
+            with tempfile.TemporaryDirectory(prefix="mlx_rgemma_") as place:
+                model, dtype = _model(report, dtype, Path(place), probe)
+                for label in plan.quantizations:
+                    _Comparison(report, model, dtype, label, probe, launches, listener).run()
+
+
+def _model(
+    report: Report, dtype: str | None, place: Path, probe: Worker
+) -> tuple[dict[str, Any], str | None]:
+    """What the engines are to load: a folder where peers must read it, too, else a shape."""
+    plan, device = report.plan, {"device": report.facts["device"]}
+    if plan.shape is None:
+        return {"folder": str(locate(plan.model).folder), **device}, dtype
+    dtype = dtype or ("float32" if report.facts["device"] == "cpu" else "bfloat16")
+    if not plan.peers:
+        return {"shape": plan.shape, **device}, dtype
+    probe.ask("write", folder=str(place), shape=plan.shape, dtype=dtype)
+    return {"folder": str(place), **device}, dtype
+
+
+@dataclass
+class _Held:
+    """A process with a model, and what it was loaded as."""
+
+    worker: Worker
+    loaded: dict[str, Any]
+
+
+class _Comparison:
+    """The engines with one model in one dtype and quantization."""
+
+    def __init__(
+        self,
+        report: Report,
+        model: dict[str, Any],
+        dtype: str | None,
+        label: str,
+        probe: Worker,
+        launches: dict[str, int],
+        listener: Listener,
+    ) -> None:
+        self.report, self.plan = report, report.plan
+        self.model, self.dtype, self.label = model, dtype, label
+        self.probe, self.launches, self.listener = probe, launches, listener
+
+    def run(self) -> None:
+        """Measure every case; engines take turns, unless memory does not hold all of them."""
+        engines = self.plan.engines
+        together = self._bytes() * len(engines) <= physical_memory() / 2
+        if not together:
+            self.report.note("the engines were measured one after the other: memory holds one.")
+        for group in [engines] if together else [(name,) for name in engines]:
+            with ExitStack() as stack:
+                held = [h for h in (self._load(name, stack) for name in group) if h is not None]
+                for cases in self.plan.rounds():
+                    self._take_turns(held, cases)
+
+    def _bytes(self) -> int:
+        """About what an engine takes."""
+        per_weight = 4 if (self.dtype or "float32") == "float32" else 2
+        copies = TRAINING_COPIES if self.plan.train_tokens else 1
+        return self.report.parameters * per_weight * copies
+
+    def _load(self, name: str, stack: ExitStack) -> _Held | None:
+        worker = stack.enter_context(Worker(name, environment(name, self.plan.peer_blas)))
+        request = {"model": self.model, "dtype": self.dtype, "quantization": self.label}
+        loaded = self._asked(worker, "load", request, f"{self.label} weights")
+        if loaded is not None and name == OURS:
+            self.dtype = loaded["dtype"]  # what the peers are to have
+        return None if loaded is None else _Held(worker, loaded)
+
+    def _take_turns(self, held: Sequence[_Held], cases: Sequence[Case]) -> None:
+        entries = [(h, case, self._result(h, case)) for case in cases for h in held]
+        for _ in range(self.plan.warmup):
+            entries = [e for e in entries if self._measure(*e, keep=False)]
+        for _ in range(self.plan.trials if entries else 0):
+            bandwidth = self.probe.ask("bandwidth")
+            for entry in list(entries):
+                time.sleep(self.plan.delay)
+                if not self._measure(*entry, keep=True):
+                    entries.remove(entry)
+                    continue
+                entry[2].bandwidth.append(bandwidth)
+                self.listener(self.report, entry[2])
+        self.report.results += [result for _, _, result in entries]
+
+    def _result(self, held: _Held, case: Case) -> Result:
+        name, loaded = held.worker.name, held.loaded
+        launches = None if case.kind == "train" or case.batch_size > 1 else self.launches.get(name)
+        return Result(
+            name,
+            loaded["dtype"],
+            loaded["quantization"],
+            case,
+            loaded["weight_bytes"],
+            launches=launches,
+        )
+
+    def _measure(self, held: _Held, case: Case, result: Result, *, keep: bool) -> bool:
+        """One trial; whether the engine can do it."""
+        do, request = self._request(case, held.loaded["vocab_size"])
+        answer = self._asked(held.worker, do, request, case.title)
+        if answer is not None and keep:
+            result.trials.append(answer)
+        return answer is not None
+
+    def _request(self, case: Case, vocab_size: int) -> tuple[str, dict[str, Any]]:
+        plan, dice = self.plan, random.Random(SEED)
+        common = {"tokens": plan.generation_tokens, "step_size": plan.step_size}
+        if case.kind == "after":
+            return "generate_after", {"context": case.length, **common}
+        length = case.length + (case.kind == "train")
+        rows = [[dice.randrange(vocab_size) for _ in range(length)] for _ in range(case.batch_size)]
+        if case.kind == "train":
+            return "train", {"rows": rows, "kind": plan.training}
+        return "generate", {"prompts": rows, **common}
+
+    def _asked(self, worker: Worker, do: str, request: dict[str, Any], what: str) -> Any:
+        """The answer; None where there is none, with a note. Our own failure ends it all."""
+        try:
+            return worker.ask(do, **request)
+        except Unsupported as reason:
+            self.report.note(f"{worker.name}, {what}: left out; it {reason}.")
+        except WorkerError as error:
+            if worker.name not in PEERS:
+                raise
+            self.report.note(f"{what}: left out; {error}")
+        return None
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """A report as JSON has it."""
+    from mlx_rgemma.measurement.results import flatness, ratios
+
+    plan = {key: value for key, value in asdict(report.plan).items() if key != "engines"}
+    return {
+        "machine": report.facts,
+        "peers": report.peers,
+        "model": {
+            "name": report.name,
+            "parameters": report.parameters,
+            "config": report.config.to_dict(),
+        },
+        "plan": plan,
+        "results": [result.as_dict() for result in report.results],
+        "ratios": [_flat(asdict(ratio)) for ratio in ratios(report.results)],
+        "flatness": [asdict(found) for found in flatness(report.results)],
+        "notes": report.notes,
+    }
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values.pop("case"), **values}

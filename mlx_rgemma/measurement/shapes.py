@@ -1,0 +1,135 @@
+"""Models of known shapes with random weights, for measuring without a download."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_rgemma.checkpoints.quantization import MODES
+from mlx_rgemma.checkpoints.recipes import RECIPES, Recipe
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.griffin.config import PRESETS, GriffinConfig
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_rgemma.griffin.model import Model
+
+
+def _small(vocab_size: int, hidden_size: int, layers: int, heads: int) -> GriffinConfig:
+    return replace(
+        PRESETS["2b"],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        lru_width=hidden_size,
+        intermediate_size=6 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_dim=hidden_size // heads,
+        dtype="float32",
+    )
+
+
+SHAPES = {"tiny": _small(512, 64, 3, 2), "small": _small(4096, 512, 12, 8), **PRESETS}
+"""`small` has 39.7 million parameters; `2b` and `9b` are the released models."""
+
+UNQUANTIZED = "none"
+
+
+def recipe(label: str) -> Recipe | None:
+    """The quantization that a label stands for: bits, a mode of MLX's, a recipe, or "none".
+
+    Raises:
+        UserError: If it stands for nothing.
+    """
+    if label == UNQUANTIZED:
+        return None
+    if label in RECIPES:
+        return Recipe.choose(predicate=label)
+    if label in MODES and label != "affine":
+        return Recipe.choose(label)
+    bits = MODES["affine"][1]
+    if not label.isdecimal() or int(label) not in bits:
+        known = [UNQUANTIZED, *map(str, sorted(bits)), *(m for m in MODES if m != "affine")]
+        raise UserError(
+            f"--quantize: found {label!r}, expected one of {', '.join([*known, *RECIPES])}."
+        )
+    return Recipe.choose(bits=int(label))
+
+
+def quantize(model: Any, label: str) -> None:
+    """Quantize a model in place, this package's or mlx-lm's: the names of their layers agree."""
+    import mlx.nn as nn
+
+    chosen = recipe(label)
+    if chosen is None:
+        return
+    layers = len(model.layers)
+
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        how = chosen.of(path, layers)
+        return how.as_dict() if how.fits(module.weight.shape) else False
+
+    nn.quantize(model, class_predicate=settings)
+
+
+def random_weights(config: GriffinConfig, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+    """Weights of a model, by name; always the same. The recurrence forgets as in training."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_rgemma.griffin.model import Model
+    from mlx_rgemma.tuner.initialization import initial_a_param
+
+    parameters: Any = tree_flatten(Model(config).parameters())  # never computed
+    for seed, (name, like) in enumerate(parameters):
+        key, last = mx.random.key(seed), name.rpartition(".")[2]
+        if last == "recurrent_param":
+            value = initial_a_param(like.shape, key)
+        elif last in ("bias", "input_gate_bias", "recurrent_gate_bias") or like.ndim == 1:
+            value = 0.02 * mx.random.normal(like.shape, key=key)
+        else:
+            inputs = like.shape[-2] if last.endswith("gate_weight") else like[0].size
+            value = mx.random.normal(like.shape, key=key) / inputs**0.5
+        yield name, value.astype(dtype)
+
+
+def random_model(config: GriffinConfig, dtype: mx.Dtype, label: str = UNQUANTIZED) -> Model:
+    """A model with random weights, quantized matrix by matrix as it is made."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_rgemma.griffin.model import Model
+
+    model = Model(replace(config, dtype=str(dtype).removeprefix("mlx.core.")))
+    model.load_weights(list(random_weights(config, dtype)))
+    quantize(model, label)
+    model.eval()
+    parameters: Any = tree_flatten(model.parameters())
+    for _, value in parameters:
+        mx.eval(value)  # one at a time: what it was made from is let go of
+    model.fuse_projections()
+    return model
+
+
+def write_folder(folder: Path, config: GriffinConfig, dtype: str) -> None:
+    """Write a model with random weights as Hugging Face lays one out, for every engine to read."""
+    import mlx.core as mx
+
+    weights = {
+        name: value.swapaxes(1, 2) if name.endswith("conv_1d.weight") else value
+        for name, value in random_weights(config, getattr(mx, dtype))
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    values = json.dumps(replace(config, dtype=dtype).to_dict(), indent=2)
+    # The configuration comes last: without it a folder is no checkpoint.
+    temporary = folder / "config.json.part"
+    temporary.write_text(values + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "config.json")
