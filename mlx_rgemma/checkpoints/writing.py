@@ -94,7 +94,8 @@ def save_model(
         folder: The folder to be; nothing of that name may exist.
         model: The model.
         source: Folder of the checkpoint that the model was loaded from, for its tokenizer, model
-            card and the keys of its configuration that this package does not know.
+            card and the keys of its configuration that this package does not know; or of a
+            tokenizer alone.
         dtype: dtype of all weights, by default that of the model's.
         progress: Show a progress bar.
 
@@ -120,10 +121,17 @@ def save_model(
         stored_config(model.args, dtype, quantized),
         [TensorInfo(name, dtype_name(value.dtype), value.shape) for name, value in weights],
         source=origin,
-        values=read_json(origin.folder / CONFIG) if origin is not None else None,
+        values=_config_of(origin),
         how=f"Its weights are {dtype_title(dtype, quantized)}.",
     )
     write_checkpoint(Path(folder), checkpoint, iter(weights), progress=progress)
+
+
+def _config_of(source: Source | None) -> Mapping[str, Any] | None:
+    """The `config.json` of a source that has one: a new model's has a tokenizer alone."""
+    if source is None or not (source.folder / CONFIG).is_file():
+        return None
+    return read_json(source.folder / CONFIG)
 
 
 def write_checkpoint(

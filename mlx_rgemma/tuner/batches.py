@@ -6,7 +6,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,9 +21,6 @@ from mlx_rgemma.tuner.packing import (
     lay_row,
     stack_rows,
 )
-
-Augmentation = Callable[[Documents, np.random.Generator], Documents]
-
 
 class Batches(Protocol):
     """Batches without end: `batches[step]`."""
@@ -44,21 +41,13 @@ class StreamedRows:
         documents: What is read.
         row_length: Steps of a row.
         seed: Of the order.
-        augment: Changes the documents anew for each epoch; it must not shorten them.
 
     Raises:
         UserError: If the documents do not fill a row.
     """
 
-    def __init__(
-        self,
-        documents: Documents,
-        row_length: int,
-        seed: int,
-        augment: Augmentation | None = None,
-    ) -> None:
-        self.documents, self.row_length = documents, row_length
-        self.seed, self.augment = seed, augment
+    def __init__(self, documents: Documents, row_length: int, seed: int) -> None:
+        self.documents, self.row_length, self.seed = documents, row_length, seed
         total = int(documents.steps.sum())
         self.rows_per_epoch = total // row_length
         if not self.rows_per_epoch:
@@ -73,13 +62,12 @@ class StreamedRows:
         if epoch != self._epoch:
             self._begin(epoch)
         pieces = cut_row(self._order, self._ends, row, self.row_length)
-        return lay_row(self._read, pieces, self.row_length)
+        return lay_row(self.documents, pieces, self.row_length)
 
     def _begin(self, epoch: int) -> None:
         rng = np.random.default_rng([self.seed, epoch])
-        self._read = self.augment(self.documents, rng) if self.augment else self.documents
-        self._order = rng.permutation(len(self._read))
-        self._ends = np.cumsum(self._read.steps[self._order])
+        self._order = rng.permutation(len(self.documents))
+        self._ends = np.cumsum(self.documents.steps[self._order])
         self._epoch = epoch
 
 

@@ -1,4 +1,4 @@
-"""Dropout for a model that has none: on what each block adds to the stream, and on embeddings."""
+"""Dropout for a model that has none: on what each block adds to the stream, and on tokens."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from mlx_rgemma.griffin.model import Model
 def add_dropout(model: Model, rate: float) -> None:
     """Have a model drop values while it is trained; its parameters keep their names.
 
-    The last projection of every temporal block and MLP, and the embedding, set each value to 0
-    with probability `rate` and scale the others by ``1 / (1 - rate)``. A model in evaluation mode
-    computes as before, and so does the head, which shares the embedding's weights.
+    The last projection of every temporal block and MLP sets each value to 0 with probability
+    `rate` and scales the others by ``1 / (1 - rate)``; the embedding does so with whole tokens, so
+    that a text cannot be told by its every word. A model in evaluation mode computes as before,
+    and so does the head, which shares the embedding's weights.
 
     Args:
         model: The model, with plain (not quantized) layers.
@@ -48,12 +49,16 @@ class _DropoutEmbedding(nn.Embedding):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = super().__call__(x)
-        return drop(x, self._rate) if self.training else x
+        return drop(x, self._rate, (*x.shape[:-1], 1)) if self.training else x
 
 
-def drop(x: mx.array, rate: float) -> mx.array:
-    """Set values to 0 with probability `rate`, scale the others by ``1 / (1 - rate)``."""
-    if rate == 0.0:
-        return x
-    kept = mx.random.bernoulli(1.0 - rate, x.shape)
+def drop(x: mx.array, rate: float, shape: tuple[int, ...] | None = None) -> mx.array:
+    """Set values to 0 with probability `rate`, scale the others by ``1 / (1 - rate)``.
+
+    Args:
+        x: Any float.
+        rate: From 0 to less than 1.
+        shape: Broadcast with that of `x`: values that share a place in it share their fate.
+    """
+    kept = mx.random.bernoulli(1.0 - rate, x.shape if shape is None else shape)
     return mx.where(kept, x * (1.0 / (1.0 - rate)), mx.array(0.0, x.dtype))

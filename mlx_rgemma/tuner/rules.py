@@ -62,7 +62,7 @@ def learning_rate_schedule(
 
 
 def adamw(
-    learning_rate: Any, *, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+    learning_rate: Any, *, weight_decay: float, betas: tuple[float, float] = (0.9, 0.99)
 ) -> optim.Optimizer:
     """AdamW with bias correction, whose weight decay keeps to `decays`.
 

@@ -1,0 +1,153 @@
+"""The command `python -m mlx_rgemma.train`: a Griffin of one's own, from text files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_rgemma import command_line
+
+if TYPE_CHECKING:
+    from mlx_rgemma.tuner.recipe import Recipe
+
+DEFAULT_FOLDER = "griffin"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments; those that mlx_lm.lora has too are called the same."""
+    count, number = command_line.count, command_line.number
+    parser = argparse.ArgumentParser(
+        prog="mlx_rgemma.train",
+        description="Train a Griffin on text files, from scratch or further. A run that was"
+        " stopped goes on when the same command is given again.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("-c", "--config", metavar="FILE", help="A YAML recipe; options given here count before it.")
+    add(
+        "--data",
+        nargs="+",
+        metavar="PLACE[=WEIGHT]",
+        help="Text: .txt or .txt.xz files, or folders of them; blank lines separate documents."
+        " Each with its share of what is read, by default as much as it has bytes.",
+    )
+    add("--valid-data", nargs="+", metavar="PLACE", help="Text to measure the model on.")
+    add(
+        "--valid-fraction",
+        type=number(0, 0.9),
+        help="Without it, this share of the documents of --data is held out. Default: 0.01.",
+    )
+    add("--whole-files", action="store_true", help="Each file is one document.")
+    add("--save-path", help=f"Folder of the run. Default: {DEFAULT_FOLDER}.")
+    add("--init-from", metavar="FOLDER", help="Train this model further; 'embedded' is known.")
+    add("--shape", choices=("tiny", "small", "2b", "9b"), help="Default: tiny.")
+    add("--hidden-size", type=count(1), help="Width, of the recurrence too.")
+    add("--intermediate-size", type=count(2), help="Twice the width inside the MLP.")
+    add("--num-hidden-layers", type=count(1), help="Residual blocks.")
+    add("--num-attention-heads", type=count(1), help="Heads.")
+    add("--attention-window-size", type=count(1), help="Tokens that attention looks back.")
+    add("--tokenizer", metavar="FILE", help="A SentencePiece model; by default one is trained.")
+    add("--vocab-size", type=count(8), help="Tokens of the one that is trained. Default: 2048.")
+    add("--context-length", type=count(2), help="Tokens of a row. Default: 512.")
+    add("--batch-size", type=count(1), help="Rows of an iteration. Default: 4.")
+    add("--iters", type=count(1), help="Iterations of the whole run. Default: 1000.")
+    add("--grad-accumulation-steps", type=count(1), help="Iterations to an update. Default: 1.")
+    add("--learning-rate", type=number(0), help="The highest. Default: 3e-3.")
+    add("--min-learning-rate", type=number(0), help="The last. Default: 0.")
+    add("--lr-decay", choices=("cosine", "linear", "constant"), help="Default: cosine.")
+    add("--warmup", type=count(0), help="Updates until the highest rate. Default: 100.")
+    add("--weight-decay", type=number(0), help="Of matrices outside the RG-LRU. Default: 0.1.")
+    add("--max-grad-norm", type=number(0), help="Longest gradient; 0 for any. Default: 1.")
+    add("--dropout", type=number(0, 0.95), help="Default: 0.")
+    add(
+        "--average-decay",
+        type=number(0, 0.99999),
+        help="Evaluate and export a moving average of the weights. Default: 0, none.",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), help="Of computation. Default: float32.")
+    add("--save-dtype", choices=("float32", "bfloat16"), help="Of the model. Default: bfloat16.")
+    add("--seed", type=count(0), help="Default: 0.")
+    add("--steps-per-report", type=count(1), help="Default: 10.")
+    add("--steps-per-eval", type=count(1), help="Default: 200.")
+    add("--steps-per-save", type=count(1), help="Iterations between checkpoints. Default: 100.")
+    add("--sample-prompt", help="Begins the sample of each evaluation. Default: Once upon a time.")
+    add("--sample-tokens", type=count(1), help="Length of the sample. Default: 60.")
+    add("--plot", metavar="FILE", help="Draw the losses into this image at the end.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    return command_line.run(lambda: _train(args))
+
+
+SHAPE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "attention_window_size",
+)
+
+
+def read_recipe(args: argparse.Namespace) -> tuple[Recipe, Path, Path | None]:
+    """The recipe of the command line and its YAML file, the run's folder, and the plot's file.
+
+    Raises:
+        UserError: If the file cannot be read or says what is no setting.
+    """
+    from dataclasses import fields
+
+    from mlx_rgemma.tuner.recipe import Recipe, check_keys
+
+    options = vars(args)
+    values = _read_yaml(options.pop("config")) if "config" in options else {}
+    names = [f.name for f in fields(Recipe)]
+    check_keys(values, [*names, *SHAPE_KEYS, "save_path", "plot"], "the recipe")
+    values |= options
+    folder = Path(values.pop("save_path", DEFAULT_FOLDER)).expanduser()
+    plot = values.pop("plot", None)
+    changes = {**values.pop("shape_changes", {})}
+    changes |= {key: values.pop(key) for key in SHAPE_KEYS if key in values}
+    for name in ("data", "valid_data"):
+        given = values.get(name, [])
+        values[name] = (given,) if isinstance(given, str) else tuple(given)
+    return Recipe(**values, shape_changes=changes), folder, Path(plot) if plot else None
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    import yaml  # type: ignore[import-untyped]
+
+    from mlx_rgemma.errors import UserError
+
+    path = Path(name).expanduser()
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no settings.")
+    return values
+
+
+def _train(args: argparse.Namespace) -> None:
+    recipe, folder, plot = read_recipe(args)
+
+    from mlx_rgemma.tuner.loss import batch_loss
+    from mlx_rgemma.tuner.pretraining import LOG, MODEL, Pretraining
+    from mlx_rgemma.tuner.progress import ProgressLog, plot_log
+
+    run = Pretraining(recipe, folder)
+    for line in run.description():
+        print(line)
+    run.run(ProgressLog(folder / LOG, run.state.progress.iteration), batch_loss)
+    print(f"Saved final weights to {folder / MODEL}.")
+    if plot is not None:
+        plot_log(folder / LOG, plot)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

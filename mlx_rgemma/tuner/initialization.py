@@ -1,0 +1,63 @@
+"""How the weights of a new model begin (Griffin, arXiv:2402.19427, section 2.4; and its code).
+
+Matrices are normal with variance 1 / inputs; the last projection of each branch into the residual
+stream has that divided by the number of branches, so that the stream does not grow with the depth.
+Norms compute ``1 + weight`` and begin at 0, as do biases. Lambda is drawn so that ``a^c``, with
+``a = exp(-softplus(Lambda))`` and c = 8, is uniform between 0.9 and 0.999: where the recurrence gate
+is open, memories of ten to a thousand tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops.rg_lru import C
+
+LOWEST, HIGHEST = 0.9, 0.999
+"""Between them a^c begins."""
+
+
+def initialize(model: Model, seed: int) -> None:
+    """Give a model the weights that training begins with, in the dtypes that it has.
+
+    Args:
+        model: Any Griffin model.
+        seed: The weights follow from it, and from the order of the parameters, alone.
+    """
+    key = mx.random.key(seed)
+    branches = 2 * len(model.layers)
+    weights = []
+    for name, old in tree_flatten(model.parameters()):  # type: ignore[misc]
+        key, own = mx.random.split(key)
+        weights.append((name, _initial(name, old.shape, branches, own).astype(old.dtype)))
+    model.update(tree_unflatten(weights))
+    mx.eval(model.parameters())
+
+
+def _initial(name: str, shape: tuple[int, ...], branches: int, key: mx.array) -> mx.array:
+    kind = name.rsplit(".", 1)[-1]
+    if kind == "recurrent_param":
+        return initial_a_param(shape, key)
+    if kind == "bias" or kind.endswith("_bias") or "norm" in name:
+        return mx.zeros(shape)
+    if "gate_weight" in kind:  # (heads, inputs, outputs)
+        inputs = shape[1]
+    elif "conv_1d" in name:  # (channels, taps, 1)
+        inputs = shape[1]
+    else:  # (outputs, inputs); embeddings are multiplied with sqrt(width) when they are read
+        inputs = shape[-1]
+    variance = 1.0 / inputs
+    if any(last in name for last in ("linear_out", "o_proj", "down_proj")):
+        variance /= branches
+    return mx.random.normal(shape, key=key) * math.sqrt(variance)
+
+
+def initial_a_param(shape: tuple[int, ...], key: mx.array) -> mx.array:
+    """Lambda such that a^c is uniform between `LOWEST` and `HIGHEST`, fp32."""
+    power = mx.random.uniform(LOWEST, HIGHEST, shape, key=key)
+    # a^c = exp(-c softplus(Lambda)), and softplus(z) = log(1 + exp(z)).
+    return mx.log(mx.expm1(-mx.log(power) / C))

@@ -1,0 +1,294 @@
+"""Training a Griffin on text, from scratch or further, in a folder that it can go on from."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_rgemma.checkpoints.loading import load_model, read_dtype
+from mlx_rgemma.checkpoints.source import locate
+from mlx_rgemma.checkpoints.tokenizer import SENTENCEPIECE, load_tokenizer
+from mlx_rgemma.checkpoints.writing import save_model
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.tuner.average import WeightAverage
+from mlx_rgemma.tuner.batch import Batch
+from mlx_rgemma.tuner.batches import MixedRows, RowBatches, StreamedRows
+from mlx_rgemma.tuner.checkpoint import TrainingState, load_state, save_state
+from mlx_rgemma.tuner.corpus import Source, digest, hold_out, read_source
+from mlx_rgemma.tuner.dropout import add_dropout
+from mlx_rgemma.tuner.initialization import initialize
+from mlx_rgemma.tuner.loop import LoopSettings, TrainingCallback, fit
+from mlx_rgemma.tuner.packing import Documents, fit_pieces, lay_row, stack_rows
+from mlx_rgemma.tuner.recipe import Recipe
+from mlx_rgemma.tuner.rules import adamw, learning_rate_schedule
+from mlx_rgemma.tuner.tokenizer_training import train_tokenizer
+
+CHECKPOINT = "checkpoint.safetensors"
+LOG = "log.jsonl"
+MODEL = "model"
+
+PLACES = (
+    "data",
+    "valid_data",
+    "init_from",
+    "tokenizer",
+    "steps_per_report",
+    "steps_per_eval",
+    "steps_per_save",
+    "sample_prompt",
+    "sample_tokens",
+)
+"""Settings that may differ when a run is taken up: where things lie, and what is looked at."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text to measure a model on while it is trained.
+
+    Attributes:
+        batches: Packed, documents whole where a row holds them.
+        nbytes: Bytes of UTF-8, with one for the end of each document.
+    """
+
+    batches: Sequence[Batch]
+    nbytes: int
+
+    def measure(self, model: Model, loss: Any) -> dict[str, float]:
+        """The mean loss of a token, in nats, and the bits that a byte takes."""
+        total, tokens = 0.0, 0
+        for batch in self.batches:
+            found, counted = loss(model, batch)
+            total, tokens = total + found.item(), tokens + int(counted.item())
+        return {
+            "val_loss": total / tokens,
+            "val_bits_per_byte": total / math.log(2) / self.nbytes,
+        }
+
+
+class Pretraining:
+    """One training run.
+
+    Args:
+        recipe: How.
+        folder: Where checkpoint, log, tokenizer and the exported model lie. A checkpoint that is
+            there is gone on from.
+        group: Processes that share the work.
+
+    Raises:
+        UserError: If the recipe and its texts do not make a run.
+        CheckpointError: If what is in the folder cannot be gone on from.
+    """
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, group: mx.distributed.Group | None = None
+    ) -> None:
+        self.recipe, self.folder, self.group = recipe, folder, group
+        self.first = group is None or group.rank() == 0
+        sources, held = _texts(recipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer_file(sources)
+        self.tokenizer = load_tokenizer(folder)
+        self.model = self._model()
+        rows = [
+            StreamedRows(
+                encode(self.tokenizer, source.documents),
+                recipe.context_length,
+                _seed(recipe.seed, number),
+            )
+            for number, source in enumerate(sources)
+        ]
+        weights = [source.weight for source in sources]
+        self._shares = [
+            (source.name, int(row.documents.steps.sum()), source.weight / sum(weights))
+            for source, row in zip(sources, rows, strict=True)
+        ]
+        mixed = MixedRows(rows, weights, recipe.seed)
+        self.batches = RowBatches(mixed, recipe.batch_size)
+        self.held_out = hold(self.tokenizer, held, recipe) if held else None
+        self.state = self._state()
+        settings = {k: v for k, v in recipe.as_dict().items() if k not in PLACES}
+        self.fingerprint = {
+            **settings,
+            "weights": weights,
+            "texts": [digest(source.documents) for source in sources],
+        }
+        self.resumed = (folder / CHECKPOINT).exists()
+        if self.resumed:
+            load_state(folder / CHECKPOINT, self.state, self.fingerprint)
+
+    def description(self) -> list[str]:
+        """What is going to happen, in lines for the terminal."""
+        recipe, progress = self.recipe, self.state.progress
+        size = sum(value.size for _, value in tree_flatten(self.model.parameters()))  # type: ignore[misc]
+        per_iteration = recipe.batch_size * recipe.context_length
+        held = f"{self.held_out.nbytes} bytes" if self.held_out is not None else "nothing"
+        lines = [
+            f"Model: {size / 1e6:.2f} million parameters, vocabulary {self.model.args.vocab_size}",
+            *(
+                f"Text: {name}, {tokens} tokens, {share:.1%} of what is read,"
+                f" {share * per_iteration * recipe.iters / tokens:.2f} times"
+                for name, tokens, share in self._shares
+            ),
+            f"Held out: {held}",
+        ]
+        if self.resumed:
+            lines.append(f"Resuming after iteration {progress.iteration}")
+        return [*lines, f"Starting training..., iters: {recipe.iters}"]
+
+    def run(self, callback: TrainingCallback | None, loss: Any) -> None:
+        """Train to the end, then export the model.
+
+        Raises:
+            UserError: If the loss stops being a finite number.
+            KeyboardInterrupt: After Ctrl-C, with checkpoint and model as they are then.
+        """
+        recipe = self.recipe
+        fit(
+            self.state,
+            self.batches,
+            LoopSettings(
+                recipe.iters,
+                recipe.grad_accumulation_steps,
+                recipe.max_grad_norm,
+                recipe.steps_per_report,
+                recipe.steps_per_eval,
+                recipe.steps_per_save,
+                recipe.seed,
+            ),
+            loss,
+            evaluate=(lambda: self.evaluate(loss)) if self.held_out is not None else None,
+            save=self.save if self.first else None,
+            callback=callback if self.first else None,
+            group=self.group,
+            compute_dtype=None if recipe.dtype == "float32" else read_dtype(recipe.dtype),
+        )
+        if self.first:
+            self.export()
+
+    def evaluate(self, loss: Any) -> dict[str, Any]:
+        """Measure the weights that would be exported, and have them write a sample."""
+        found: dict[str, Any] = {}
+        with self.exported_weights():
+            assert self.held_out is not None
+            found |= self.held_out.measure(self.model, loss)
+            if self.recipe.sample_prompt is not None:
+                found["sample"] = self.sample()
+        return found
+
+    def exported_weights(self) -> Any:
+        """A context in which the model has the weights that are exported."""
+        from contextlib import nullcontext
+
+        average = self.state.average
+        return nullcontext() if average is None else average.applied(self.model)
+
+    def sample(self) -> str:
+        """What the model writes, greedily."""
+        from mlx_rgemma.generation import generate
+
+        prompt = self.recipe.sample_prompt or ""
+        return generate(self.model, self.tokenizer, prompt, max_tokens=self.recipe.sample_tokens)
+
+    def save(self, state: TrainingState) -> None:
+        """Write the checkpoint."""
+        save_state(self.folder / CHECKPOINT, state, self.fingerprint)
+
+    def export(self) -> None:
+        """Write the model in Hugging Face's layout, in place of the one before."""
+        target = self.folder / MODEL
+        fresh = self.folder / f"{MODEL}.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        with self.exported_weights():
+            save_model(
+                fresh, self.model, source=self.folder, dtype=read_dtype(self.recipe.save_dtype)
+            )
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.rename(target)
+
+    def _tokenizer_file(self, sources: Sequence[Source]) -> None:
+        """See that the folder has a `tokenizer.model`."""
+        recipe, path = self.recipe, self.folder / SENTENCEPIECE
+        if path.exists() or not self.first:
+            return
+        given = recipe.tokenizer
+        if given is None and recipe.init_from is not None:
+            given = str(locate(recipe.init_from).folder / SENTENCEPIECE)
+        partial = path.with_suffix(".partial")
+        if given is None:
+            texts = (d for source in sources for d in source.documents)
+            train_tokenizer(texts, recipe.vocab_size, partial)
+        else:
+            if not Path(given).is_file():
+                raise UserError(f"{given}: no such file; give a SentencePiece tokenizer.model.")
+            shutil.copyfile(given, partial)
+        os.replace(partial, path)
+
+    def _model(self) -> Model:
+        recipe = self.recipe
+        if recipe.init_from is not None:
+            model, _ = load_model(recipe.init_from, dtype="float32")
+        else:
+            model = Model(recipe.config(len(self.tokenizer.get_vocab())))
+            initialize(model, recipe.seed)
+        if recipe.dropout:
+            add_dropout(model, recipe.dropout)
+        return model
+
+    def _state(self) -> TrainingState:
+        recipe = self.recipe
+        schedule = learning_rate_schedule(
+            recipe.learning_rate,
+            recipe.iters // recipe.grad_accumulation_steps,
+            warmup=recipe.warmup,
+            decay=recipe.lr_decay,
+            end=recipe.min_learning_rate,
+        )
+        optimizer = adamw(schedule, weight_decay=recipe.weight_decay)
+        average = WeightAverage(self.model, recipe.average_decay) if recipe.average_decay else None
+        return TrainingState(self.model, optimizer, average)
+
+
+def encode(tokenizer: Any, documents: Sequence[str]) -> Documents:
+    """Texts in tokens, each between begin-of-text and end-of-text."""
+    eos = tokenizer.eos_token_id
+    return Documents.of([[*tokenizer.encode(text), eos] for text in documents])
+
+
+def hold(tokenizer: Any, documents: Sequence[str], recipe: Recipe) -> HeldOut:
+    """Lay held-out texts into batches."""
+    encoded = encode(tokenizer, documents)
+    length, size = recipe.context_length, recipe.batch_size
+    rows = [lay_row(encoded, pieces, length) for pieces in fit_pieces(encoded.steps, length)]
+    batches = [stack_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
+    return HeldOut(batches, sum(len(d.encode()) + 1 for d in documents))
+
+
+def _texts(recipe: Recipe) -> tuple[list[Source], list[str]]:
+    """What is read, and what is held out."""
+    if not recipe.data:
+        raise UserError("there is no text to train on; name it with --data.")
+    sources, held = [], []
+    for place in recipe.data:
+        source = read_source(place, whole_files=recipe.whole_files)
+        if not recipe.valid_data and recipe.valid_fraction:
+            source, part = hold_out(source, recipe.valid_fraction)
+            held.extend(part)
+        sources.append(source)
+    for place in recipe.valid_data:
+        held.extend(read_source(place, whole_files=recipe.whole_files).documents)
+    return sources, held
+
+
+def _seed(seed: int, number: int) -> int:
+    """Another seed for each source."""
+    return seed * 1000 + number

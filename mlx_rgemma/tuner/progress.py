@@ -1,0 +1,133 @@
+"""How training goes: lines on the terminal, a log of JSON lines, a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.tuner.loop import TrainingCallback
+
+
+def train_line(info: dict[str, Any]) -> str:
+    """A report of the loop as mlx-lm prints it."""
+    return (
+        f"Iter {info['iteration']}: Train loss {info['train_loss']:.3f},"
+        f" Learning Rate {info['learning_rate']:.3e},"
+        f" It/sec {info['iterations_per_second']:.3f},"
+        f" Tokens/sec {info['tokens_per_second']:.3f},"
+        f" Trained Tokens {info['trained_tokens']},"
+        f" Peak mem {info['peak_memory']:.3f} GB"
+    )
+
+
+def val_line(info: dict[str, Any]) -> str:
+    """An evaluation as mlx-lm prints it, and what else was measured."""
+    line = f"Iter {info['iteration']}: Val loss {info['val_loss']:.3f}"
+    if "val_bits_per_byte" in info:
+        line += f", Val bits/byte {info['val_bits_per_byte']:.4f}"
+    line += f", Val took {info['val_time']:.3f}s"
+    if "sample" in info:
+        line += "\n  " + " ".join(info["sample"].split())
+    return line
+
+
+class ProgressLog(TrainingCallback):
+    """Prints reports, and appends each to a file as a line of JSON.
+
+    Lines of iterations that a resumed run is going to repeat are removed first, so that the file
+    reads like that of a run that never stopped.
+
+    Args:
+        path: The file; None for none.
+        done: Iterations done before.
+        show: Prints a line.
+    """
+
+    def __init__(self, path: Path | None, done: int, show: Callable[[str], None] = print) -> None:
+        self.path, self.show = path, show
+        if path is not None and path.exists():
+            kept = [line for line in read_log(path) if done and line["iteration"] <= done]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(partial, path)
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        self._add(train_info, train_line(train_info))
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        self._add(val_info, val_line(val_info))
+
+    def _add(self, info: dict[str, Any], line: str) -> None:
+        self.show(line)
+        if self.path is not None:
+            rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in info.items()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rounded) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last one that was cut off by a kill is left out.
+
+    Raises:
+        UserError: If there is none, or it is no log.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; training writes it.")
+    found = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not JSON.") from error
+    return found
+
+
+def plot_log(log: Path, target: Path) -> None:
+    """Draw the losses and the learning rate of a log.
+
+    Args:
+        log: A file that `ProgressLog` wrote.
+        target: An image file; its suffix says which kind.
+
+    Raises:
+        UserError: If matplotlib is not installed, or there is nothing to draw.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib: pip install 'mlx-rgemma[plot]'.") from error
+    lines = read_log(log)
+    trained = [line for line in lines if "train_loss" in line]
+    measured = [line for line in lines if "val_loss" in line]
+    if not trained:
+        raise UserError(f"{log}: holds no report to draw.")
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    at = [line["iteration"] for line in trained]
+    axes.plot(at, [line["train_loss"] for line in trained], lw=1, label="training")
+    if measured:
+        points = [(line["iteration"], line["val_loss"]) for line in measured]
+        axes.plot(*zip(*points, strict=True), "o-", ms=3, label="held out")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("loss, nats a token")
+    axes.legend(loc="upper right")
+    rate = axes.twinx()
+    rate.plot(at, [line["learning_rate"] for line in trained], color="0.7", lw=1)
+    rate.set_ylabel("learning rate", color="0.5")
+    partial = target.with_name(f".{target.stem}.partial{target.suffix}")
+    try:
+        figure.savefig(partial)
+        os.replace(partial, target)
+    except ValueError as error:  # an unknown suffix
+        raise UserError(f"{target}: {' '.join(str(error).split())}") from error
+    finally:
+        plt.close(figure)
+        partial.unlink(missing_ok=True)
