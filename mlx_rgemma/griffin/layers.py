@@ -221,10 +221,10 @@ class ResidualBlock(nn.Module):
         self.channel_pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_block = MLPBlock(config)
 
-    def fuse(self) -> None:
+    def join_projections(self) -> None:
         """Join the projections that read the same input."""
-        self.temporal_block.fuse()
-        self.mlp_block.fuse()
+        self.temporal_block.join_projections()
+        self.mlp_block.join_projections()
 
     def __call__(
         self,

@@ -147,7 +147,7 @@ class Model(nn.Module):
         that they replace run by themselves again.
         """
         for layer in self.layers:
-            layer.fuse()
+            layer.join_projections()
 
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Names and layouts of a file as this class has them. Does nothing to its own output."""

@@ -70,7 +70,7 @@ class SharedInputBlock(nn.Module):
 
     shared: tuple[str, ...] = ()
 
-    def fuse(self) -> None:
+    def join_projections(self) -> None:
         """Join the layers named in `shared`, if they can be."""
         layers = [self[name] for name in self.shared]
         if FusedProjection.can_join(layers):
