@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,6 +44,14 @@ class Progress:
     trained_tokens: int = 0
 
 
+class Carried(Protocol):
+    """What is handed from one batch to the next beside the weights."""
+
+    def arrays(self) -> dict[str, mx.array]: ...
+
+    def restore(self, arrays: dict[str, mx.array]) -> None: ...
+
+
 @dataclass
 class TrainingState:
     """What a run changes while it goes on.
@@ -53,12 +61,14 @@ class TrainingState:
         optimizer: Its moments, step and learning rate.
         average: The average of the weights, if one is kept.
         progress: How far the run is.
+        carried: The model's state at the end of the last batch, if the next one goes on from it.
     """
 
     model: nn.Module
     optimizer: optim.Optimizer
     average: WeightAverage | None = None
     progress: Progress = field(default_factory=Progress)
+    carried: Carried | None = None
 
     def arrays(self) -> dict[str, mx.array]:
         """All arrays of the state, by name."""
@@ -70,6 +80,8 @@ class TrainingState:
         arrays = dict(flat)
         if self.average is not None:
             arrays |= {f"average.{name}": value for name, value in self.average.weights.items()}
+        if self.carried is not None:
+            arrays |= {f"carried.{name}": value for name, value in self.carried.arrays().items()}
         return arrays
 
 
@@ -133,7 +145,9 @@ def load_state(path: Path, state: TrainingState, fingerprint: Mapping[str, Any])
         raise CheckpointError(f"{path}: not a checkpoint of a training run.")
     _compare(path, json.loads(metadata["fingerprint"]), json.loads(json.dumps(dict(fingerprint))))
     _check_shapes(path, arrays, state)
-    groups: dict[str, dict[str, mx.array]] = {"model": {}, "optimizer": {}, "average": {}}
+    groups: dict[str, dict[str, mx.array]] = {
+        group: {} for group in ("model", "optimizer", "average", "carried")
+    }
     for name, value in arrays.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = value
@@ -141,6 +155,8 @@ def load_state(path: Path, state: TrainingState, fingerprint: Mapping[str, Any])
     state.optimizer.state = tree_unflatten(list(groups["optimizer"].items()))
     if state.average is not None:
         state.average.weights = groups["average"]
+    if state.carried is not None:
+        state.carried.restore(groups["carried"])
     state.progress = Progress(**json.loads(metadata["progress"]))
     mx.eval(list(arrays.values()))
 

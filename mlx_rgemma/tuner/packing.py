@@ -95,9 +95,7 @@ def fit_pieces(steps: Sequence[int] | np.ndarray, row_length: int) -> list[list[
     return rows
 
 
-def cut_row(
-    order: np.ndarray, ends: np.ndarray, number: int, row_length: int
-) -> list[Piece]:
+def cut_row(order: np.ndarray, ends: np.ndarray, number: int, row_length: int) -> list[Piece]:
     """One row of documents laid end to end and cut wherever a row is full.
 
     Args:
@@ -106,7 +104,11 @@ def cut_row(
         number: Which row; every row but the last is full.
         row_length: Steps of a row.
     """
-    at, stop = number * row_length, (number + 1) * row_length
+    return cut_line(order, ends, number * row_length, (number + 1) * row_length)
+
+
+def cut_line(order: np.ndarray, ends: np.ndarray, at: int, stop: int) -> list[Piece]:
+    """Steps `at` to `stop` of documents laid end to end; `order` and `ends` as for `cut_row`."""
     pieces = []
     place = int(np.searchsorted(ends, at, side="right"))
     while at < stop and place < len(order):

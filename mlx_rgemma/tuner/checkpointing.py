@@ -1,0 +1,73 @@
+"""Gradient checkpointing: a layer keeps its input, and computes the rest again going backward."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rgemma.griffin.cache import GriffinCache, RecurrentCache
+from mlx_rgemma.griffin.layers import ResidualBlock
+from mlx_rgemma.griffin.layout import TokenLayout
+from mlx_rgemma.griffin.model import Model
+
+
+def checkpoint_layers(model: Model) -> None:
+    """Have a model's layers compute their activations again when gradients are computed.
+
+    A step then takes the time of one forward pass more, and holds the activations of one layer
+    beside the input of each. The parameters keep their names; in evaluation mode nothing changes.
+    """
+    for layer in model.layers:
+        layer.__class__ = _Checkpointed
+
+
+class _Checkpointed(ResidualBlock):
+    """A layer whose `mx.checkpoint` takes and gives all that it reads and writes.
+
+    The layer runs twice. Its state, going in and coming out, are arguments and results, and dropout
+    has a seed, so that both times it computes the same.
+    """
+
+    def __call__(self, x: mx.array, layout: TokenLayout, cache: Any = None) -> mx.array:
+        if not self.training:
+            return super().__call__(x, layout, cache)
+        seed = _draw_seed()
+        heads: list[int] = []
+
+        def run(parameters: Any, x: mx.array, state: list[mx.array]) -> Any:
+            self.update(parameters)
+            own = copy.copy(cache)
+            _set_arrays(own, state)
+            mx.random.seed(seed)
+            x = ResidualBlock.__call__(self, x, layout, own)
+            heads.append(getattr(own, "head", 0))
+            return [x, *_arrays(own)]
+
+        parameters = self.trainable_parameters()
+        x, *state = mx.checkpoint(run)(parameters, x, _arrays(cache))
+        self.update(parameters)
+        _set_arrays(cache, state)
+        if hasattr(cache, "head"):
+            cache.head = heads[0]
+        return x
+
+
+def _arrays(cache: GriffinCache | None) -> list[mx.array]:
+    if cache is None:
+        return []
+    return [cache.h, cache.conv] if isinstance(cache, RecurrentCache) else [cache.kv]
+
+
+def _set_arrays(cache: GriffinCache | None, arrays: list[mx.array]) -> None:
+    if isinstance(cache, RecurrentCache):
+        cache.h, cache.conv = arrays
+    elif cache is not None:
+        (cache.kv,) = arrays
+
+
+def _draw_seed() -> int:
+    """A seed from MLX's random state; the state can be set from a number only."""
+    high, low = mx.random.randint(0, 1 << 30, (2,)).tolist()  # type: ignore[misc]
+    return (high << 30) | low
