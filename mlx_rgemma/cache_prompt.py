@@ -52,6 +52,8 @@ def _cache_prompt(args: argparse.Namespace) -> None:
         with open(args.prompt_file, encoding="utf-8") as file:
             _read_and_save(args, file, target)
     else:
+        if args.prompt == "-":
+            command_line.refuse_stdin("--prompt -")
         text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
         with nullcontext(sys.stdin if args.prompt == "-" else text) as source:
             _read_and_save(args, source, target)

@@ -118,6 +118,8 @@ class Chat:
     def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+        from mlx_rgemma.distributed import agreed
+
         self.args, self.model, self.tokenizer = args, model, tokenizer
         sampler = make_sampler(
             args.temp,
@@ -139,7 +141,7 @@ class Chat:
         self.options = {
             "max_tokens": args.max_tokens,
             "stop": args.stop,
-            "sampler": sampler,
+            "sampler": agreed(sampler),
             "logits_processors": processors,
         }
         if args.prompt_cache_file is None:

@@ -17,17 +17,24 @@ if TYPE_CHECKING:
 def run(command: Callable[[], int | None]) -> int:
     """Run a command and turn what stopped it into an exit status.
 
+    Under `mlx.launch`, the other processes end when this one has failed, and are waited for when
+    it has not.
+
     Returns:
         The command's own status (None counts as 0), 1 after a `UserError` or an operating system
         error (told in one line on stderr), 130 after Ctrl-C, 0 when the reader of a pipe left.
     """
+    problem: str | None = "stopped"
     try:
         status = command() or 0
         sys.stdout.flush()
+        problem = None if status == 0 else f"ended with status {status}"
         return status
     except UserError as error:
-        return _fail(str(error))
+        problem = f"stopped: {_line(error)}"
+        return _fail(_line(error))
     except KeyboardInterrupt:
+        problem = "was interrupted"
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -36,11 +43,30 @@ def run(command: Callable[[], int | None]) -> int:
         return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
+        problem = f"stopped: {where}{error.strerror or error}"
         return _fail(f"{where}{error.strerror or error}")
+    except RuntimeError:
+        if (distributed := _distributed()) is not None:
+            distributed.lost_by_others()
+        raise
+    finally:
+        if (distributed := _distributed()) is not None:
+            distributed.leave(problem)
+
+
+def _distributed() -> Any:
+    """The module that joins processes, if it has been needed."""
+    return sys.modules.get("mlx_rgemma.distributed")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    distributed = _distributed()
+    if distributed is None or distributed.rank() == 0:  # which is told of it, and tells the user
+        print(f"error: {message}", file=sys.stderr)
     return 1
 
 
@@ -72,6 +98,16 @@ def number(minimum: float, maximum: float = float("inf")) -> Callable[[str], flo
 
     parse.__name__ = "number"
     return parse
+
+
+def refuse_stdin(argument: str) -> None:
+    """Refuse to read stdin to its end under `mlx.launch`, which passes lines on but no end.
+
+    Raises:
+        UserError: If this process was started by it.
+    """
+    if "MLX_RANK" in os.environ:
+        raise UserError(f"{argument} has no end under mlx.launch; give a file.")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -109,14 +145,20 @@ def add_state(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
     """The model that the arguments of `add_model` and `add_state` ask for, and its tokenizer.
 
+    Under `mlx.launch` it is shared by the processes.
+
     Raises:
         UserError: If it cannot be loaded, or its state was to be limited, which it is by itself.
     """
-    from mlx_rgemma import load
+    from mlx_rgemma import distributed, load
     from mlx_rgemma.griffin.cache import state_nbytes
 
     model, tokenizer = load(
-        args.model, dtype=args.dtype, adapter_path=args.adapter_path, window=args.window
+        args.model,
+        dtype=args.dtype,
+        adapter_path=args.adapter_path,
+        window=args.window,
+        group=distributed.join(getattr(args, "seed", None)),
     )
     if args.kv_bits is not None or args.max_kv_size is not None:
         megabytes = state_nbytes(model.make_cache()) / 1e6

@@ -126,6 +126,8 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
     from mlx_rgemma.errors import UserError
 
     texts = [text.replace("\\n", "\n").replace("\\t", "\t") for text in args.prompt or []]
+    if "-" in texts:
+        command_line.refuse_stdin("--prompt -")
     if texts.count("-") > 1:
         raise UserError("--prompt - was given twice; stdin can be read once.")
     prompts = [sys.stdin.read() if text == "-" else text for text in texts]
@@ -199,10 +201,13 @@ def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[st
 def _sampling(args: argparse.Namespace, *, drafting: bool = False) -> tuple[Any, list[Any]]:
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+    from mlx_rgemma.distributed import agreed
     from mlx_rgemma.sampling import Sampler
 
     make: Any = Sampler if drafting else make_sampler
     sampler = make(args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, top_k=args.top_k)
+    if not drafting:
+        sampler = agreed(sampler)
     processors = make_logits_processors(
         repetition_penalty=args.repetition_penalty,
         repetition_context_size=args.repetition_context_size,

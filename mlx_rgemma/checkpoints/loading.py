@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlx_rgemma.checkpoints.contents import Contents, check_contents
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
+from mlx_rgemma.checkpoints.parts import read_parts
 from mlx_rgemma.checkpoints.recognition import refuse_unconverted
 from mlx_rgemma.checkpoints.safetensors import check_file
 from mlx_rgemma.checkpoints.source import locate
@@ -30,6 +31,7 @@ def load(
     lazy: bool = False,
     window: str = "google",
     revision: str | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Model, Any]:
     """A model and its tokenizer.
 
@@ -43,19 +45,26 @@ def load(
         window: "google" for the attention window that the released models were trained with,
             "hf" for one key less, as transformers and mlx-lm have it.
         revision: Branch, tag or commit of a repository.
+        group: Processes that share the model; each reads its part of the files only.
 
     Returns:
         The model, and mlx-lm's `TokenizerWrapper`.
 
     Raises:
         CheckpointError: If anything is missing, damaged or does not fit; the message says what.
+        UserError: If the processes cannot share the model, or are to share adapters.
     """
     chosen = _choose_dtype(dtype)
+    if group is not None and adapter_path is not None:
+        raise UserError(
+            "adapters cannot be shared by several processes; put them into the model first, with"
+            " mlx_rgemma.fuse."
+        )
     source = locate(path_or_repo, revision)
     refuse_unconverted(source.folder)
     folder = CheckpointFolder.open(source.folder)
     tokenizer = load_tokenizer(source.folder, folder.config.eos_token_ids, name=source.name)
-    model, _ = _load_model(folder, chosen, lazy or adapter_path is not None, window)
+    model, _ = _load_model(folder, chosen, lazy or adapter_path is not None, window, group)
     if adapter_path is not None:
         _load_adapters(model, Path(adapter_path).expanduser())
         if not lazy:
@@ -120,7 +129,11 @@ def _choose_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
 
 
 def _load_model(
-    folder: CheckpointFolder, dtype: mx.Dtype | None, lazy: bool, window: str
+    folder: CheckpointFolder,
+    dtype: mx.Dtype | None,
+    lazy: bool,
+    window: str,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Model, GriffinConfig]:
     # A file that was made for the other rule keeps it unless it is asked for.
     config = folder.config if window == "google" else folder.config.with_window(window)
@@ -130,6 +143,9 @@ def _load_model(
     if quantized:
         nn.quantize(model, class_predicate=lambda path, _: quantized.get(path, False))
     weights = model.sanitize(read_tensors(folder, contents))
+    if group is not None:
+        model.shard(group)
+        weights = read_parts(weights, folder.tensors, group.rank(), group.size())
     if dtype is not None:
         weights = {
             name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value

@@ -98,8 +98,8 @@ def shard_model(model: Model, group: mx.distributed.Group) -> None:
         numbers = ", ".join(str(n) for n in possible if n > 1) or "none but 1"
         quantized = " as it is quantized" if model.args.quantization is not None else ""
         raise UserError(
-            f"{size} processes cannot share this model of {model.args.num_attention_heads} heads and"
-            f" {model.args.intermediate_size // 2} MLP channels{quantized}; numbers that can:"
+            f"{size} processes cannot share this model of {model.args.num_attention_heads} heads"
+            f" and {model.args.intermediate_size // 2} MLP channels{quantized}; numbers that can:"
             f" {numbers}."
         )
     for layer in model.layers:
@@ -147,7 +147,7 @@ def split_state(cache: Sequence[GriffinCache], rank: int, size: int) -> list[Gri
 
 def _recurrent(layer: RecurrentCache, change: Any) -> RecurrentCache:
     h, conv, positions = layer.state
-    return RecurrentCache.from_state((change(layer.h), change(layer.conv), positions))
+    return RecurrentCache.from_state((change(h), change(conv), positions))
 
 
 def _gather(array: mx.array, group: mx.distributed.Group) -> mx.array:

@@ -1,0 +1,191 @@
+"""The group of processes that a command runs in under `mlx.launch`.
+
+One place where it is joined and left. Whoever is not the first process prints nothing but errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rgemma import peers
+from mlx_rgemma.errors import UserError
+
+
+class _Membership:
+    """This process's place in the group; there is one of these, `_here`."""
+
+    joined = False
+    group: mx.distributed.Group | None = None
+    peers: peers.Peers | None = None
+
+
+_here = _Membership()
+
+
+def join(seed: int | None = None) -> mx.distributed.Group | None:
+    """The group that this process is part of, or None if it is by itself.
+
+    The first call waits for the other processes, for `peers.timeout_seconds` at most, and from
+    then on this process ends with a message when another one is lost.
+
+    Args:
+        seed: Of the random numbers, which are the same on all processes; any, when omitted.
+
+    Raises:
+        UserError: If a process does not come, or MLX cannot connect them.
+    """
+    if not _here.joined:
+        place = peers.Place.from_environment()
+        if place is not None:
+            timeout = peers.timeout_seconds()
+            _here.peers = peers.Peers(place, timeout, peers.end_process)
+            _here.peers.meet()
+            if place.rank > 0:
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+        alone = place is None and "MLX_RANK" in os.environ  # mlx.launch -n 1
+        group = None if alone else _connect(place)
+        _here.joined = True
+        if group is not None and group.size() > 1:
+            _here.group = group
+            mx.random.seed(share(time.time_ns() & 0xFFFFFFFF if seed is None else seed))
+    return _here.group
+
+
+def group() -> mx.distributed.Group | None:
+    """The group that was joined, if it was."""
+    return _here.group
+
+
+def rank() -> int:
+    """This process's number: 0 for the first one, which reads, writes and prints."""
+    return 0 if _here.group is None else _here.group.rank()
+
+
+def leave(problem: str | None = None) -> None:
+    """Part from the others: when all are done, or at once where this one has failed.
+
+    Args:
+        problem: Why this process cannot go on; the others end with it.
+    """
+    line, _here.peers = _here.peers, None
+    if line is None:
+        return
+    if problem is not None:
+        line.lost(problem)
+        return
+    if _here.group is not None:
+        _settle()
+    line.part()
+
+
+def lost_by_others() -> None:
+    """Give word of a lost process the time to come; it ends this one with a better message."""
+    if _here.peers is not None:
+        time.sleep(2.0)
+
+
+def share(value: Any) -> Any:
+    """The first process's value, on all of them; what the others pass is not looked at."""
+    if _here.group is None:
+        return value
+    data = pickle.dumps(value) if rank() == 0 else b""
+    _settle()
+    size: Any = _sum(mx.array(len(data), mx.int32)).item()
+    mine = mx.array(list(data), mx.uint8) if rank() == 0 else mx.zeros(size, mx.uint8)
+    return pickle.loads(bytes(memoryview(_sum(mine))))  # type: ignore[arg-type]
+
+
+def share_arrays(arrays: Sequence[mx.array] | None) -> list[mx.array]:
+    """The first process's arrays, on all of them; the others pass None."""
+    if _here.group is None:
+        return list(arrays or ())
+    kinds = share([(a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in arrays or ()])
+    if rank() > 0:
+        arrays = [mx.zeros(shape, getattr(mx, dtype)) for shape, dtype in kinds]
+    return [
+        _sum(mx.contiguous(a).flatten().view(mx.uint8)).view(a.dtype).reshape(a.shape)
+        for a in arrays or ()
+    ]
+
+
+def outcome(work: Callable[[], Any]) -> Any:
+    """Do something on the first process only; a `UserError` there is one on all.
+
+    Returns:
+        What it returned, on all of them.
+    """
+    answer: Any = None
+    problem: Exception | None = None
+    if rank() == 0:
+        try:
+            answer = work()
+        except (UserError, OSError) as error:
+            problem = error
+    answer, problem = share((answer, problem))
+    if problem is not None:
+        raise problem
+    return answer
+
+
+def agreed(sampler: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """A sampler whose tokens are the first process's on all of them.
+
+    Sums may differ in the last bit between processes, where a back end adds in another order or a
+    machine is of another make, and a token once in a long while with them.
+    """
+    if _here.group is None:
+        return sampler
+
+    def choose(logprobs: mx.array) -> mx.array:
+        token = sampler(logprobs)
+        return _sum(token if rank() == 0 else mx.zeros_like(token))
+
+    return choose
+
+
+def _sum(array: mx.array) -> mx.array:
+    return mx.distributed.all_sum(array, group=_here.group)
+
+
+def _settle() -> None:
+    """Let what is under way come to its end: messages of two streams must not mix."""
+    mx.synchronize()
+    generating = sys.modules.get("mlx_lm.generate")
+    if generating is not None:
+        mx.synchronize(generating.generation_stream)
+
+
+def _connect(place: peers.Place | None) -> mx.distributed.Group:
+    try:
+        with _deadline(None if place is None else peers.timeout_seconds()):
+            group = mx.distributed.init(strict=place is not None)
+    except RuntimeError as error:
+        raise UserError(f"MLX cannot connect the processes: {error}.") from error
+    if place is not None and (group.rank(), group.size()) != (place.rank, place.size):
+        raise UserError(
+            f"mlx.launch started rank {place.rank} of {place.size}, MLX made it"
+            f" {group.rank()} of {group.size()}; check --backend and the hostfile."
+        )
+    return group
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float | None) -> Iterator[None]:
+    """End the process if this takes longer. MLX connects without letting other threads run."""
+    if seconds is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
