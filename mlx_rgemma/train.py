@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_rgemma import command_line
 
@@ -80,7 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = build_parser().parse_args(argv)
+    args = sys.argv[1:] if argv is None else argv
+    build_parser().parse_args(args)  # mistakes in the options, and --help, before anything else
     return command_line.run(lambda: _train(args))
 
 
@@ -93,48 +95,60 @@ SHAPE_KEYS = (
 )
 
 
-def read_recipe(args: argparse.Namespace) -> tuple[Recipe, Path, Path | None]:
+def read_recipe(argv: Sequence[str]) -> tuple[Recipe, Path, Path | None]:
     """The recipe of the command line and its YAML file, the run's folder, and the plot's file.
 
     Raises:
-        UserError: If the file cannot be read or says what is no setting.
+        UserError: If the file cannot be read, or says what is no setting.
     """
-    from dataclasses import fields
+    from mlx_rgemma.tuner.recipe import Recipe
 
-    from mlx_rgemma.tuner.recipe import Recipe, check_keys
-
-    options = vars(args)
-    values = _read_yaml(options.pop("config")) if "config" in options else {}
-    names = [f.name for f in fields(Recipe)]
-    check_keys(values, [*names, *SHAPE_KEYS, "save_path", "plot"], "the recipe")
-    values |= options
+    args = vars(build_parser().parse_args(argv))
+    file = args.pop("config", None)
+    values = {**(_read_yaml(Path(file).expanduser()) if file else {}), **args}
     folder = Path(values.pop("save_path", DEFAULT_FOLDER)).expanduser()
     plot = values.pop("plot", None)
-    changes = {**values.pop("shape_changes", {})}
-    changes |= {key: values.pop(key) for key in SHAPE_KEYS if key in values}
+    changes = {key: values.pop(key) for key in SHAPE_KEYS if key in values}
     for name in ("data", "valid_data"):
-        given = values.get(name, [])
-        values[name] = (given,) if isinstance(given, str) else tuple(given)
+        values[name] = tuple(values.get(name, ()))
     return Recipe(**values, shape_changes=changes), folder, Path(plot) if plot else None
 
 
-def _read_yaml(name: str) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a recipe, checked as the options of the same names are."""
     import yaml  # type: ignore[import-untyped]
 
     from mlx_rgemma.errors import UserError
 
-    path = Path(name).expanduser()
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no settings.")
-    return values
+    options: list[str] = []
+    for key, value in values.items():
+        option = "--" + str(key).replace("_", "-")
+        if isinstance(value, list):
+            options += [option, *map(str, value)]
+        elif value is True:
+            options.append(option)
+        elif value is not None and value is not False:
+            options.append(f"{option}={value}")
+    parser = build_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{path}: {message}.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    found = vars(parser.parse_args(options))
+    if "config" in found:
+        refuse("a recipe cannot name another")
+    return found
 
 
-def _train(args: argparse.Namespace) -> None:
-    recipe, folder, plot = read_recipe(args)
+def _train(argv: Sequence[str]) -> None:
+    recipe, folder, plot = read_recipe(argv)
 
     from mlx_rgemma.tuner.loss import batch_loss
     from mlx_rgemma.tuner.pretraining import LOG, MODEL, Pretraining
@@ -143,7 +157,11 @@ def _train(args: argparse.Namespace) -> None:
     run = Pretraining(recipe, folder)
     for line in run.description():
         print(line)
-    run.run(ProgressLog(folder / LOG, run.state.progress.iteration), batch_loss)
+    try:
+        run.run(ProgressLog(folder / LOG, run.state.progress.iteration), batch_loss)
+    except KeyboardInterrupt:
+        print(f"Stopped after iteration {run.state.progress.iteration}; the same command goes on.")
+        raise
     print(f"Saved final weights to {folder / MODEL}.")
     if plot is not None:
         plot_log(folder / LOG, plot)

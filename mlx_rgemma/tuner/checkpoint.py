@@ -138,9 +138,10 @@ def load_state(path: Path, state: TrainingState, fingerprint: Mapping[str, Any])
     """
     check_file(path)
     try:
-        arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
+        loaded: Any = mx.load(str(path), return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    arrays, metadata = loaded
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of a training run.")
     _compare(path, json.loads(metadata["fingerprint"]), json.loads(json.dumps(dict(fingerprint))))

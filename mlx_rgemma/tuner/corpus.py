@@ -65,17 +65,18 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, tuple[str, ...]]:
     Returns:
         The rest, and what was set aside.
     """
-    kept, held = [], []
+    kept: list[str] = []
+    held: list[str] = []
     for document in source.documents:
         (held if zlib.crc32(document.encode()) < fraction * 2**32 else kept).append(document)
     return Source(source.name, source.weight, tuple(kept)), tuple(held)
 
 
-def digest(documents: Iterable[str]) -> str:
+def digest(documents: Iterable[str | bytes]) -> str:
     """A short fingerprint of texts."""
     found = hashlib.sha256()
     for document in documents:
-        data = document.encode()
+        data = document.encode() if isinstance(document, str) else document
         found.update(len(data).to_bytes(8, "little") + data)
     return found.hexdigest()[:16]
 

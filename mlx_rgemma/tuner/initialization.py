@@ -1,15 +1,17 @@
-"""How the weights of a new model begin (Griffin, arXiv:2402.19427, section 2.4; and its code).
+"""How the weights of a new model begin (Griffin, arXiv:2402.19427, section 2.4).
 
-Matrices are normal with variance 1 / inputs; the last projection of each branch into the residual
-stream has that divided by the number of branches, so that the stream does not grow with the depth.
-Norms compute ``1 + weight`` and begin at 0, as do biases. Lambda is drawn so that ``a^c``, with
-``a = exp(-softplus(Lambda))`` and c = 8, is uniform between 0.9 and 0.999: where the recurrence gate
-is open, memories of ten to a thousand tokens.
+Matrices are normal with variance 1 / inputs, as LeCun's; the last projection of each branch into
+the residual stream has 2 / layers of that, as in DeepMind's code, so that the stream does not grow
+with the depth. Norms compute ``1 + weight`` and begin at 0, as do biases. Lambda is drawn so that ``a^c``, with
+``a = exp(-softplus(Lambda))`` and c = 8, is uniform between 0.9 and 0.999: with an open recurrence
+gate, memories of ten to a thousand tokens. (The released code leaves the power c out, which makes
+them eight times shorter.)
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -29,30 +31,27 @@ def initialize(model: Model, seed: int) -> None:
         seed: The weights follow from it, and from the order of the parameters, alone.
     """
     key = mx.random.key(seed)
-    branches = 2 * len(model.layers)
+    last_scale = 2.0 / len(model.layers)
     weights = []
-    for name, old in tree_flatten(model.parameters()):  # type: ignore[misc]
+    parameters: Any = tree_flatten(model.parameters())
+    for name, old in parameters:
         key, own = mx.random.split(key)
-        weights.append((name, _initial(name, old.shape, branches, own).astype(old.dtype)))
+        weights.append((name, _initial(name, old.shape, last_scale, own).astype(old.dtype)))
     model.update(tree_unflatten(weights))
     mx.eval(model.parameters())
 
 
-def _initial(name: str, shape: tuple[int, ...], branches: int, key: mx.array) -> mx.array:
+def _initial(name: str, shape: tuple[int, ...], last_scale: float, key: mx.array) -> mx.array:
     kind = name.rsplit(".", 1)[-1]
     if kind == "recurrent_param":
         return initial_a_param(shape, key)
     if kind == "bias" or kind.endswith("_bias") or "norm" in name:
         return mx.zeros(shape)
-    if "gate_weight" in kind:  # (heads, inputs, outputs)
-        inputs = shape[1]
-    elif "conv_1d" in name:  # (channels, taps, 1)
-        inputs = shape[1]
-    else:  # (outputs, inputs); embeddings are multiplied with sqrt(width) when they are read
-        inputs = shape[-1]
+    # Gates are (heads, inputs, outputs), convolutions (channels, taps, 1), others (outputs, inputs).
+    inputs = shape[1]
     variance = 1.0 / inputs
     if any(last in name for last in ("linear_out", "o_proj", "down_proj")):
-        variance /= branches
+        variance *= last_scale
     return mx.random.normal(shape, key=key) * math.sqrt(variance)
 
 

@@ -185,8 +185,9 @@ class Loop:
         mx.eval(self.sums, loss, tokens)
         sums = mx.stack([loss.astype(mx.float32), tokens.astype(mx.float32)])
         if self.size > 1:
-            sums = mx.distributed.all_sum(sums, group=self.group)
-        batch_loss, batch_tokens = sums.tolist()  # type: ignore[misc]
+            sums = mx.distributed.all_sum(sums, group=self.group, stream=mx.cpu)
+        totals: Any = sums.tolist()
+        batch_loss, batch_tokens = totals
         if not math.isfinite(batch_loss):
             raise UserError(
                 f"the loss became {batch_loss} at iteration {iteration + 1}; try a lower learning"
@@ -231,7 +232,8 @@ class Loop:
         """Whether any of the processes was interrupted: they stop together."""
         if self.size == 1:
             return here
-        return mx.distributed.all_sum(mx.array(float(here)), group=self.group).item() > 0
+        count = mx.distributed.all_sum(mx.array(float(here)), group=self.group, stream=mx.cpu)
+        return bool((count > 0).item())
 
 
 class _Report:

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from mlx_rgemma.tuner.tokenizer_training import train_tokenizer
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
 MODEL = "model"
+EMBEDDED = "embedded"
+"""How a recipe calls the small model that comes with the package."""
 
 PLACES = (
     "data",
@@ -96,6 +99,8 @@ class Pretraining:
         sources, held = _texts(recipe)
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer_file(sources)
+        if group is not None:  # the others wait until the first has written it
+            mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group, stream=mx.cpu))
         self.tokenizer = load_tokenizer(folder)
         self.model = self._model()
         rows = [
@@ -120,6 +125,7 @@ class Pretraining:
             **settings,
             "weights": weights,
             "texts": [digest(source.documents) for source in sources],
+            "tokenizer": digest([(folder / SENTENCEPIECE).read_bytes()]),
         }
         self.resumed = (folder / CHECKPOINT).exists()
         if self.resumed:
@@ -128,7 +134,8 @@ class Pretraining:
     def description(self) -> list[str]:
         """What is going to happen, in lines for the terminal."""
         recipe, progress = self.recipe, self.state.progress
-        size = sum(value.size for _, value in tree_flatten(self.model.parameters()))  # type: ignore[misc]
+        parameters: Any = tree_flatten(self.model.parameters())
+        size = sum(value.size for _, value in parameters)
         per_iteration = recipe.batch_size * recipe.context_length
         held = f"{self.held_out.nbytes} bytes" if self.held_out is not None else "nothing"
         lines = [
@@ -180,14 +187,12 @@ class Pretraining:
         with self.exported_weights():
             assert self.held_out is not None
             found |= self.held_out.measure(self.model, loss)
-            if self.recipe.sample_prompt is not None:
+            if self.recipe.sample_prompt:
                 found["sample"] = self.sample()
         return found
 
     def exported_weights(self) -> Any:
         """A context in which the model has the weights that are exported."""
-        from contextlib import nullcontext
-
         average = self.state.average
         return nullcontext() if average is None else average.applied(self.model)
 
@@ -195,8 +200,12 @@ class Pretraining:
         """What the model writes, greedily."""
         from mlx_rgemma.generation import generate
 
-        prompt = self.recipe.sample_prompt or ""
-        return generate(self.model, self.tokenizer, prompt, max_tokens=self.recipe.sample_tokens)
+        return generate(
+            self.model,
+            self.tokenizer,
+            self.recipe.sample_prompt,
+            max_tokens=self.recipe.sample_tokens,
+        )
 
     def save(self, state: TrainingState) -> None:
         """Write the checkpoint."""
@@ -222,7 +231,7 @@ class Pretraining:
             return
         given = recipe.tokenizer
         if given is None and recipe.init_from is not None:
-            given = str(locate(recipe.init_from).folder / SENTENCEPIECE)
+            given = str(locate(_place(recipe.init_from)).folder / SENTENCEPIECE)
         partial = path.with_suffix(".partial")
         if given is None:
             texts = (d for source in sources for d in source.documents)
@@ -236,7 +245,7 @@ class Pretraining:
     def _model(self) -> Model:
         recipe = self.recipe
         if recipe.init_from is not None:
-            model, _ = load_model(recipe.init_from, dtype="float32")
+            model, _ = load_model(_place(recipe.init_from), dtype="float32", lazy=True)
         else:
             model = Model(recipe.config(len(self.tokenizer.get_vocab())))
             initialize(model, recipe.seed)
@@ -277,7 +286,8 @@ def _texts(recipe: Recipe) -> tuple[list[Source], list[str]]:
     """What is read, and what is held out."""
     if not recipe.data:
         raise UserError("there is no text to train on; name it with --data.")
-    sources, held = [], []
+    sources: list[Source] = []
+    held: list[str] = []
     for place in recipe.data:
         source = read_source(place, whole_files=recipe.whole_files)
         if not recipe.valid_data and recipe.valid_fraction:
@@ -287,6 +297,11 @@ def _texts(recipe: Recipe) -> tuple[list[Source], list[str]]:
     for place in recipe.valid_data:
         held.extend(read_source(place, whole_files=recipe.whole_files).documents)
     return sources, held
+
+
+def _place(init_from: str) -> str | None:
+    """What `load_model` calls the place of a model."""
+    return None if init_from == EMBEDDED else init_from
 
 
 def _seed(seed: int, number: int) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import GriffinConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -58,7 +57,7 @@ class Recipe:
         save_dtype: Of the exported weights.
         seed: Of everything that is left to chance.
         steps_per_report, steps_per_eval, steps_per_save: Iterations between two.
-        sample_prompt: Begins the text that is written after each evaluation; null for none.
+        sample_prompt: Begins the text that is written after each evaluation; empty for none.
         sample_tokens: Its length.
     """
 
@@ -89,7 +88,7 @@ class Recipe:
     steps_per_report: int = 10
     steps_per_eval: int = 200
     steps_per_save: int = 100
-    sample_prompt: str | None = "Once upon a time"
+    sample_prompt: str = "Once upon a time"
     sample_tokens: int = 60
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,14 +116,3 @@ class Recipe:
                 **changes,
             }
         return GriffinConfig(**{**values, **changes})
-
-
-def check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Refuse a recipe with a key that means nothing.
-
-    Raises:
-        UserError: Naming it.
-    """
-    for key in values:
-        if key not in known:
-            raise UserError(f"{where}: there is no setting {key!r}.")
