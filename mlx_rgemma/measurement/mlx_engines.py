@@ -158,7 +158,14 @@ class Ours(_MlxEngine):
             yield answer.token
 
     def _loss(self, model: Any, rows: mx.array) -> mx.array:
-        return _mean_cross_entropy(model, rows)
+        from mlx_rgemma.tuner.batch import Batch
+        from mlx_rgemma.tuner.loss import batch_loss
+
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        positions = mx.broadcast_to(mx.arange(tokens.shape[1]), tokens.shape)
+        batch = Batch(tokens, targets, mx.ones(tokens.shape, mx.bool_), positions)
+        total, counted = batch_loss(model, batch)
+        return total / counted
 
     def _compiled(self) -> bool:
         return False
@@ -193,7 +200,8 @@ class MlxLm(_MlxEngine):
                 yield token
 
     def _loss(self, model: Any, rows: mx.array) -> mx.array:
-        return _mean_cross_entropy(model, rows)
+        logits = model(rows[:, :-1])
+        return nn.losses.cross_entropy(logits, rows[:, 1:]).astype(mx.float32).mean()
 
     def _compiled(self) -> bool:
         # As its trainer does; on a Linux CPU the system's compiler would take minutes.
@@ -247,11 +255,6 @@ class _NoTokenizer:
 
     def finalize(self) -> None:
         pass
-
-
-def _mean_cross_entropy(model: Any, rows: mx.array) -> mx.array:
-    logits = model(rows[:, :-1])
-    return nn.losses.cross_entropy(logits, rows[:, 1:], reduction="mean")
 
 
 def _bits(model: Any) -> str:

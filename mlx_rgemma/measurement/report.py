@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mlx_rgemma.measurement import machine
+from mlx_rgemma.measurement.engines import TRANSFORMERS
 from mlx_rgemma.measurement.results import (
     SPEEDS,
     Flatness,
@@ -16,6 +18,7 @@ from mlx_rgemma.measurement.results import (
     ratios,
 )
 from mlx_rgemma.measurement.runs import Report
+from mlx_rgemma.measurement.shapes import UNQUANTIZED
 
 TITLES = {"prompt_tps": "prompt", "generation_tps": "generation", "training_tps": "training"}
 
@@ -70,25 +73,45 @@ def closing(report: Report) -> str:
     results = report.results
     parts = [_speeds([r for r in results if r.case.kind == "generate"])]
     parts.append(_after([r for r in results if r.case.kind == "after"]))
-    parts.append(_training([r for r in results if r.case.kind == "train"]))
-    copies = sorted({speed for result in results for speed in result.bandwidth})
+    parts.append(_training([r for r in results if r.case.kind == "train"], report.plan.training))
+    parts.append(_ratios(report))
+    copies = [speed for result in results for speed in result.bandwidth]
     if copies:
-        middle = copies[len(copies) // 2]
-        parts.append(f"A copy reads and writes {middle / 1e9:.1f} GB/s on this machine.")
-    parts.append("\n".join(map(ratio_line, ratios(results))))
+        middle = statistics.median(copies)
+        parts.append(f"A copy of a large array reads and writes {middle / 1e9:.1f} GB/s here.")
     parts.append("\n".join(map(flatness_line, flatness(results))))
+    if TRANSFORMERS in {result.engine for result in results}:
+        parts.append("Note: the peak memory of transformers is that of its process.")
     parts.append("\n".join(f"Note: {note}" for note in report.notes))
     return "\n\n".join(part for part in parts if part)
 
 
-def ratio_line(found: Ratio) -> str:
-    """How this package compares, in words."""
-    loaded = f"{found.dtype}, quantization {found.quantization}"
-    what = TITLES[found.figure]
-    if found.figure == "generation_tps" and found.case.kind == "generate":
-        what = "generation after"
-    title = found.case.title.removeprefix(f"{what} ")
-    return f"{what} {title}, {loaded}: {found.ratio:.2f} x {found.peer}"
+def _ratios(report: Report) -> str:
+    """How many times as fast as each peer this package is."""
+    found = ratios(report.results)
+    lines: dict[tuple[Any, ...], dict[str, Ratio]] = {}
+    for ratio in found:
+        key = (ratio.figure, ratio.dtype, ratio.quantization, ratio.case)
+        lines.setdefault(key, {})[ratio.peer] = ratio
+    peers = list(dict.fromkeys(ratio.peer for ratio in found))
+    table = [
+        [_compared(next(iter(line.values()))), *(_times(line.get(peer)) for peer in peers)]
+        for line in lines.values()
+    ]
+    return _table([["speed relative to", *peers], *table])
+
+
+def _compared(ratio: Ratio) -> str:
+    case = ratio.case
+    title = case.title
+    if ratio.figure == "generation_tps" and case.kind == "generate":
+        title = f"generation after {case.title}"
+    loaded = "" if ratio.quantization == UNQUANTIZED else f", quantization {ratio.quantization}"
+    return f"{title}, {ratio.dtype}{loaded}"
+
+
+def _times(ratio: Ratio | None) -> str:
+    return "" if ratio is None else f"{ratio.ratio:.2f}"
 
 
 def flatness_line(found: Flatness) -> str:
@@ -107,57 +130,63 @@ COMMON: tuple[Column, ...] = (
     ("engine", lambda r: r.engine),
     ("dtype", lambda r: r.dtype),
     ("quantization", lambda r: r.quantization),
+    ("batch", lambda r: str(r.case.batch_size)),
+)
+
+ALIKE = {"quantization": UNQUANTIZED, "batch": "1"}
+"""Columns that are left out where all their cells are so."""
+
+LIMITS: tuple[Column, ...] = (
+    ("of the bandwidth", lambda r: _percent(r.bandwidth_share)),
+    ("peak memory", lambda r: _bytes(r.peak_memory_bytes)),
+    ("state", lambda r: _bytes(r.state_bytes)),
+    ("launches a token", lambda r: "" if r.launches is None else str(r.launches)),
 )
 
 
 def _speeds(results: Sequence[Result]) -> str:
-    return _table(
+    return _columns(
         results,
         *COMMON,
-        ("batch", lambda r: str(r.case.batch_size)),
         ("prompt", lambda r: f"{r.case.length:,}"),
         ("prompt tokens/s", lambda r: _spread(r.prompt_tps)),
         ("first token", lambda r: _seconds(r.first_token_s)),
         ("generation tokens/s", lambda r: _spread(r.generation_tps)),
-        *_limits(),
+        *LIMITS,
     )
 
 
 def _after(results: Sequence[Result]) -> str:
-    return _table(
+    return _columns(
         results,
         *COMMON,
         ("tokens read", lambda r: f"{r.case.length:,}"),
         ("generation tokens/s", lambda r: _spread(r.generation_tps)),
-        *_limits(),
+        *LIMITS,
     )
 
 
-def _training(results: Sequence[Result]) -> str:
-    return _table(
+def _training(results: Sequence[Result], training: str) -> str:
+    return _columns(
         results,
         *COMMON,
-        ("batch", lambda r: str(r.case.batch_size)),
         ("row", lambda r: f"{r.case.length:,}"),
-        ("training tokens/s", lambda r: _spread(r.training_tps)),
+        (f"training tokens/s ({training})", lambda r: _spread(r.training_tps)),
         ("peak memory", lambda r: _bytes(r.peak_memory_bytes)),
     )
 
 
-def _limits() -> tuple[Column, ...]:
-    return (
-        ("of the bandwidth", lambda r: _percent(r.bandwidth_share)),
-        ("peak memory", lambda r: _bytes(r.peak_memory_bytes)),
-        ("state", lambda r: _bytes(r.state_bytes)),
-        ("launches a token", lambda r: "" if r.launches is None else str(r.launches)),
-    )
+def _columns(results: Sequence[Result], *columns: Column) -> str:
+    """A table of those columns that say something."""
+    cells = {title: [cell(result) for result in results] for title, cell in columns}
+    telling = {t: c for t, c in cells.items() if set(c) - {ALIKE.get(t, "")}}
+    return _table([list(telling), *map(list, zip(*telling.values(), strict=True))])
 
 
-def _table(results: Sequence[Result], *columns: Column) -> str:
-    if not results:
+def _table(lines: list[list[str]]) -> str:
+    """A table in Markdown, its first line the titles; nothing if that is all."""
+    if len(lines) < 2:
         return ""
-    lines = [[title for title, _ in columns]]
-    lines += [[cell(result) for _, cell in columns] for result in results]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(_row(line, widths) for line in lines)

@@ -20,7 +20,7 @@ from mlx_rgemma.measurement.memory import physical_memory
 from mlx_rgemma.measurement.plan import Case, Plan
 from mlx_rgemma.measurement.processes import Worker, WorkerError, environment
 from mlx_rgemma.measurement.results import Result
-from mlx_rgemma.measurement.shapes import SHAPES, recipe
+from mlx_rgemma.measurement.shapes import SHAPES, UNQUANTIZED, recipe
 
 Listener = Callable[["Report", Result], None]
 """Is told of every trial; the result's last one is new."""
@@ -175,7 +175,7 @@ class _Comparison:
     def _load(self, name: str, stack: ExitStack) -> _Held | None:
         worker = stack.enter_context(Worker(name, environment(name, self.plan.peer_blas)))
         request = {"model": self.model, "dtype": self.dtype, "quantization": self.label}
-        loaded = self._asked(worker, "load", request, f"{self.label} weights")
+        loaded = self._asked(worker, "load", request, "loading")
         if loaded is not None and name == OURS:
             self.dtype = loaded["dtype"]  # what the peers are to have
         return None if loaded is None else _Held(worker, loaded)
@@ -228,6 +228,7 @@ class _Comparison:
 
     def _asked(self, worker: Worker, do: str, request: dict[str, Any], what: str) -> Any:
         """The answer; None where there is none, with a note. Our own failure ends it all."""
+        what += f", quantization {self.label}" if self.label != UNQUANTIZED else ""
         try:
             return worker.ask(do, **request)
         except Unsupported as reason:
