@@ -22,6 +22,7 @@ from mlx_rgemma.tuner.packing import (
     stack_rows,
 )
 
+
 class Batches(Protocol):
     """Batches without end: `batches[step]`."""
 
@@ -140,7 +141,7 @@ class PaddedBatches:
 
     Documents are sorted by length and cut into batches once; each epoch shuffles the batches.
     Rows are padded on the right to one more than a multiple of 32 tokens; documents longer than
-    that are cut off.
+    `max_length` are cut off. The last batch is filled up with documents of the one before it.
 
     Args:
         documents: What is read.
@@ -154,9 +155,7 @@ class PaddedBatches:
 
     PAD_TO = 32
 
-    def __init__(
-        self, documents: Documents, batch_size: int, max_length: int, seed: int
-    ) -> None:
+    def __init__(self, documents: Documents, batch_size: int, max_length: int, seed: int) -> None:
         if len(documents) < batch_size:
             raise UserError(
                 f"the data set has {len(documents)} examples, fewer than the batch size"
@@ -165,14 +164,12 @@ class PaddedBatches:
         self.documents, self.seed = documents, seed
         self.max_steps = max_length - 1
         order = np.argsort(documents.steps, kind="stable")
-        self.batches = [
-            order[i : i + batch_size]
-            for i in range(0, len(order) - batch_size + 1, batch_size)
-        ]
+        starts = [min(i, len(order) - batch_size) for i in range(0, len(order), batch_size)]
+        self.batches = [order[i : i + batch_size] for i in starts]
 
     @property
     def batches_per_epoch(self) -> int:
-        """How many batches hold all documents once (but for a remainder)."""
+        """How many batches hold all documents."""
         return len(self.batches)
 
     def __getitem__(self, step: int) -> Batch:

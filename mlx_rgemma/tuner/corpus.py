@@ -60,15 +60,19 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, tuple[str, ...]]:
 
     Args:
         source: The source.
-        fraction: The share of documents set aside.
+        fraction: The share of documents set aside; of several documents at least one is.
 
     Returns:
         The rest, and what was set aside.
     """
-    kept: list[str] = []
-    held: list[str] = []
-    for document in source.documents:
-        (held if zlib.crc32(document.encode()) < fraction * 2**32 else kept).append(document)
+    hashes = [zlib.crc32(document.encode()) for document in source.documents]
+    border = fraction * 2**32
+    if len(set(hashes)) > 1:
+        border = max(border, min(hashes) + 1)
+    held = [d for d, found in zip(source.documents, hashes, strict=True) if found < border]
+    kept = [d for d, found in zip(source.documents, hashes, strict=True) if found >= border]
+    if not kept:
+        raise UserError(f"{source.name}: nothing is left to train on; hold out less of it.")
     return Source(source.name, source.weight, tuple(kept)), tuple(held)
 
 

@@ -2,10 +2,10 @@
 
 Matrices are normal with variance 1 / inputs, as LeCun's; the last projection of each branch into
 the residual stream has 2 / layers of that, as in DeepMind's code, so that the stream does not grow
-with the depth. Norms compute ``1 + weight`` and begin at 0, as do biases. Lambda is drawn so that ``a^c``, with
-``a = exp(-softplus(Lambda))`` and c = 8, is uniform between 0.9 and 0.999: with an open recurrence
-gate, memories of ten to a thousand tokens. (The released code leaves the power c out, which makes
-them eight times shorter.)
+with the depth. Norms compute ``1 + weight`` and begin at 0, as do biases. Lambda is drawn so that
+``a^c``, with ``a = exp(-softplus(Lambda))`` and c = 8, is uniform between 0.9 and 0.999: with an
+open recurrence gate, memories of ten to a thousand tokens. (The released code leaves the power c
+out, which makes them eight times shorter.)
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ def _initial(name: str, shape: tuple[int, ...], last_scale: float, key: mx.array
         return initial_a_param(shape, key)
     if kind == "bias" or kind.endswith("_bias") or "norm" in name:
         return mx.zeros(shape)
-    # Gates are (heads, inputs, outputs), convolutions (channels, taps, 1), others (outputs, inputs).
-    inputs = shape[1]
-    variance = 1.0 / inputs
+    # (heads, inputs, outputs), (channels, taps, 1) or (outputs, inputs).
+    variance = 1.0 / shape[1]
     if any(last in name for last in ("linear_out", "o_proj", "down_proj")):
         variance *= last_scale
     return mx.random.normal(shape, key=key) * math.sqrt(variance)
