@@ -13,16 +13,17 @@ from typing import Any
 from mlx_rgemma.errors import UserError
 
 PROBE = "mlx_rgemma.measurement.startup_probe"
-STAGES = ("python", "mlx", "package", "mlx_lm", "tokenizer", "weights", "first_token")
 TITLES = {
     "python": "Python starts",
-    "mlx": "MLX is imported",
-    "package": "this package is imported",
-    "mlx_lm": "mlx-lm is imported",
-    "tokenizer": "tokenizer is read",
-    "weights": "weights are read",
-    "first_token": "first token",
+    "package": "importing this package",
+    "mlx": "importing MLX",
+    "mlx_lm": "importing mlx-lm",
+    "transformers": "importing transformers",
+    "tokenizer": "reading the tokenizer",
+    "weights": "reading the weights",
+    "rest": "arguments, prompt, first token",
 }
+"""Stages on the way to the first token, in words."""
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Startup:
 
     Attributes:
         commands: Whole commands, from start to exit.
-        stages: The way to the first token, one stage after the other.
+        stages: What the way to the first token is made of; no second counts twice.
     """
 
     commands: dict[str, list[float]] = field(default_factory=dict)
@@ -83,13 +84,10 @@ def measure(model: str | None, repeats: int) -> Startup:
             seconds, _ = _timed(arguments)
             if trial:
                 found.commands.setdefault(name, []).append(seconds)
-        began = time.time()
-        _, output = _timed(["-m", PROBE, *named])
-        before = began
-        for name, at in json.loads(output.splitlines()[-1]):
-            if trial:
-                found.stages.setdefault(name, []).append(at - before)
-            before = at
+        _, output = _timed(["-m", PROBE, str(time.time()), *generate[2:]])
+        seconds_of = json.loads(output.splitlines()[-1])
+        for name in TITLES if trial else ():
+            found.stages.setdefault(name, []).append(seconds_of.get(name, 0.0))
     return found
 
 

@@ -1,46 +1,92 @@
-"""What `mlx_rgemma.generate` does up to its first token, stage by stage, noting when each ended.
+"""`mlx_rgemma.generate` with a ledger of where its time goes: `startup` runs this, again and again.
 
-Prints the stages with the time of day at their end, for `startup` to read.
+Prints the seconds of each stage as one JSON object, behind what the command prints. A stage ends
+where another begins inside it: no second counts twice.
 """
 
 import time
 
-_PYTHON = time.time()
+_BEGIN = time.time()
 
+import builtins  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+PACKAGES = {
+    "mlx": "mlx",
+    "mlx_rgemma": "package",
+    "mlx_lm": "mlx_lm",
+    "transformers": "transformers",
+}
+"""Stages by the package that is being imported; what it imports in turn counts for it."""
+
+FUNCTIONS = {"tokenizer": "load_tokenizer", "weights": "_load_model"}
+"""Stages by the function of `mlx_rgemma.checkpoints.loading` that is running."""
+
+REST = "rest"
 
 
-def main(model: str | None) -> None:
-    """Go the way, and print the times."""
-    ends = [("python", _PYTHON)]
+class Ledger:
+    """Seconds of each stage, the innermost counting."""
 
-    def ended(stage: str) -> None:
-        ends.append((stage, time.time()))
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.running = [REST]
+        self.since = time.perf_counter()
 
-    import mlx.core  # noqa: F401
+    def switch(self) -> None:
+        """Book the time since the last switch on the innermost stage."""
+        now = time.perf_counter()
+        stage = self.running[-1]
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.since
+        self.since = now
 
-    ended("mlx")
-    from mlx_rgemma.checkpoints.folder import CheckpointFolder
-    from mlx_rgemma.checkpoints.loading import load_model
-    from mlx_rgemma.checkpoints.source import locate
-    from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
-    from mlx_rgemma.generation import stream_generate
+    def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose time is booked on a stage."""
 
-    ended("package")
-    import mlx_lm.generate  # noqa: F401
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.switch()
+            self.running.append(stage)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.switch()
+                self.running.pop()
 
-    ended("mlx_lm")
-    source = locate(model)
-    folder = CheckpointFolder.open(source.folder)
-    tokenizer = load_tokenizer(source.folder, folder.config.eos_token_ids, name=source.name)
-    ended("tokenizer")
-    loaded, _ = load_model(source.folder)
-    ended("weights")
-    next(iter(stream_generate(loaded, tokenizer, "Once upon a time", max_tokens=1)))
-    ended("first_token")
-    print(json.dumps(ends))
+        return run
+
+    def watch_imports(self) -> None:
+        """Book imports on the package that they are of."""
+        plain = builtins.__import__
+        watched = {name: self.timed(stage, plain) for name, stage in PACKAGES.items()}
+
+        def find(
+            name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
+        ) -> Any:
+            package = ((globals or {}).get("__package__") or "") if level else name
+            do = watched.get(package.partition(".")[0], plain)
+            return do(name, globals, locals, fromlist, level)
+
+        builtins.__import__ = find
+
+
+def main(arguments: list[str], started: float) -> int:
+    """Run the command; `started` is the time of day when its process was asked for."""
+    ledger = Ledger()
+    ledger.watch_imports()
+    from mlx_rgemma.checkpoints import loading
+
+    for stage, name in FUNCTIONS.items():
+        setattr(loading, name, ledger.timed(stage, getattr(loading, name)))
+    from mlx_rgemma.generate import main as generate
+
+    status = generate(arguments)
+    ledger.switch()
+    print(json.dumps({"python": _BEGIN - started, **ledger.seconds}))
+    return status
 
 
 if __name__ == "__main__":
-    main(sys.argv[2] if len(sys.argv) > 2 else None)
+    sys.exit(main(sys.argv[2:], float(sys.argv[1])))
