@@ -6,12 +6,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma import command_line
 from mlx_rgemma.griffin.config import DTYPES
 from mlx_rgemma.measurement.engines import PEERS
+from mlx_rgemma.measurement.files import check_folder, write_whole
 from mlx_rgemma.measurement.processes import PEER_BLAS
 from mlx_rgemma.measurement.shapes import SHAPES, UNQUANTIZED
 
@@ -90,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--startup", action="store_true", help="Time the way to the first token instead.")
     add("--json", action="store_true", help="Print one JSON object, and nothing else.")
+    add("--output", type=Path, metavar="FILE", help="Also write the figures to a file, as JSON.")
     add("--plot", type=Path, metavar="FILE", help="Draw speed against length (extra: plot).")
     add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -105,9 +108,12 @@ def _benchmark(args: argparse.Namespace) -> None:
     from mlx_rgemma.measurement import plot, report, runs
 
     found = runs.prepare(_plan(args))
+    for path in (args.plot, args.output):
+        check_folder(path)
     if args.plot is not None:
         plot.check(args.plot)
-    say = _say(args)
+    # Where JSON is asked for, it has standard output to itself.
+    say = partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
     runs.run(
         found,
         lambda begun: say(report.opening(begun)),
@@ -116,10 +122,21 @@ def _benchmark(args: argparse.Namespace) -> None:
     if args.plot is not None:
         title = f"{found.name} on {found.facts['cpu']}, {found.facts['device'].upper()}"
         plot.plot(args.plot, title, found.results)
-    if args.json:
-        print(json.dumps(runs.as_json(found), indent=1))
-    else:
-        print(f"\n{report.closing(found)}")
+    _print(args, runs.as_json(found), f"\n{report.closing(found)}")
+
+
+def _startup(args: argparse.Namespace) -> None:
+    from mlx_rgemma.measurement import startup
+
+    check_folder(args.output)
+    found = startup.measure(args.model, args.num_trials)
+    _print(args, found.as_dict(), found.text())
+
+
+def _print(args: argparse.Namespace, values: dict[str, Any], text: str) -> None:
+    if args.output is not None:
+        write_whole(args.output, lambda part: part.write_text(json.dumps(values, indent=1) + "\n"))
+    print(json.dumps(values, indent=1) if args.json else text)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -147,18 +164,6 @@ def _plan(args: argparse.Namespace) -> Plan:
         delay=args.delay,
         step_size=args.prefill_step_size,
     )
-
-
-def _startup(args: argparse.Namespace) -> None:
-    from mlx_rgemma.measurement import startup
-
-    found = startup.measure(args.model, args.num_trials)
-    print(json.dumps(found.as_dict(), indent=1) if args.json else found.text())
-
-
-def _say(args: argparse.Namespace) -> Callable[[str], None]:
-    """Lines while it runs: where JSON is asked for, it has standard output to itself."""
-    return lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
 
 
 def _add_list(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.measurement.files import write_whole
 from mlx_rgemma.measurement.results import Result
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -27,8 +27,6 @@ def check(path: Path) -> None:
     """
     if path.suffix not in FORMATS:
         raise UserError(f"{path}: a picture is one of {', '.join(FORMATS)}.")
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.resolve().parent}.")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -86,12 +84,8 @@ def finish_panel(panel: Any, heading: str, axis: str) -> None:
 def save(figure: Any, path: Path) -> None:
     """Write a figure, whole or not at all."""
     figure.tight_layout()
-    part = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(part, format=path.suffix[1:], dpi=120, metadata=_no_date(path))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    how = {"format": path.suffix[1:], "dpi": 120, "metadata": _no_date(path)}
+    write_whole(path, lambda part: figure.savefig(part, **how))
 
 
 def _no_date(path: Path) -> dict[str, Any]:
