@@ -83,8 +83,9 @@ class AdapterConfig:
             return cls(kind, layers)
         if not isinstance(parameters, Mapping):
             raise refuse("lora_parameters", parameters, "rank, scale and dropout")
-        rank, scale = parameters.get("rank", 8), parameters.get("scale")
-        dropout, keys = parameters.get("dropout", 0.0), parameters.get("keys")
+        rank, dropout = parameters.get("rank", 8), parameters.get("dropout", 0.0)
+        scale: Any = parameters.get("scale")
+        keys: Any = parameters.get("keys")
         if type(rank) is not int or rank < 1:
             raise refuse("lora_parameters.rank", rank, "a whole number above 0")
         if scale is None and "alpha" in parameters:
@@ -97,7 +98,7 @@ class AdapterConfig:
             isinstance(keys, list) and all(isinstance(key, str) for key in keys)
         ):
             raise refuse("lora_parameters.keys", keys, "a list of names")
-        return cls(kind, layers, rank, scale, dropout, keys and tuple(keys), gates)
+        return cls(kind, layers, rank, scale, dropout, None if keys is None else tuple(keys), gates)
 
     @property
     def lora_parameters(self) -> dict[str, Any]:
@@ -126,6 +127,8 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
             layer.unfreeze()
         return
     _check_keys(model, config)
+    if config.fine_tune_type == "dora":
+        _check_dora(model)
     try:
         linear_to_lora_layers(
             model,
@@ -255,6 +258,17 @@ def _check_keys(model: Model, config: AdapterConfig) -> None:
             f"lora_parameters.keys: the model has no {shortened(unknown) or 'empty list'}; layers"
             " have temporal_block.linear_x, temporal_block.q_proj, mlp_block.up_proj and the like."
         )
+
+
+def _check_dora(model: Model) -> None:
+    """Refuse bits that mlx-lm's DoRA miscounts the width of a matrix with."""
+    for name, module in model.named_modules():
+        bits = getattr(module, "bits", None) if "scales" in module else None
+        if bits is not None and 32 % bits:
+            raise UserError(
+                f"dora: {name} has {bits} bits, and DoRA takes 2, 4 or 8; use lora, or convert with"
+                " --q-bits 4."
+            )
 
 
 def _is_number(value: Any) -> bool:

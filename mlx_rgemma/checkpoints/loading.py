@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_rgemma.checkpoints.adapters import load_adapters
 from mlx_rgemma.checkpoints.contents import Contents, check_contents
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.parts import read_parts
 from mlx_rgemma.checkpoints.recognition import refuse_unconverted
-from mlx_rgemma.checkpoints.safetensors import check_file
 from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.griffin.config import DTYPES, GriffinConfig
 from mlx_rgemma.griffin.model import Model
-
-ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
 
 
 def load(
@@ -40,7 +37,7 @@ def load(
             of the Hugging Face Hub; or None for the small model that comes with the package.
         dtype: dtype of the weights ("float32", "bfloat16", "float16"). By default that of the
             files, but float32 on a CPU, where MLX multiplies the others slowly.
-        adapter_path: Folder with LoRA adapters that mlx-lm trained.
+        adapter_path: Folder with adapters that `lora` trained, here or in mlx-lm.
         lazy: Leave the weights in their files until they are used.
         window: "google" for the attention window that the released models were trained with,
             "hf" for one key less, as transformers and mlx-lm have it.
@@ -66,7 +63,7 @@ def load(
     tokenizer = load_tokenizer(source.folder, folder.config.eos_token_ids, name=source.name)
     model, _ = _load_model(folder, chosen, lazy or adapter_path is not None, window, group)
     if adapter_path is not None:
-        _load_adapters(model, Path(adapter_path).expanduser())
+        load_adapters(model, adapter_path)
         if not lazy:
             mx.eval(model.parameters())
             model.fuse_projections()
@@ -158,21 +155,3 @@ def _load_model(
         mx.eval(model.parameters())
         model.fuse_projections()
     return model, config
-
-
-def _load_adapters(model: Model, folder: Path) -> None:
-    """Put mlx-lm's trained adapters on a model."""
-    from mlx_lm.tuner.utils import load_adapters
-
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; adapters are what mlx_lm.lora writes.")
-    for name in ADAPTER_FILES:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: no such file; the adapters are incomplete.")
-    check_file(folder / ADAPTER_FILES[1])
-    try:
-        load_adapters(model, str(folder))
-    except Exception as error:  # whatever a foreign file makes mlx-lm stumble over
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{folder}: adapters of another model: {what}") from error
-    model.eval()

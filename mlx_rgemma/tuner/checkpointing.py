@@ -69,5 +69,6 @@ def _set_arrays(cache: GriffinCache | None, arrays: list[mx.array]) -> None:
 
 def _draw_seed() -> int:
     """A seed from MLX's random state; the state can be set from a number only."""
-    high, low = mx.random.randint(0, 1 << 30, (2,)).tolist()  # type: ignore[misc]
+    drawn: Any = mx.random.randint(0, 1 << 30, (2,)).tolist()
+    high, low = drawn
     return (high << 30) | low

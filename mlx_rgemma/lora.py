@@ -1,0 +1,186 @@
+"""The command `python -m mlx_rgemma.lora`: fine-tune a model, or measure it on a test set."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from mlx_rgemma import command_line
+from mlx_rgemma.errors import UserError
+
+DEFAULTS: dict[str, Any] = {
+    "model": None,
+    "train": False,
+    "fine_tune_type": "lora",
+    "optimizer": "adam",
+    "optimizer_config": {},
+    "data": None,
+    "seed": 0,
+    "num_layers": 16,
+    "batch_size": 4,
+    "iters": 1000,
+    "val_batches": 25,
+    "learning_rate": 1e-5,
+    "steps_per_report": 10,
+    "steps_per_eval": 200,
+    "resume_adapter_file": None,
+    "adapter_path": "adapters",
+    "save_every": 100,
+    "test": False,
+    "test_batches": 500,
+    "max_seq_length": 2048,
+    "config": None,
+    "grad_checkpoint": False,
+    "grad_accumulation_steps": 1,
+    "clear_cache_threshold": 0,
+    "lr_schedule": None,
+    "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0},
+    "mask_prompt": False,
+    "report_to": None,
+    "project_name": None,
+    "trust_remote_code": False,
+    "hf_dataset": None,
+    "pack": False,
+    "carry_state": False,
+    "lora_gates": False,
+    "resume": False,
+    "dtype": None,
+    "window": "google",
+}
+"""mlx-lm's, and what is added. A configuration file may set any of them."""
+
+FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
+"""Names of a data set's columns, which a configuration file may set, too."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments: mlx-lm's, and a few more. None are what was not given."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_rgemma.lora",
+        description="Fine-tune a model with LoRA, QLoRA (on a quantized model), DoRA, or in full.",
+    )
+    whole, number = command_line.count, command_line.number
+    add = parser.add_argument
+    switch: dict[str, Any] = {"action": "store_true", "default": None}
+    add("--model", help="Folder or Hub repository; without it, the small embedded model.")
+    add("--train", **switch, help="Train.")
+    add("--test", **switch, help="Measure the loss on the test set, after training if any.")
+    add("--data", help="Folder with {train, valid, test}.jsonl, or data set of the Hub.")
+    add("--fine-tune-type", choices=("lora", "dora", "full"), help="Default: lora.")
+    add("--optimizer", choices=("adam", "adamw", "muon", "sgd", "adafactor"), help="Default: adam.")
+    add("--mask-prompt", **switch, help="Leave prompts out of the loss.")
+    add("--num-layers", type=whole(-1), help="Layers to train, from the last; -1 for all. [16]")
+    add("--batch-size", type=whole(1), help="Rows of a batch. [4]")
+    add("--iters", type=whole(1), help="Iterations. [1000]")
+    add("--val-batches", type=whole(1, unlimited=True), help="Of an evaluation; -1 for all. [25]")
+    add("--learning-rate", type=number(0), help="Of the optimizer. [1e-5]")
+    add("--steps-per-report", type=whole(1), help="Iterations between reports. [10]")
+    add("--steps-per-eval", type=whole(1), help="Iterations between evaluations. [200]")
+    add("--grad-accumulation-steps", type=whole(1), help="Iterations to an update. [1]")
+    add("--resume-adapter-file", help="Adapter weights to begin with.")
+    add("--adapter-path", help="Folder to write, or for --test to read. [adapters]")
+    add("--save-every", type=whole(1), help="Iterations between checkpoints. [100]")
+    add("--test-batches", type=whole(1, unlimited=True), help="Of a test; -1 for all. [500]")
+    add("--max-seq-length", type=whole(2), help="Tokens of a row, or of a chunk. [2048]")
+    add("-c", "--config", help="YAML file with any of these settings; the command line wins.")
+    add("--grad-checkpoint", **switch, help="Less memory, about a third more time.")
+    add("--clear-cache-threshold", help=argparse.SUPPRESS)
+    add("--report-to", help="wandb, swanlab, or both with a comma.")
+    add("--project-name", help="For --report-to.")
+    add("--seed", type=whole(0), help="Of order, adapters and dropout. [0]")
+    add("--trust-remote-code", **switch, help=argparse.SUPPRESS)
+    more = parser.add_argument_group("beyond mlx-lm").add_argument
+    more("--pack", **switch, help="Lay several documents in a row, none reading another.")
+    more(
+        "--carry-state",
+        **switch,
+        help="Read documents of any length in chunks of --max-seq-length, handing the state on.",
+    )
+    more("--lora-gates", **switch, help="Adapters on the recurrence's gates, too.")
+    more("--resume", **switch, help="Go on with the run whose checkpoint is in --adapter-path.")
+    more(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="Of the weights. Default: float32 on a CPU, the file's own on a GPU.",
+    )
+    more("--window", choices=("google", "hf"), help="Attention window of W+1 keys, or W. [google]")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    return command_line.run(lambda: _run(settings(args)))
+
+
+def settings(args: argparse.Namespace) -> SimpleNamespace:
+    """The arguments, those of the configuration file, and the defaults, in that order.
+
+    Raises:
+        UserError: If the file is missing or no such file, or two settings exclude each other.
+    """
+    from mlx_rgemma.tuner.settings import complete
+
+    chosen = complete(build_parser(), vars(args), DEFAULTS, FEATURES)
+    if not (chosen.train or chosen.test):
+        raise UserError("nothing to do: give --train, --test, or both.")
+    if chosen.pack and chosen.carry_state:
+        raise UserError("--pack and --carry-state exclude each other: carried rows are full.")
+    if chosen.resume and not chosen.train:
+        raise UserError("--resume goes on with training: give --train, too.")
+    return chosen
+
+
+def _run(args: SimpleNamespace) -> None:
+    from mlx_rgemma import load
+    from mlx_rgemma.tuner import finetuning
+    from mlx_rgemma.tuner.examples import read_examples
+
+    print("Loading pretrained model")
+    model, tokenizer = load(args.model, dtype=args.dtype, window=args.window)
+    print("Loading datasets")
+    examples = read_examples(args, tokenizer)
+    if args.train:
+        print("Training")
+        finetuning.prepare(model, args)
+        print(finetuning.parameter_line(model))
+        if not len(examples["valid"]):
+            print("Warning: no validation set; training goes on without.")
+        print(f"Starting training..., iters: {args.iters}")
+        finetuning.train(model, examples, args, callback=_callback(args))
+    else:
+        finetuning.load_trained(model, args.adapter_path)
+    if args.test:
+        print("Testing")
+        print(finetuning.test(model, examples["test"], args))
+
+
+def _callback(args: SimpleNamespace) -> Any:
+    """Prints reports, and sends them on to the services of --report-to."""
+    from mlx_rgemma.tuner.progress import ProgressLog
+
+    log = ProgressLog(None, 0)
+    if not args.report_to:
+        return log
+    from mlx_lm.tuner.callbacks import get_reporting_callbacks
+
+    try:
+        service = get_reporting_callbacks(
+            args.report_to,
+            project_name=args.project_name,
+            log_dir=args.adapter_path,
+            config=vars(args),  # type: ignore[arg-type]
+        )
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--report-to: {error}") from error
+    innermost = service
+    while innermost.wrapped_callback is not None:
+        innermost = innermost.wrapped_callback
+    innermost.wrapped_callback = log
+    return service
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""Fine-tuning: a model, a data set, what is trained, and the files that come of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_rgemma.checkpoints.adapters import (
+    WEIGHTS_FILE,
+    AdapterConfig,
+    add_adapters,
+    load_adapter_weights,
+    load_adapters,
+    save_adapter_config,
+    save_adapter_weights,
+)
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.tuner.batch import Batch
+from mlx_rgemma.tuner.batches import Batches, PaddedBatches, RowBatches, WholeRows
+from mlx_rgemma.tuner.carried import CarriedBatches, CarriedLoss
+from mlx_rgemma.tuner.checkpoint import TrainingState, load_state, save_state
+from mlx_rgemma.tuner.checkpointing import checkpoint_layers
+from mlx_rgemma.tuner.loop import LoopSettings, TrainingCallback, fit
+from mlx_rgemma.tuner.loss import batch_loss
+from mlx_rgemma.tuner.packing import Documents, Piece, lay_row, stack_rows
+from mlx_rgemma.tuner.rules import decays
+
+STATE_FILE = "training_state.safetensors"
+
+FINGERPRINT = (
+    "model",
+    "fine_tune_type",
+    "lora_parameters",
+    "lora_gates",
+    "num_layers",
+    "optimizer",
+    "optimizer_config",
+    "learning_rate",
+    "lr_schedule",
+    "batch_size",
+    "grad_accumulation_steps",
+    "max_seq_length",
+    "mask_prompt",
+    "pack",
+    "carry_state",
+    "dtype",
+    "window",
+    "seed",
+)
+"""Settings that a resumed run must share with the one that it goes on with."""
+
+OPTIMIZERS = {
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "sgd": "SGD",
+    "adafactor": "Adafactor",
+}
+
+
+def prepare(model: Model, args: SimpleNamespace) -> AdapterConfig:
+    """Freeze a model but for what the arguments say is to be trained.
+
+    Raises:
+        UserError: If the model cannot be trained so, or the weights to begin with are of another.
+    """
+    config = AdapterConfig.of(vars(args), "settings")
+    mx.random.seed(args.seed)
+    add_adapters(model, config)
+    if args.resume_adapter_file is not None:
+        load_adapter_weights(model, args.resume_adapter_file, partial=True)
+    if not tree_flatten(model.trainable_parameters()):
+        raise UserError(f"num-layers is {config.num_layers}: there is nothing to train.")
+    if args.grad_checkpoint:
+        checkpoint_layers(model)
+    return config
+
+
+def train(
+    model: Model,
+    examples: dict[str, Documents],
+    args: SimpleNamespace,
+    *,
+    callback: TrainingCallback,
+    show: Callable[[str], None] = print,
+) -> None:
+    """Train what `prepare` has left trainable, and write it to the adapters' folder.
+
+    The folder gets mlx-lm's files, and `training_state.safetensors`, from which `args.resume` goes
+    on: with the same data and settings, to the same weights, bit for bit, as without a stop.
+
+    Args:
+        model: From `prepare`.
+        examples: From `read_examples`.
+        args: mlx-lm's settings, and `pack`, `carry_state`, `resume`.
+        callback: Is told how training goes.
+        show: Prints a line.
+
+    Raises:
+        UserError: If the data or settings do not fit, or the loss stops being finite.
+        KeyboardInterrupt: After Ctrl-C, once the checkpoint is written.
+    """
+    settings = LoopSettings(
+        iters=args.iters,
+        grad_accumulation_steps=args.grad_accumulation_steps,
+        steps_per_report=args.steps_per_report,
+        steps_per_eval=args.steps_per_eval,
+        steps_per_save=args.save_every,
+        seed=args.seed,
+    )
+    documents = examples["train"]
+    batches = training_batches(documents, args)
+    state = TrainingState(model, make_optimizer(args))
+    loss: Any = batch_loss
+    if args.carry_state:
+        loss = state.carried = CarriedLoss(model, args.batch_size)
+    folder = Path(args.adapter_path)
+    fingerprint = {
+        **{key: getattr(args, key) for key in FINGERPRINT},
+        "training data": digest(documents),
+    }
+    if args.resume:
+        load_state(folder / STATE_FILE, state, fingerprint)
+        show(f"Resuming after iteration {state.progress.iteration}")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapter_config(folder, vars(args))
+
+    def save(state: TrainingState) -> None:
+        weights: Any = dict(tree_flatten(model.trainable_parameters()))
+        iteration = state.progress.iteration
+        numbered = folder / f"{iteration:07d}_{WEIGHTS_FILE}"
+        save_adapter_weights(numbered, weights)
+        save_adapter_weights(folder / WEIGHTS_FILE, weights)
+        save_state(folder / STATE_FILE, state, fingerprint)
+        show(f"Iter {iteration}: Saved adapter weights to {folder / WEIGHTS_FILE} and {numbered}.")
+
+    def validate() -> dict[str, Any]:
+        loss = evaluate(model, examples["valid"], args, args.val_batches)
+        return {"val_loss": loss}
+
+    fit(
+        state,
+        batches,
+        settings,
+        loss,
+        evaluate=validate if len(examples["valid"]) else None,
+        save=save,
+        callback=callback,
+    )
+    show(f"Saved final weights to {folder / WEIGHTS_FILE}.")
+
+
+def training_batches(documents: Documents, args: SimpleNamespace) -> Batches:
+    """What each iteration reads: padded rows, packed rows, or chunks with carried state."""
+    length, rows = args.max_seq_length, args.batch_size
+    if args.carry_state:
+        return CarriedBatches(documents, rows, length, args.seed)
+    if args.pack:
+        return RowBatches(WholeRows(documents, length, args.seed), rows)
+    return PaddedBatches(documents, rows, length, args.seed)
+
+
+def evaluate(model: Model, documents: Documents, args: SimpleNamespace, most: int) -> float:
+    """Mean loss of the targets that count, in nats.
+
+    With carried state documents are read whole, otherwise as far as `max_seq_length`.
+
+    Args:
+        model: The model; it is put into evaluation mode.
+        documents: What it is measured on.
+        args: Its `batch_size`, `max_seq_length` and `carry_state` are used.
+        most: Batches to read at most; -1 for all.
+    """
+    model.eval()
+    loss: Any = batch_loss
+    batches: Iterator[Batch]
+    if args.carry_state:
+        rows = min(args.batch_size, int((documents.steps > 0).sum()))
+        chunks = CarriedBatches(documents, rows, args.max_seq_length, None)
+        loss, batches = CarriedLoss(model, rows), (chunks[i] for i in range(len(chunks)))
+    else:
+        batches = _in_order(documents, args.batch_size, args.max_seq_length)
+    total = count = 0.0
+    for number, batch in enumerate(batches):
+        if number == most:
+            break
+        of_batch = loss(model, batch)
+        mx.eval(of_batch)
+        total, count = total + of_batch[0].item(), count + of_batch[1].item()
+    return total / max(count, 1)
+
+
+def test(model: Model, documents: Documents, args: SimpleNamespace) -> str:
+    """Measure a model on the test set; -> mlx-lm's line."""
+    loss = evaluate(model, documents, args, args.test_batches)
+    return f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}."
+
+
+def load_trained(model: Model, folder: str) -> None:
+    """Put trained adapters on a model; an empty name stands for none (mlx-lm's habit)."""
+    if folder:
+        load_adapters(model, folder)
+
+
+def make_optimizer(args: SimpleNamespace) -> optim.Optimizer:
+    """mlx-lm's optimizers and schedules; weight decay keeps to `rules.decays`.
+
+    Raises:
+        UserError: If an optimizer or a schedule does not take what is given.
+    """
+    from mlx_lm.tuner.utils import build_schedule
+
+    kind = getattr(optim, OPTIMIZERS[args.optimizer])
+    options = (args.optimizer_config or {}).get(args.optimizer) or {}
+    try:
+        rate = build_schedule(args.lr_schedule) if args.lr_schedule else args.learning_rate
+        if args.optimizer == "adamw":
+            undecayed = {**options, "weight_decay": 0.0}
+            return optim.MultiOptimizer([kind(rate, **options), kind(rate, **undecayed)], [decays])
+        found: optim.Optimizer = kind(learning_rate=rate, **options)
+        return found
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"optimizer_config or lr_schedule: {reason}") from error
+
+
+def digest(documents: Documents) -> str:
+    """A short fingerprint of tokenized documents."""
+    found = hashlib.sha256()
+    for part in (documents.ids, documents.offsets, documents.first_targets):
+        found.update(np.ascontiguousarray(part).tobytes())
+    return found.hexdigest()[:16]
+
+
+def parameter_line(model: Model) -> str:
+    """How much of a model is trained, in mlx-lm's words."""
+    from mlx_lm.utils import get_total_parameters
+
+    total = get_total_parameters(model) / 1e6
+    flat: Any = tree_flatten(model.trainable_parameters())
+    trained = sum(value.size for _, value in flat) / 1e6
+    return f"Trainable parameters: {100 * trained / total:.3f}% ({trained:.3f}M/{total:.3f}M)"
+
+
+def _in_order(documents: Documents, batch_size: int, max_length: int) -> Iterator[Batch]:
+    """All documents once, one a row, those of like length together."""
+    order = np.argsort(documents.steps, kind="stable")
+    steps = np.minimum(documents.steps, max_length - 1)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        length = max(int(steps[rows].max()), 1)
+        yield stack_rows(
+            [lay_row(documents, [Piece(int(d), 0, int(steps[d]))], length) for d in rows]
+        )
