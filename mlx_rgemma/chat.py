@@ -91,6 +91,7 @@ def _chat(args: argparse.Namespace) -> None:
         try:
             chat.take(line)
         except KeyboardInterrupt:
+            _all_or_none()
             print("\n[stopped]", flush=True)
         except (ValueError, OSError) as error:  # a UserError is a ValueError
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -104,7 +105,16 @@ def _read_line() -> str | None:
         except EOFError:
             return None
         except KeyboardInterrupt:
+            _all_or_none()
             print("\nq quits")
+
+
+def _all_or_none() -> None:
+    """Processes that share the model would stop at different tokens: Ctrl-C ends them all."""
+    from mlx_rgemma import distributed
+
+    if distributed.group() is not None:
+        raise KeyboardInterrupt
 
 
 class Chat:
@@ -189,6 +199,7 @@ class Chat:
             for response in conversation.ask(message, **self.options):
                 print(response.text, end="", flush=True)
         except KeyboardInterrupt:
+            _all_or_none()
             print("\n[stopped]" if response is not None else "\n[stopped, message taken back]")
         else:
             print()

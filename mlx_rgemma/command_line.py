@@ -24,34 +24,34 @@ def run(command: Callable[[], int | None]) -> int:
         The command's own status (None counts as 0), 1 after a `UserError` or an operating system
         error (told in one line on stderr), 130 after Ctrl-C, 0 when the reader of a pipe left.
     """
-    problem: str | None = "stopped"
+    status, problem = 1, "stopped"
     try:
         status = command() or 0
         sys.stdout.flush()
-        problem = None if status == 0 else f"ended with status {status}"
-        return status
+        problem = f"ended with status {status}" if status else ""
     except UserError as error:
-        problem = f"stopped: {_line(error)}"
-        return _fail(_line(error))
+        problem = f"stopped: {' '.join(str(error).split())}"
+        status = _fail(str(error))
     except KeyboardInterrupt:
         problem = "was interrupted"
         print(file=sys.stderr)
-        return 130
+        status = 130
     except BrokenPipeError:
         # Keep the interpreter from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        status = 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         problem = f"stopped: {where}{error.strerror or error}"
-        return _fail(f"{where}{error.strerror or error}")
+        status = _fail(f"{where}{error.strerror or error}")
     except RuntimeError:
         if (distributed := _distributed()) is not None:
             distributed.lost_by_others()
         raise
     finally:
         if (distributed := _distributed()) is not None:
-            distributed.leave(problem)
+            distributed.leave(problem, status)
+    return status
 
 
 def _distributed() -> Any:
@@ -59,14 +59,10 @@ def _distributed() -> Any:
     return sys.modules.get("mlx_rgemma.distributed")
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _fail(message: str) -> int:
     distributed = _distributed()
     if distributed is None or distributed.rank() == 0:  # which is told of it, and tells the user
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 1
 
 

@@ -70,21 +70,33 @@ def rank() -> int:
     return 0 if _here.group is None else _here.group.rank()
 
 
-def leave(problem: str | None = None) -> None:
+def leave(problem: str = "", status: int | None = None) -> None:
     """Part from the others: when all are done, or at once where this one has failed.
 
     Args:
         problem: Why this process cannot go on; the others end with it.
+        status: End this process with it, unless an exception is on its way to tell the user more.
     """
     line, _here.peers = _here.peers, None
     if line is None:
         return
-    if problem is not None:
+    if problem:
         line.lost(problem)
-        return
-    if _here.group is not None:
-        _settle()
-    line.part()
+    else:
+        if _here.group is not None:
+            settle()
+        line.part()
+    if status is not None and sys.exc_info()[0] is None:
+        # MLX may abort while an interpreter is being taken down that has generated in a thread.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def abandon(problem: str) -> None:
+    """End this process at once, and the others with it: they are no longer in step."""
+    leave(problem)
+    peers.end_process(f"rank {rank()} {problem}")
 
 
 def lost_by_others() -> None:
@@ -93,44 +105,58 @@ def lost_by_others() -> None:
         time.sleep(2.0)
 
 
-def share(value: Any) -> Any:
-    """The first process's value, on all of them; what the others pass is not looked at."""
-    if _here.group is None:
+def share(value: Any, group: mx.distributed.Group | None = None) -> Any:
+    """The first process's value, on all of them; what the others pass is not looked at.
+
+    Args:
+        value: Anything that can be pickled.
+        group: The processes; those that were joined, when omitted.
+    """
+    group = group or _here.group
+    if group is None:
         return value
-    data = pickle.dumps(value) if rank() == 0 else b""
-    _settle()
-    size: Any = _sum(mx.array(len(data), mx.int32)).item()
-    mine = mx.array(list(data), mx.uint8) if rank() == 0 else mx.zeros(size, mx.uint8)
-    return pickle.loads(bytes(memoryview(_sum(mine))))  # type: ignore[arg-type]
+    first = group.rank() == 0
+    data = pickle.dumps(value) if first else b""
+    settle()
+    size: Any = mx.distributed.all_sum(mx.array(len(data), mx.int32), group=group).item()
+    mine = mx.array(list(data), mx.uint8) if first else mx.zeros(size, mx.uint8)
+    total: Any = mx.distributed.all_sum(mine, group=group)
+    return pickle.loads(bytes(memoryview(total)))
 
 
-def share_arrays(arrays: Sequence[mx.array] | None) -> list[mx.array]:
-    """The first process's arrays, on all of them; the others pass None."""
-    if _here.group is None:
-        return list(arrays or ())
-    kinds = share([(a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in arrays or ()])
-    if rank() > 0:
-        arrays = [mx.zeros(shape, getattr(mx, dtype)) for shape, dtype in kinds]
-    return [
-        _sum(mx.contiguous(a).flatten().view(mx.uint8)).view(a.dtype).reshape(a.shape)
-        for a in arrays or ()
-    ]
+def share_arrays(arrays: Sequence[mx.array] | None, group: mx.distributed.Group) -> list[mx.array]:
+    """The first process's arrays, bit by bit, on all of them; the others pass None."""
+    mine = list(arrays or ())
+    kinds = share([(a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in mine], group)
+    if group.rank() > 0:
+        mine = [mx.zeros(shape, getattr(mx, dtype)) for shape, dtype in kinds]
+    shared = []
+    for array in mine:
+        total = mx.distributed.all_sum(array.flatten().view(mx.uint8), group=group)
+        mx.eval(total)
+        shared.append(total.view(array.dtype).reshape(array.shape))
+    return shared
 
 
-def outcome(work: Callable[[], Any]) -> Any:
+def outcome(work: Callable[[], Any], group: mx.distributed.Group | None = None) -> Any:
     """Do something on the first process only; a `UserError` there is one on all.
 
+    Args:
+        work: What to do.
+        group: As for `share`.
+
     Returns:
-        What it returned, on all of them.
+        What it returned, on all of them; it must be something that can be pickled.
     """
+    group = group or _here.group
     answer: Any = None
     problem: Exception | None = None
-    if rank() == 0:
+    if group is None or group.rank() == 0:
         try:
             answer = work()
         except (UserError, OSError) as error:
             problem = error
-    answer, problem = share((answer, problem))
+    answer, problem = share((answer, problem), group)
     if problem is not None:
         raise problem
     return answer
@@ -147,16 +173,13 @@ def agreed(sampler: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.a
 
     def choose(logprobs: mx.array) -> mx.array:
         token = sampler(logprobs)
-        return _sum(token if rank() == 0 else mx.zeros_like(token))
+        mine = token if rank() == 0 else mx.zeros_like(token)
+        return mx.distributed.all_sum(mine, group=_here.group)
 
     return choose
 
 
-def _sum(array: mx.array) -> mx.array:
-    return mx.distributed.all_sum(array, group=_here.group)
-
-
-def _settle() -> None:
+def settle() -> None:
     """Let what is under way come to its end: messages of two streams must not mix."""
     mx.synchronize()
     generating = sys.modules.get("mlx_lm.generate")

@@ -139,8 +139,10 @@ class Peers:
                     raise self._nobody(everybody - self._known["arrived"])
 
     def lost(self, message: str) -> None:
-        """Tell the others that this process cannot go on; they end too."""
+        """Tell the others that this process cannot go on; they end too, unless they are done."""
         self._over = True
+        if len(self._known["bye"] - {self.place.rank}) == self.place.size - 1:
+            return self._send({"bye": self.place.rank})
         self._send({"lost": f"rank {self.place.rank} of {self.place.size} {message}"})
 
     def part(self) -> None:

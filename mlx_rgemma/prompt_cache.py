@@ -11,10 +11,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_rgemma import distributed
 from mlx_rgemma.checkpoints.safetensors import check_file
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.sharding import gather_state, split_state
 from mlx_rgemma.registration import register
 
 FINGERPRINT = "fingerprint"
@@ -56,7 +58,8 @@ def save_prompt_cache(
 ) -> None:
     """Save a state as a safetensors file that `load_prompt_cache` (and mlx-lm) reads.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all. Of processes that share a model, all must call this; the
+    first one writes the file, which is the one that a single process would write.
 
     Args:
         path: The file; one that exists is replaced.
@@ -64,10 +67,20 @@ def save_prompt_cache(
         cache: The state.
         metadata: Texts to keep with it.
     """
+    if model.group is None:
+        return _write(Path(path), model, cache, metadata)
+    distributed.settle()
+    whole = gather_state(cache, model.group)
+    mx.eval([layer.state for layer in whole])
+    distributed.outcome(lambda: _write(Path(path), model, whole, metadata), model.group)
+
+
+def _write(
+    path: Path, model: Model, cache: list[GriffinCache], metadata: Mapping[str, str] | None
+) -> None:
     from mlx_lm.models.cache import save_prompt_cache as mlx_lm_save
 
     register()
-    path = Path(path)
     handle, temporary = tempfile.mkstemp(
         suffix=".safetensors", prefix=f".{path.name}-", dir=path.parent
     )
@@ -101,13 +114,34 @@ def load_prompt_cache(path: str | Path, model: Model) -> list[GriffinCache]:
 def read_prompt_cache(path: str | Path, model: Model) -> tuple[list[GriffinCache], dict[str, str]]:
     """Load a state as it lies in its file, and the texts kept with it.
 
+    Of processes that share a model, all must call this; the first one reads the file, and each
+    gets its part.
+
     Raises:
         CheckpointError: If the file is missing, damaged, or of another model, window or shape.
     """
+    group = model.group
+    if group is None:
+        return _read(Path(path), model)
+    whole: list[GriffinCache] = []
+
+    def read() -> dict[str, str]:
+        cache, metadata = _read(Path(path), model)
+        whole.extend(cache)
+        return metadata
+
+    metadata = distributed.outcome(read, group)
+    arrays = distributed.share_arrays([a for layer in whole for a in layer.state], group)
+    states = [arrays[i : i + 3] for i in range(0, len(arrays), 3)]
+    kinds = [type(layer) for layer in model.make_cache()]
+    cache = [kind.from_state(state) for kind, state in zip(kinds, states, strict=True)]
+    return split_state(cache, group.rank(), group.size()), metadata
+
+
+def _read(path: Path, model: Model) -> tuple[list[GriffinCache], dict[str, str]]:
     from mlx_lm.models.cache import load_prompt_cache as mlx_lm_load
 
     register()
-    path = Path(path)
     check_file(path)
     try:
         cache, metadata = mlx_lm_load(str(path), return_metadata=True)
@@ -118,7 +152,8 @@ def read_prompt_cache(path: str | Path, model: Model) -> tuple[list[GriffinCache
             f"{path}: not a prompt cache of RecurrentGemma ({type(error).__name__}: {error})."
         ) from error
     try:
-        model.check_cache(cache)
+        size = 1 if model.group is None else model.group.size()
+        model.check_cache(split_state(cache, 0, size))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     metadata = metadata if isinstance(metadata, dict) else {}

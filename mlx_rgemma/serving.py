@@ -8,10 +8,13 @@ that survives an error; `http_handler` is what clients meet.
 from __future__ import annotations
 
 import logging
+import queue
+import signal
 import threading
 import weakref
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import mlx.core as mx
 from mlx_lm import server as mlx_lm_server
 from mlx_lm.models.cache import LRUPromptCache
 
+from mlx_rgemma import distributed
 from mlx_rgemma.checkpoints import load
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation import stream_generate
@@ -26,6 +30,9 @@ from mlx_rgemma.griffin.cache import state_nbytes
 from mlx_rgemma.http_handler import Handler, Server
 from mlx_rgemma.request_checks import DEFAULT_MODEL
 from mlx_rgemma.speculation import check_vocabulary
+
+STOP = "stop"
+"""What processes that share a model are sent in place of a request, in the end."""
 
 EMBEDDED_NAME = "embedded"
 """What the embedded model is called in requests."""
@@ -56,7 +63,10 @@ class Provider(mlx_lm_server.ModelProvider):
         self, model_path: Any, adapter_path: Any = None, draft_model_path: Any = None
     ) -> None:
         args = self.cli_args
-        model, tokenizer = load(model_path, dtype=args.dtype, adapter_path=adapter_path)
+        group = distributed.group()
+        model, tokenizer = load(
+            model_path, dtype=args.dtype, adapter_path=adapter_path, group=group
+        )
         draft_model = None
         if draft_model_path is not None:
             draft_model, draft_tokenizer = load(draft_model_path, dtype=args.dtype)
@@ -105,6 +115,7 @@ class Generator(mlx_lm_server.ResponseGenerator):
         self.slots = threading.BoundedSemaphore(max_requests)
         self.ready = threading.Event()
         self.failure: Exception | None = None
+        self.stopping = False
         self._at_hand: weakref.WeakSet[Any] = weakref.WeakSet()
         super().__init__(provider, states)
 
@@ -122,8 +133,10 @@ class Generator(mlx_lm_server.ResponseGenerator):
                 self._generate()
             except Exception:
                 logging.exception("the batch was given up after an error")
-                for queue in list(self._at_hand):
-                    queue.put(RuntimeError("the batch was given up after an error; try again"))
+                if self._is_distributed:
+                    distributed.abandon("failed while it served")
+                for answers in list(self._at_hand):
+                    answers.put(RuntimeError("the batch was given up after an error; try again"))
 
     def wait(self) -> None:
         """Wait until the model is there.
@@ -134,6 +147,21 @@ class Generator(mlx_lm_server.ResponseGenerator):
         self.ready.wait()
         if self.failure is not None:
             raise self.failure
+
+    def stop_and_join(self) -> None:
+        """Stop; where several processes share the model, all of them."""
+        self.stopping = True
+        self._stop = not self._is_distributed
+        self.join()
+
+    def _share_request(self, request: Any) -> Any:
+        if self.stopping and self._rank == 0:
+            request = (queue.Queue(), STOP)
+        request = super()._share_request(request)
+        if request is not None and request[1] == STOP:
+            self._stop = True
+            return None
+        return request
 
     def _next_request(self, timeout: float | None = None) -> Any:
         request = super()._next_request(timeout)
@@ -158,11 +186,15 @@ class Generator(mlx_lm_server.ResponseGenerator):
         generation_args.model = mlx_lm_server.ModelDescription(
             DEFAULT_MODEL, DEFAULT_MODEL, adapter
         )
-        return super().generate(request, generation_args, progress_callback)
+        context, answers = super().generate(request, generation_args, progress_callback)
+        if self._is_distributed and not self._is_batchable(generation_args):
+            # The other processes cannot be told in the middle: the answer is written to its end.
+            context.stop = lambda: None
+        return context, answers
 
 
 def serve(args: Namespace) -> None:
-    """Serve until interrupted.
+    """Serve until interrupted; under `mlx.launch`, the first process serves for all.
 
     Args:
         args: The arguments of the command, which mlx-lm's server reads too.
@@ -170,14 +202,26 @@ def serve(args: Namespace) -> None:
     Raises:
         UserError: If the model cannot be loaded or the address not be used.
     """
+    distributed.join()
+    first = distributed.rank() == 0
     logging.basicConfig(
-        level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s", force=True
+        level=args.log_level if first else "ERROR",
+        format="%(asctime)s - %(levelname)s - %(message)s",
+        force=True,
     )
     # Requests that are served one by one speculate with this package's loop.
     mlx_lm_server.stream_generate = _stream_generate  # type: ignore[assignment]
+    if distributed.group() is not None:
+        make_sampler = mlx_lm_server._make_sampler
+        mlx_lm_server._make_sampler = lambda *a: distributed.agreed(make_sampler(*a))
     provider = Provider(args)
     limit = 1 << 63 if args.prompt_cache_bytes is None else args.prompt_cache_bytes
     states = States(args.prompt_cache_size, limit)
+    if not first:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it for all
+        generator = Generator(provider, states, args.max_requests)
+        generator.wait()
+        return generator.join()
     fingerprint = mlx_lm_server.get_system_fingerprint()
     try:
         server = Server(
@@ -200,6 +244,9 @@ def serve(args: Namespace) -> None:
                 flush=True,
             )
             server.serve_forever()
+        except KeyboardInterrupt:
+            if distributed.group() is None:
+                raise
         finally:
             generator.stop_and_join()
 
@@ -211,7 +258,13 @@ def _stream_generate(
     options = {key: kwargs[key] for key in _OPTIONS}
     if draft_model is not None:
         options |= {"draft_model": draft_model, "num_draft_tokens": kwargs["num_draft_tokens"]}
-    return stream_generate(model, tokenizer, prompt, **options)
+    try:
+        responses: Any = stream_generate(model, tokenizer, prompt, **options)
+        with closing(responses):
+            yield from responses
+    finally:
+        if distributed.group() is not None:
+            distributed.settle()
 
 
 _OPTIONS = (

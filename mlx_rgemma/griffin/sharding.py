@@ -140,6 +140,8 @@ def split_state(cache: Sequence[GriffinCache], rank: int, size: int) -> list[Gri
     def part(array: mx.array) -> mx.array:
         return mx.contiguous(array[..., span(array.shape[-1], rank, size)])
 
+    if size == 1:
+        return list(cache)
     return [
         _recurrent(layer, part) if isinstance(layer, RecurrentCache) else layer for layer in cache
     ]
