@@ -1,0 +1,182 @@
+"""Engines: the same weights in each, what they report, what they refuse; and their processes."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_rgemma import blas
+from mlx_rgemma.measurement.engines import MLX_LM, OURS, TRANSFORMERS, Unsupported, make_engine
+from mlx_rgemma.measurement.processes import Worker, WorkerError, environment
+from mlx_rgemma.measurement.shapes import (
+    SHAPES,
+    UNQUANTIZED,
+    random_model,
+    random_weights,
+    recipe,
+    write_folder,
+)
+from mlx_rgemma.measurement.worker import serve
+
+TINY = SHAPES["tiny"]
+TOKENS = [[int(t) for t in np.random.default_rng(0).integers(0, 512, 24)]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("weights")
+    write_folder(place, TINY, "float32")
+    return {"folder": str(place)}
+
+
+def test_shapes():
+    sizes = {
+        name: sum(w.size for _, w in random_weights(SHAPES[name], mx.float32))
+        for name in ("tiny", "small", "2b", "9b")
+    }
+    assert sizes["small"] == 39_686_656
+    assert sizes["2b"] == 2_682_862_080 and sizes["9b"] == 8_579_977_216
+
+
+def test_random_weights_do_not_vanish_and_forget_as_in_training():
+    weights = dict(random_weights(replace(TINY, hidden_size=128, lru_width=128), mx.float32))
+    for name, weight in weights.items():
+        assert mx.isfinite(weight).all() and weight.std() > 0, name
+    a8 = mx.exp(-8 * mx.logaddexp(weights[_recurrent()], 0))
+    assert a8.min() >= 0.9 and a8.max() <= 0.999
+
+
+def _recurrent() -> str:
+    return "model.layers.0.temporal_block.rg_lru.recurrent_param"
+
+
+def test_random_models_are_the_same_in_memory_and_on_disk(folder):
+    from mlx_rgemma import load_model
+
+    model, _ = load_model(folder["folder"], dtype="float32")
+    expected = dict(tree_flatten(random_model(TINY, mx.float32).parameters()))
+    for name, value in tree_flatten(model.parameters()):
+        assert mx.array_equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("peer", [MLX_LM, TRANSFORMERS])
+def test_peers_run_the_same_weights(folder, peer):
+    if peer == TRANSFORMERS:
+        pytest.importorskip("torch", reason="needs the extra: pip install '.[parity]'")
+    ours, theirs = make_engine(OURS), make_engine(peer)
+    loaded = [engine.load(folder, "float32", UNQUANTIZED) for engine in (ours, theirs)]
+    assert loaded[0] == loaded[1]
+    expected = np.array(ours.model(mx.array(TOKENS)))
+    if peer == MLX_LM:
+        found = np.array(theirs.model(mx.array(TOKENS)))
+    else:
+        import torch
+
+        with torch.inference_mode():
+            found = theirs.model(torch.tensor(TOKENS)).logits.numpy()
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", [OURS, MLX_LM, TRANSFORMERS])
+def test_generating_and_training(folder, name):
+    if name == TRANSFORMERS:
+        pytest.importorskip("torch", reason="needs the extra: pip install '.[parity]'")
+    engine = make_engine(name)
+    engine.load(folder, "float32", UNQUANTIZED)
+    for batch in (1, 2):
+        found = engine.generate(TOKENS * batch, 5, 16)
+        assert found.tokens == 5 and 0 < found.first_token_s < found.last_token_s
+        assert found.state_bytes > 0
+    before = np.array(_embedding(engine)).copy()
+    assert engine.train([row[:9] for row in TOKENS], "full") > 0
+    assert np.abs(np.array(_embedding(engine)) - before).max() > 0
+    peak = engine.peak_memory()
+    assert peak is None if name == TRANSFORMERS else peak > before.nbytes
+
+
+def _embedding(engine):
+    weight = engine.model.model.embed_tokens.weight
+    return weight if isinstance(weight, mx.array) else weight.detach()
+
+
+def test_generating_after_a_long_text_goes_on_from_it(folder):
+    engine = make_engine(OURS)
+    engine.load(folder, "float32", UNQUANTIZED)
+    for _ in range(2):
+        found = engine.generate_after(40, 3, 16)
+    (cache,) = engine.states.values()
+    assert found.tokens == 3 and cache[0].offset >= 40 + 2 * 3
+    assert found.state_bytes == sum(layer.nbytes for layer in cache)
+
+
+@pytest.mark.parametrize("name", [OURS, MLX_LM])
+def test_lora_trains_little(folder, name):
+    engine = make_engine(name)
+    engine.load(folder, "float32", "4")
+    with pytest.raises(Unsupported, match="with LoRA only"):
+        engine.train(TOKENS, "full")
+    engine.train(TOKENS, "lora")
+    trained = sum(v.size for _, v in tree_flatten(engine.model.trainable_parameters()))
+    assert 0 < trained < 60_000
+
+
+def test_transformers_refuses_what_it_cannot(folder):
+    pytest.importorskip("torch", reason="needs the extra: pip install '.[parity]'")
+    engine = make_engine(TRANSFORMERS)
+    with pytest.raises(Unsupported, match="no MLX quantization"):
+        engine.load(folder, "float32", "4")
+    with pytest.raises(Unsupported, match="LoRA"):
+        engine.train(TOKENS, "lora")
+
+
+def test_labels_of_quantizations():
+    assert recipe("none") is None
+    assert recipe("5").of("model.layers.0.x", 3).bits == 5
+    assert recipe("mxfp4").default.mode == "mxfp4" and recipe("rgemma").name == "rgemma"
+    for label in ("affine", "1", "four", ""):
+        with pytest.raises(ValueError, match="expected one of none, 2, 3"):
+            recipe(label)
+
+
+def ask(*requests):
+    answers = io.StringIO()
+    serve(OURS, io.StringIO("".join(json.dumps(r) + "\n" for r in requests)), answers)
+    return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+def test_the_worker_answers_every_request(folder, tmp_path):
+    load = {"do": "load", "model": folder, "dtype": "float32", "quantization": "none"}
+    answers = ask(
+        {"do": "describe"},
+        {**load, "model": {"folder": str(tmp_path / "nope")}},
+        {"do": "nonsense"},
+        load,
+        {"do": "generate", "prompts": TOKENS, "tokens": 2, "step_size": 16},
+    )
+    assert answers[0]["answer"]["packages"]["mlx-rgemma"]
+    assert "no such folder" in answers[1]["error"]
+    assert "nonsense" in answers[2]["error"]
+    assert answers[3]["answer"]["weight_bytes"] == 4 * 191_680
+    assert answers[4]["answer"]["tokens"] == 2
+    assert answers[4]["answer"]["process_peak_bytes"] > answers[4]["answer"]["peak_memory_bytes"]
+
+
+def test_a_process_that_dies_is_an_error_with_its_signal():
+    with Worker(OURS) as worker:
+        worker.process.kill()
+        with pytest.raises(WorkerError, match="by signal 9 while asked to describe"):
+            worker.ask("describe")
+
+
+def test_whose_blas_it_is(monkeypatch):
+    assert environment(OURS, "own") == environment(MLX_LM, "same") == {}
+    assert environment(MLX_LM, "own") == {"LD_PRELOAD": None, blas.VARIABLE: "off"}
+    monkeypatch.setenv("LD_PRELOAD", "")
+    with Worker(MLX_LM, environment(MLX_LM, "own")) as worker:
+        assert "off" not in worker.ask("describe")["blas"]
