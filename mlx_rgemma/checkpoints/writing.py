@@ -86,6 +86,7 @@ def save_model(
     *,
     source: str | os.PathLike[str] | None = None,
     dtype: mx.Dtype | None = None,
+    torch_layout: bool = False,
     progress: bool = False,
 ) -> None:
     """Save a model as a new folder, which appears whole or not at all.
@@ -97,6 +98,8 @@ def save_model(
             card and the keys of its configuration that this package does not know; or of a
             tokenizer alone.
         dtype: dtype of all weights, by default that of the model's.
+        torch_layout: Store convolutions as (D, 1, K), so that transformers can load the folder
+            too; mlx-lm and this package load either.
         progress: Show a progress bar.
 
     Raises:
@@ -116,6 +119,11 @@ def save_model(
         (name, value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value)
         for name, value in parameters
     ]
+    if torch_layout:
+        weights = [
+            (name, value.moveaxis(1, 2) if name.endswith("conv_1d.weight") else value)
+            for name, value in weights
+        ]
     origin = Source(Path(source)) if source is not None else None
     checkpoint = Written(
         stored_config(model.args, dtype, quantized),

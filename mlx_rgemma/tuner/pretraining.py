@@ -218,7 +218,11 @@ class Pretraining:
         shutil.rmtree(fresh, ignore_errors=True)
         with self.exported_weights():
             save_model(
-                fresh, self.model, source=self.folder, dtype=read_dtype(self.recipe.save_dtype)
+                fresh,
+                self.model,
+                source=self.folder,
+                dtype=read_dtype(self.recipe.save_dtype),
+                torch_layout=True,
             )
         if target.exists():
             shutil.rmtree(target)

@@ -81,6 +81,8 @@ def test_the_model_runs_here_and_in_plain_mlx_lm(trained):
     assert tokens[0] == 2 and tokenizer.decode(tokens[1:]) == "Ann found a red bird.\nBen"
     assert model.args.vocab_size == 200 == len(tokenizer.get_vocab())
     mine = model(mx.array([tokens]))
+    stored = mx.load(str(trained / "model/model.safetensors"))
+    assert stored["model.layers.0.temporal_block.conv_1d.weight"].shape == (32, 1, 4)  # as torch's
     code = (
         "import sys, mlx.core as mx, numpy as np\n"
         "from mlx_lm.models import recurrent_gemma\n"
