@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every figure of docs/benchmark.md and of the README's section on speed, in one run of about a
-# quarter of an hour on two cores. Keep the machine quiet meanwhile.
+# quarter of an hour on two cores, and into these documents. Keep the machine quiet meanwhile.
 #
 #     pip install '.[cpu,parity,plot]' && bash examples/measure.sh [FOLDER]
 #
-# FOLDER (by default build/figures) gets a text and a JSON file a table, and the picture.
+# FOLDER (by default build/figures) gets a text and a JSON file each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,5 +27,7 @@ measure flatness --shape small --flatness -n 3
 measure bits --shape small -p 512 -g 128 -q none,4,8,rgemma
 
 printf '\n== what a long text costs\n'
-"$python" examples/flat_or_growing.py --plot "$folder/flat_or_growing.svg" \
+"$python" examples/flat_or_growing.py --plot docs/flat_or_growing.svg \
   --json "$folder/flat_or_growing.json" | tee "$folder/flat_or_growing.txt"
+
+"$python" examples/insert_figures.py "$folder" docs/benchmark.md README.md

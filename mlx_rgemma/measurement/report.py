@@ -27,7 +27,7 @@ def opening(report: Report) -> str:
     """What is measured, on what."""
     plan = report.plan
     lines = machine.header(report.facts, report.peers)
-    lines.append(f"Model: {report.name}, {report.parameters / 1e6:,.1f} million parameters")
+    lines.append(f"\nModel: {report.name}, {report.parameters / 1e6:,.1f} million parameters")
     for cases in plan.rounds():
         for case in cases:
             lengths = f"{case.kind}_tokens" if case.kind != "generate" else "prompt_tokens"

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.measurement import machine
+from mlx_rgemma.measurement.engines import OURS
+from mlx_rgemma.measurement.processes import Worker
 
 PROBE = "mlx_rgemma.measurement.startup_probe"
 TITLES = {
@@ -31,10 +34,12 @@ class Startup:
     """Seconds, each measured several times in a process of its own.
 
     Attributes:
+        facts: About the machine and this package.
         commands: Whole commands, from start to exit.
         stages: What the way to the first token is made of; no second counts twice.
     """
 
+    facts: dict[str, Any]
     commands: dict[str, list[float]] = field(default_factory=dict)
     stages: dict[str, list[float]] = field(default_factory=dict)
 
@@ -46,6 +51,7 @@ class Startup:
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
+            "machine": self.facts,
             "commands_s": {name: _summary(times) for name, times in self.commands.items()},
             "stages_s": {name: _summary(times) for name, times in self.stages.items()},
             "first_token_s": self.first_token_s,
@@ -53,7 +59,8 @@ class Startup:
 
     def text(self) -> str:
         """As a table."""
-        lines = ["| | median | fastest | slowest |", "| --- | --- | --- | --- |"]
+        lines = [*machine.header(self.facts, {}), ""]
+        lines += ["| | median | fastest | slowest |", "| --- | --- | --- | --- |"]
         for name, times in self.commands.items():
             lines.append(_row(f"`{name}`", times))
         lines += [_row(TITLES[name], times) for name, times in self.stages.items()]
@@ -71,7 +78,8 @@ def measure(model: str | None, repeats: int) -> Startup:
     Raises:
         UserError: If one of them fails.
     """
-    found = Startup()
+    with Worker(OURS) as worker:
+        found = Startup(worker.ask("describe"))
     named = [] if model is None else ["--model", model]
     generate = ["-m", "mlx_rgemma.generate", "--max-tokens", "1", *named]
     commands = {

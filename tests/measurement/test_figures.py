@@ -188,3 +188,21 @@ def test_the_picture_of_a_long_text(tmp_path):
     assert len({p["state_mb"] for p in griffin}) == 1
     a_token = 3 * 2 * 32 * 4  # layers, keys and values, width of a head, bytes
     assert [p["state_mb"] * 1e6 for p in gemma] == [0, 256 * a_token, 1024 * a_token]
+
+
+def test_figures_are_put_into_documents(tmp_path):
+    (tmp_path / "speed.txt").write_text(
+        "Machine: x\nPackages: y\n\nModel: z\nTrial 1: y\n\n| a |\n| 1 |\n\n| b |\n\nNote: c\n"
+    )
+    document = tmp_path / "page.md"
+    place = "<!-- figures {} -->\nold\n<!-- end -->\n"
+    names = ("speed: | b", "speed:", "speed: Machine", "missing:")
+    document.write_text("text\n" + "".join(map(place.format, names)))
+    command = [sys.executable, str(EXAMPLES / "insert_figures.py"), str(tmp_path), str(document)]
+    for _ in range(2):  # a second time changes nothing
+        subprocess.run(command, check=True, timeout=60)
+        contents = ("| b |", "| a |\n| 1 |\n\n| b |\n\nNote: c", "Machine: x\\\nPackages: y", "old")
+        assert document.read_text() == "text\n" + "".join(
+            f"<!-- figures {name} -->\n{content}\n<!-- end -->\n"
+            for name, content in zip(names, contents, strict=True)
+        )
