@@ -134,10 +134,11 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
 
 
 def _run(args: SimpleNamespace) -> None:
-    from mlx_rgemma import load
+    from mlx_rgemma import distributed, load
     from mlx_rgemma.tuner import finetuning
     from mlx_rgemma.tuner.examples import read_examples
 
+    group = distributed.join(args.seed)
     print("Loading pretrained model")
     model, tokenizer = load(args.model, dtype=args.dtype, window=args.window)
     print("Loading datasets")
@@ -149,7 +150,8 @@ def _run(args: SimpleNamespace) -> None:
         if not len(examples["valid"]):
             print("Warning: no validation set; training goes on without.")
         print(f"Starting training..., iters: {args.iters}")
-        finetuning.train(model, examples, args, callback=_callback(args))
+        callback = _callback(args) if distributed.rank() == 0 else None
+        finetuning.train(model, examples, args, callback=callback, group=group)
     else:
         finetuning.load_trained(model, args.adapter_path)
     if args.test:

@@ -150,20 +150,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _train(argv: Sequence[str]) -> None:
     recipe, folder, plot = read_recipe(argv)
 
+    from mlx_rgemma import distributed
     from mlx_rgemma.tuner.loss import batch_loss
     from mlx_rgemma.tuner.pretraining import LOG, MODEL, Pretraining
     from mlx_rgemma.tuner.progress import ProgressLog, plot_log
 
-    run = Pretraining(recipe, folder)
+    run = Pretraining(recipe, folder, distributed.join(recipe.seed))
     for line in run.description():
         print(line)
+    log = ProgressLog(folder / LOG, run.state.progress.iteration) if run.first else None
     try:
-        run.run(ProgressLog(folder / LOG, run.state.progress.iteration), batch_loss)
+        run.run(log, batch_loss)
     except KeyboardInterrupt:
         print(f"Stopped after iteration {run.state.progress.iteration}; the same command goes on.")
         raise
     print(f"Saved final weights to {folder / MODEL}.")
-    if plot is not None:
+    if plot is not None and run.first:
         plot_log(folder / LOG, plot)
 
 

@@ -84,6 +84,21 @@ class TrainingState:
             arrays |= {f"carried.{name}": value for name, value in self.carried.arrays().items()}
         return arrays
 
+    def restore(self, arrays: Mapping[str, mx.array]) -> None:
+        """Take over what `arrays` gave."""
+        groups: dict[str, dict[str, mx.array]] = {
+            group: {} for group in ("model", "optimizer", "average", "carried")
+        }
+        for name, value in arrays.items():
+            group, _, rest = name.partition(".")
+            groups[group][rest] = value
+        self.model.update(tree_unflatten(list(groups["model"].items())))
+        self.optimizer.state = tree_unflatten(list(groups["optimizer"].items()))
+        if self.average is not None:
+            self.average.weights = groups["average"]
+        if self.carried is not None:
+            self.carried.restore(groups["carried"])
+
 
 def save_state(path: Path, state: TrainingState, fingerprint: Mapping[str, Any]) -> None:
     """Write a checkpoint over the one before, in one step.
@@ -146,18 +161,7 @@ def load_state(path: Path, state: TrainingState, fingerprint: Mapping[str, Any])
         raise CheckpointError(f"{path}: not a checkpoint of a training run.")
     _compare(path, json.loads(metadata["fingerprint"]), json.loads(json.dumps(dict(fingerprint))))
     _check_shapes(path, arrays, state)
-    groups: dict[str, dict[str, mx.array]] = {
-        group: {} for group in ("model", "optimizer", "average", "carried")
-    }
-    for name, value in arrays.items():
-        group, _, rest = name.partition(".")
-        groups[group][rest] = value
-    state.model.update(tree_unflatten(list(groups["model"].items())))
-    state.optimizer.state = tree_unflatten(list(groups["optimizer"].items()))
-    if state.average is not None:
-        state.average.weights = groups["average"]
-    if state.carried is not None:
-        state.carried.restore(groups["carried"])
+    state.restore(arrays)
     state.progress = Progress(**json.loads(metadata["progress"]))
     mx.eval(list(arrays.values()))
 

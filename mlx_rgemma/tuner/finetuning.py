@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from mlx_rgemma.tuner.checkpointing import checkpoint_layers
 from mlx_rgemma.tuner.loop import LoopSettings, TrainingCallback, fit
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.packing import Documents, Piece, lay_row, stack_rows
+from mlx_rgemma.tuner.processes import begin_alike, check_rows
 from mlx_rgemma.tuner.rules import decays
 
 STATE_FILE = "training_state.safetensors"
@@ -91,8 +93,9 @@ def train(
     examples: dict[str, Documents],
     args: SimpleNamespace,
     *,
-    callback: TrainingCallback,
+    callback: TrainingCallback | None,
     show: Callable[[str], None] = print,
+    group: mx.distributed.Group | None = None,
 ) -> None:
     """Train what `prepare` has left trainable, and write it to the adapters' folder.
 
@@ -103,8 +106,9 @@ def train(
         model: From `prepare`.
         examples: From `read_examples`.
         args: mlx-lm's settings, and `pack`, `carry_state`, `resume`.
-        callback: Is told how training goes.
+        callback: Is told how training goes, in the first process.
         show: Prints a line.
+        group: Processes that share the rows of every batch; the first one reports and writes.
 
     Raises:
         UserError: If the data or settings do not fit, or the loss stops being finite.
@@ -118,6 +122,12 @@ def train(
         steps_per_save=args.save_every,
         seed=args.seed,
     )
+    check_rows(args.batch_size, group)
+    if group is not None and args.carry_state:
+        raise UserError(
+            "--carry-state is for one process: the rows of a batch hand on their state."
+        )
+    first = group is None or group.rank() == 0
     documents = examples["train"]
     batches = training_batches(documents, args)
     state = TrainingState(model, make_optimizer(args))
@@ -129,11 +139,13 @@ def train(
         **{key: getattr(args, key) for key in FINGERPRINT},
         "training data": digest(documents),
     }
+    load = partial(load_state, folder / STATE_FILE, state, fingerprint)
+    begin_alike(state, fingerprint, load if args.resume else None, group)
     if args.resume:
-        load_state(folder / STATE_FILE, state, fingerprint)
         show(f"Resuming after iteration {state.progress.iteration}")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_adapter_config(folder, vars(args))
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter_config(folder, vars(args))
 
     def save(state: TrainingState) -> None:
         weights: Any = dict(tree_flatten(model.trainable_parameters()))
@@ -154,8 +166,9 @@ def train(
         settings,
         loss,
         evaluate=validate if len(examples["valid"]) else None,
-        save=save,
-        callback=callback,
+        save=save if first else None,
+        callback=callback if first else None,
+        group=group,
     )
     show(f"Saved final weights to {folder / WEIGHTS_FILE}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_rgemma import distributed
 from mlx_rgemma.checkpoints.loading import load_model, read_dtype
 from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.checkpoints.tokenizer import SENTENCEPIECE, load_tokenizer
@@ -29,6 +31,7 @@ from mlx_rgemma.tuner.dropout import add_dropout
 from mlx_rgemma.tuner.initialization import initialize
 from mlx_rgemma.tuner.loop import LoopSettings, TrainingCallback, fit
 from mlx_rgemma.tuner.packing import Documents, fit_pieces, lay_row, stack_rows
+from mlx_rgemma.tuner.processes import begin_alike, check_rows
 from mlx_rgemma.tuner.recipe import Recipe
 from mlx_rgemma.tuner.rules import adamw, learning_rate_schedule
 from mlx_rgemma.tuner.tokenizer_training import train_tokenizer
@@ -96,11 +99,12 @@ class Pretraining:
     ) -> None:
         self.recipe, self.folder, self.group = recipe, folder, group
         self.first = group is None or group.rank() == 0
+        check_rows(recipe.batch_size, group)
         sources, held = _texts(recipe)
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer_file(sources)
-        if group is not None:  # the others wait until the first has written it
-            mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group, stream=mx.cpu))
+        if group is not None:
+            self._share_tokenizer(group)
         self.tokenizer = load_tokenizer(folder)
         self.model = self._model()
         rows = [
@@ -127,9 +131,10 @@ class Pretraining:
             "texts": [digest(source.documents) for source in sources],
             "tokenizer": digest([(folder / SENTENCEPIECE).read_bytes()]),
         }
-        self.resumed = (folder / CHECKPOINT).exists()
-        if self.resumed:
-            load_state(folder / CHECKPOINT, self.state, self.fingerprint)
+        checkpoint = folder / CHECKPOINT
+        self.resumed = distributed.share(checkpoint.exists(), group)
+        load = functools.partial(load_state, checkpoint, self.state, self.fingerprint)
+        begin_alike(self.state, self.fingerprint, load if self.resumed else None, group)
 
     def description(self) -> list[str]:
         """What is going to happen, in lines for the terminal."""
@@ -245,6 +250,15 @@ class Pretraining:
                 raise UserError(f"{given}: no such file; give a SentencePiece tokenizer.model.")
             shutil.copyfile(given, partial)
         os.replace(partial, path)
+
+    def _share_tokenizer(self, group: mx.distributed.Group) -> None:
+        """Give the others the first one's tokenizer, which may have been trained just now."""
+        path = self.folder / SENTENCEPIECE
+        data = distributed.share(path.read_bytes() if self.first else None, group)
+        if not self.first and not (path.exists() and path.read_bytes() == data):
+            partial = path.with_suffix(f".rank{group.rank()}")
+            partial.write_bytes(data)
+            os.replace(partial, path)
 
     def _model(self) -> Model:
         recipe = self.recipe
