@@ -160,6 +160,7 @@ class Loop:
                     save(self.state)
                     saved = iteration
                 if stop and not last:
+                    self._any(False)  # not before the first process has written its checkpoint
                     raise KeyboardInterrupt
 
     def step(self, iteration: int, *, update: bool) -> tuple[float, int]:
