@@ -201,6 +201,8 @@ def _spread(figure: Spread | None) -> str:
     if figure is None:
         return ""
     digits = 0 if figure.median >= 100 else 1
+    if len(figure.values) == 1:
+        return f"{figure.median:,.{digits}f}"
     low, high = (f"{value:,.{digits}f}" for value in (figure.low, figure.high))
     return f"{figure.median:,.{digits}f} ({low} to {high})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 import time
@@ -27,6 +28,9 @@ Listener = Callable[["Report", Result], None]
 
 TRAINING_COPIES = 4
 """Of the weights: themselves, their gradients, and two moments."""
+
+BUSY = 0.5
+"""Processes a core that compute, on average of the last minute, from which on figures suffer."""
 
 SEED = 0
 
@@ -98,6 +102,11 @@ def run(report: Report, begun: Callable[[Report], None], listener: Listener) -> 
         for name in plan.peers:
             with Worker(name, environment(name, plan.peer_blas)) as worker:
                 report.peers[name] = worker.ask("describe")
+        load = os.getloadavg()[0]
+        if load > BUSY * report.facts["cores"]:
+            report.note(
+                f"the machine was busy at the start (load {load:.1f}): do not trust speeds."
+            )
         begun(report)
         layers = {
             "layers": report.config.num_hidden_layers,
