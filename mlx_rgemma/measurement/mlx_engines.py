@@ -66,7 +66,6 @@ class _MlxEngine:
 
     def peak_memory(self) -> int | None:
         peak = mx.get_peak_memory()
-        mx.clear_cache()
         mx.reset_peak_memory()
         return peak
 
@@ -190,12 +189,13 @@ class MlxLm(_MlxEngine):
     def _tokens(
         self, prompt: mx.array, cache: list[Any], tokens: int, step_size: int
     ) -> Iterator[int]:
-        from mlx_lm.generate import generate_step
+        from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
         steps: Any = generate_step(
             prompt, self.model, max_tokens=tokens, prompt_cache=cache, prefill_step_size=step_size
         )
-        with closing(steps):
+        streams: Any = [generation_stream]
+        with wired_limit(self.model, streams), closing(steps):
             for token, _ in steps:
                 yield token
 
