@@ -153,9 +153,11 @@ def _train(argv: Sequence[str]) -> None:
     from mlx_rgemma import distributed
     from mlx_rgemma.tuner.loss import batch_loss
     from mlx_rgemma.tuner.pretraining import LOG, MODEL, Pretraining
-    from mlx_rgemma.tuner.progress import ProgressLog, plot_log
+    from mlx_rgemma.tuner.progress import ProgressLog, check_plot, plot_log
 
     run = Pretraining(recipe, folder, distributed.join(recipe.seed))
+    if plot is not None and run.first:
+        check_plot(plot)
     for line in run.description():
         print(line)
     log = ProgressLog(folder / LOG, run.state.progress.iteration) if run.first else None

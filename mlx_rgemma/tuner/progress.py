@@ -88,6 +88,24 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def check_plot(target: Path) -> None:
+    """See that a plot could be drawn, before the training that it is of.
+
+    Raises:
+        UserError: If matplotlib is not installed or does not write such files, or their folder
+            does not exist.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib: pip install 'mlx-rgemma[plot]'.") from error
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if target.suffix[1:].lower() not in known:
+        raise UserError(f"--plot {target}: not an image file ({', '.join(known)}).")
+    if not target.parent.is_dir():
+        raise UserError(f"--plot {target}: no such folder {target.parent}.")
+
+
 def plot_log(log: Path, target: Path) -> None:
     """Draw the losses and the learning rate of a log.
 
@@ -96,15 +114,14 @@ def plot_log(log: Path, target: Path) -> None:
         target: An image file; its suffix says which kind.
 
     Raises:
-        UserError: If matplotlib is not installed, or there is nothing to draw.
+        UserError: If there is nothing to draw, or for a reason of `check_plot`.
     """
-    try:
-        import matplotlib
+    check_plot(target)
+    import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install 'mlx-rgemma[plot]'.") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     lines = read_log(log)
     trained = [line for line in lines if "train_loss" in line]
     measured = [line for line in lines if "val_loss" in line]
@@ -126,8 +143,6 @@ def plot_log(log: Path, target: Path) -> None:
     try:
         figure.savefig(partial)
         os.replace(partial, target)
-    except ValueError as error:  # an unknown suffix
-        raise UserError(f"{target}: {' '.join(str(error).split())}") from error
     finally:
         plt.close(figure)
         partial.unlink(missing_ok=True)

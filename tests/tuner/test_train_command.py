@@ -188,6 +188,10 @@ def test_mistakes(text, trained, tmp_path, capsys):
         capsys, *data, "--tokenizer", str(tmp_path / "x"), "--save-path", str(tmp_path / "new2")
     )
     assert not (tmp_path / "new" / "checkpoint.safetensors").exists()
+    if _has_matplotlib():
+        for plot, expected in (("a.xyz", "not an image file"), ("no/a.png", "no such folder")):
+            there = ["--save-path", str(tmp_path / "plotted"), *TINY]
+            assert expected in mistake(capsys, *data, *there, "--plot", str(tmp_path / plot))
     # A folder whose run had other settings, or other text, is left alone.
     before = (trained / "checkpoint.safetensors").read_bytes()
     there = ["--save-path", str(trained), *TINY]
