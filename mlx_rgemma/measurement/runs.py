@@ -16,7 +16,15 @@ from mlx_rgemma.checkpoints.contents import expected_tensors
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.griffin.config import GriffinConfig
-from mlx_rgemma.measurement.engines import MLX_LM, OURS, PEERS, Unsupported, check_installed
+from mlx_rgemma.measurement.engines import (
+    MLX_LM,
+    OURS,
+    PEERS,
+    TRANSFORMERS,
+    Unsupported,
+    check_installed,
+)
+from mlx_rgemma.measurement.exchange import in_mlx_layout
 from mlx_rgemma.measurement.memory import physical_memory
 from mlx_rgemma.measurement.plan import Case, Plan
 from mlx_rgemma.measurement.processes import Worker, WorkerError, environment
@@ -130,7 +138,12 @@ def _model(
     """What the engines are to load: a folder where peers must read it, too, else a shape."""
     plan, device = report.plan, {"device": report.facts["device"]}
     if plan.shape is None:
-        return {"folder": str(locate(plan.model).folder), **device}, dtype
+        folder = locate(plan.model).folder
+        quantized = report.config.quantization is not None
+        if TRANSFORMERS in plan.peers and not quantized and in_mlx_layout(folder):
+            probe.ask("copy", folder=str(place), source=str(folder))
+            folder = place
+        return {"folder": str(folder), **device}, dtype
     dtype = dtype or ("float32" if report.facts["device"] == "cpu" else "bfloat16")
     if not plan.peers:
         return {"shape": plan.shape, **device}, dtype

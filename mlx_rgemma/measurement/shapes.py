@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma.checkpoints.quantization import MODES
@@ -116,20 +113,3 @@ def random_model(config: GriffinConfig, dtype: mx.Dtype, label: str = UNQUANTIZE
         mx.eval(value)  # one at a time: what it was made from is let go of
     model.fuse_projections()
     return model
-
-
-def write_folder(folder: Path, config: GriffinConfig, dtype: str) -> None:
-    """Write a model with random weights as Hugging Face lays one out, for every engine to read."""
-    import mlx.core as mx
-
-    weights = {
-        name: value.swapaxes(1, 2) if name.endswith("conv_1d.weight") else value
-        for name, value in random_weights(config, getattr(mx, dtype))
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
-    values = json.dumps(replace(config, dtype=dtype).to_dict(), indent=2)
-    # The configuration comes last: without it a folder is no checkpoint.
-    temporary = folder / "config.json.part"
-    temporary.write_text(values + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "config.json")

@@ -55,9 +55,15 @@ class Server:
         return count_model(small_model(layers, tuple(block_types)), 1, theirs=theirs).total
 
     def do_write(self, folder: str, shape: str, dtype: str) -> None:
-        from mlx_rgemma.measurement.shapes import SHAPES, write_folder
+        from mlx_rgemma.measurement.exchange import write_random
+        from mlx_rgemma.measurement.shapes import SHAPES
 
-        write_folder(Path(folder), SHAPES[shape], dtype)
+        write_random(Path(folder), SHAPES[shape], dtype)
+
+    def do_copy(self, folder: str, source: str) -> None:
+        from mlx_rgemma.measurement.exchange import write_copy
+
+        write_copy(Path(folder), Path(source))
 
     def do_load(self, **arguments: Any) -> dict[str, Any]:
         return asdict(self.engine.load(**arguments))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_rgemma import blas
 from mlx_rgemma.measurement.engines import MLX_LM, OURS, TRANSFORMERS, Unsupported, make_engine
+from mlx_rgemma.measurement.exchange import in_mlx_layout, write_copy, write_random
 from mlx_rgemma.measurement.processes import Worker, WorkerError, environment
 from mlx_rgemma.measurement.shapes import (
     SHAPES,
@@ -20,7 +22,6 @@ from mlx_rgemma.measurement.shapes import (
     random_model,
     random_weights,
     recipe,
-    write_folder,
 )
 from mlx_rgemma.measurement.worker import serve
 
@@ -31,7 +32,7 @@ TOKENS = [[int(t) for t in np.random.default_rng(0).integers(0, 512, 24)]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("weights")
-    write_folder(place, TINY, "float32")
+    write_random(place, TINY, "float32")
     return {"folder": str(place)}
 
 
@@ -63,6 +64,23 @@ def test_random_models_are_the_same_in_memory_and_on_disk(folder):
     expected = dict(tree_flatten(random_model(TINY, mx.float32).parameters()))
     for name, value in tree_flatten(model.parameters()):
         assert mx.array_equal(value, expected[name]), name
+
+
+def test_a_copy_in_the_layout_of_all(folder, tmp_path):
+    from mlx_rgemma.checkpoints.source import EMBEDDED
+
+    assert in_mlx_layout(EMBEDDED) and not in_mlx_layout(Path(folder["folder"]))
+    write_copy(tmp_path / "copy", EMBEDDED)
+    assert not in_mlx_layout(tmp_path / "copy")
+    ours, theirs = make_engine(OURS), make_engine(MLX_LM)
+    for engine, source in ((ours, EMBEDDED), (theirs, tmp_path / "copy")):
+        assert engine.load({"folder": str(source)}, None, UNQUANTIZED).vocab_size == 2048
+    a, b = (
+        dict(tree_flatten(ours.model.parameters())),
+        dict(tree_flatten(theirs.model.parameters())),
+    )
+    assert a.keys() == b.keys()
+    assert all(mx.array_equal(a[name], b[name].astype(a[name].dtype)) for name in a)
 
 
 @pytest.mark.parametrize("peer", [MLX_LM, TRANSFORMERS])
