@@ -37,11 +37,27 @@ class Progress:
         iteration: Iterations done.
         updates: Updates of the weights done.
         trained_tokens: Targets that counted, in all iterations.
+        recent_loss, recent_tokens: Sums since the last report: of losses, and of targets.
     """
 
     iteration: int = 0
     updates: int = 0
     trained_tokens: int = 0
+    recent_loss: float = 0.0
+    recent_tokens: int = 0
+
+    def add(self, loss: float, tokens: int) -> None:
+        """Count an iteration."""
+        self.iteration += 1
+        self.trained_tokens += tokens
+        self.recent_loss += loss
+        self.recent_tokens += tokens
+
+    def mean_loss(self) -> float:
+        """Of the targets since the last report; begins anew."""
+        mean = self.recent_loss / max(self.recent_tokens, 1)
+        self.recent_loss, self.recent_tokens = 0.0, 0
+        return mean
 
 
 class Carried(Protocol):

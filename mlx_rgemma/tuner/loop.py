@@ -21,7 +21,7 @@ from mlx.utils import tree_map
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.tuner.batch import Batch
 from mlx_rgemma.tuner.batches import Batches
-from mlx_rgemma.tuner.checkpoint import TrainingState
+from mlx_rgemma.tuner.checkpoint import Progress, TrainingState
 
 Loss = Callable[[Any, Batch], tuple[mx.array, mx.array]]
 """(model, batch) -> (sum of the counted targets' losses, fp32; how many counted)."""
@@ -124,7 +124,7 @@ class Loop:
 
         self.gradients = mx.value_and_grad(loss_of)
         self.sums: Any = None
-        self.update_loss = self.update_tokens = 0.0
+        self.update_tokens = 0.0
 
     def run(
         self,
@@ -145,11 +145,8 @@ class Loop:
                 updates = last or iteration % settings.grad_accumulation_steps == 0
                 started = time.perf_counter()
                 loss, tokens = self.step(progress.iteration, update=updates)
-                progress.iteration, progress.trained_tokens = (
-                    iteration,
-                    progress.trained_tokens + tokens,
-                )
-                report.add(loss, tokens, time.perf_counter() - started)
+                progress.add(loss, tokens)
+                report.add(tokens, time.perf_counter() - started)
                 if (last or iteration % settings.steps_per_report == 0) and callback is not None:
                     callback.on_train_loss_report(report.info(progress))
                 if (last or iteration % settings.steps_per_eval == 0) and evaluate is not None:
@@ -194,7 +191,6 @@ class Loop:
                 f"the loss became {batch_loss} at iteration {iteration + 1}; try a lower learning"
                 " rate, or begin again from the last checkpoint."
             )
-        self.update_loss += batch_loss
         self.update_tokens += batch_tokens
         if update:
             self._update()
@@ -215,7 +211,7 @@ class Loop:
         if state.average is not None:
             state.average.update(state.model, state.progress.updates)
         mx.eval(state.arrays())
-        self.update_loss = self.update_tokens = 0.0
+        self.update_tokens = 0.0
 
     def _evaluate(
         self, evaluate: Callable[[], dict[str, Any]], callback: TrainingCallback | None
@@ -238,29 +234,29 @@ class Loop:
 
 
 class _Report:
-    """Sums since the last report."""
+    """What is told between two reports, and how fast it went since the last one or a resume."""
 
     def __init__(self, settings: LoopSettings, optimizer: optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self.loss = self.seconds = 0.0
+        self.seconds = 0.0
         self.tokens = self.iterations = 0
 
-    def add(self, loss: float, tokens: int, seconds: float) -> None:
-        self.loss, self.seconds = self.loss + loss, self.seconds + seconds
+    def add(self, tokens: int, seconds: float) -> None:
+        self.seconds += seconds
         self.tokens, self.iterations = self.tokens + tokens, self.iterations + 1
 
-    def info(self, progress: Any) -> dict[str, Any]:
+    def info(self, progress: Progress) -> dict[str, Any]:
         """mlx-lm's keys; begins anew."""
         info = {
             "iteration": progress.iteration,
-            "train_loss": self.loss / max(self.tokens, 1),
+            "train_loss": progress.mean_loss(),
             "learning_rate": float(self.optimizer.learning_rate.item()),
             "iterations_per_second": self.iterations / self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
             "trained_tokens": progress.trained_tokens,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
-        self.loss = self.seconds = 0.0
+        self.seconds = 0.0
         self.tokens = self.iterations = 0
         return info
 

@@ -267,6 +267,12 @@ class Pretraining:
         else:
             model = Model(recipe.config(len(self.tokenizer.get_vocab())))
             initialize(model, recipe.seed)
+        tokens = len(self.tokenizer.get_vocab())
+        if tokens > model.args.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokens} tokens, the model {model.args.vocab_size}; train it"
+                " with its own tokenizer."
+            )
         if recipe.dropout:
             add_dropout(model, recipe.dropout)
         return model

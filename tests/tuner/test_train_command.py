@@ -21,7 +21,7 @@ TINY = [
     *("--vocab-size", "200", "--hidden-size", "32", "--num-hidden-layers", "3"),
     *("--num-attention-heads", "2", "--attention-window-size", "16"),
     *("--context-length", "32", "--batch-size", "2", "--iters", "6", "--warmup", "2"),
-    *("--steps-per-report", "1", "--steps-per-eval", "3", "--steps-per-save", "2"),
+    *("--steps-per-report", "3", "--steps-per-eval", "3", "--steps-per-save", "2"),
     *("--dropout", "0.1", "--average-decay", "0.9", "--sample-tokens", "5"),
 ]
 
@@ -62,7 +62,7 @@ def _has_matplotlib() -> bool:
 
 def test_the_run_is_logged(trained):
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["iteration"] for line in lines if "train_loss" in line] == [3, 6]
     assert [line["iteration"] for line in lines if "val_loss" in line] == [0, 3, 6]
     assert lines[-2]["trained_tokens"] == 6 * 2 * 32
     assert all(
