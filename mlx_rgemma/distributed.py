@@ -82,6 +82,9 @@ def leave(problem: str = "", status: int | None = None) -> None:
         return
     if problem:
         line.lost(problem)
+        if line.place.rank > 0:
+            # The first process tells the user; mlx.launch ends it as soon as this one has ended.
+            time.sleep(2 * peers.GRACE_SECONDS)
     else:
         if _here.group is not None:
             settle()

@@ -238,7 +238,10 @@ class Peers:
                 line.patience -= min(now - line.looked, 2 * interval)
                 line.looked = now
                 if line.patience < 0 and line.rank not in self._known["bye"]:
-                    self._lose(f"rank {line.rank} has not been heard of for {self.timeout:g} s")
+                    self._lose(
+                        f"rank {line.rank} of {self.place.size} has not been heard of for"
+                        f" {self.timeout:g} s"
+                    )
                     return
 
     def _read(self, line: _Line) -> bool:
