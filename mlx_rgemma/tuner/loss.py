@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.ops.elementwise import joined_on_gpu, soft_cap
+from mlx_rgemma.ops.elementwise import soft_cap
 from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.tuner.batch import Batch
 
@@ -177,34 +177,25 @@ def _cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.arra
         columns = mx.arange(logits.shape[1], dtype=targets.dtype)
         factors = cotangents[0][:, None]
         arrays = (logits, normalizers[:, None], columns, targets[:, None], factors)
-        of_scores = _capped_gradient(*arrays, mx.array(cap)) if cap else _gradient(*arrays)
-        return (of_scores.astype(dtype),)
+        # One launch on a GPU. On a Linux CPU compiling calls the system's C++ compiler.
+        slopes = _compiled_slopes if mx.default_device().type == mx.gpu else _slopes
+        return (slopes(*arrays, *([mx.array(cap)] if cap else [])).astype(dtype),)
 
     result: mx.array = losses(scores)[0]
     return result
 
 
-@joined_on_gpu
-def _gradient(
+def _slopes(
     logits: mx.array,
     normalizers: mx.array,
     columns: mx.array,
     targets: mx.array,
     factors: mx.array,
+    cap: mx.array | None = None,
 ) -> mx.array:
-    """``(softmax - one-hot) * factor``."""
-    return (mx.exp(logits - normalizers) - (columns == targets).astype(mx.float32)) * factors
+    """``(softmax - one-hot) * factor``, times the slope of the soft cap, ``1 - (logits / cap)^2``."""
+    slopes = (mx.exp(logits - normalizers) - (columns == targets).astype(mx.float32)) * factors
+    return slopes if cap is None else slopes * (1.0 - mx.square(logits / cap))
 
 
-@joined_on_gpu
-def _capped_gradient(
-    logits: mx.array,
-    normalizers: mx.array,
-    columns: mx.array,
-    targets: mx.array,
-    factors: mx.array,
-    cap: mx.array,
-) -> mx.array:
-    """The same, times the slope of the soft cap: ``1 - (logits / cap)^2``."""
-    gradient = mx.exp(logits - normalizers) - (columns == targets).astype(mx.float32)
-    return gradient * (1.0 - mx.square(logits / cap)) * factors
+_compiled_slopes = mx.compile(_slopes, shapeless=True)
