@@ -221,6 +221,7 @@ class _Training:
             raise Unsupported("trains quantized weights with LoRA only")
         model.train()
         optimizer = optim.AdamW(LEARNING_RATE)
+        optimizer.init(model.trainable_parameters())  # a compiled step keeps its shapes
         gradients = nn.value_and_grad(model, lambda rows: loss(model, rows))
 
         def step(rows: mx.array) -> mx.array:
