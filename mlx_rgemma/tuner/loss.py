@@ -193,7 +193,7 @@ def _slopes(
     factors: mx.array,
     cap: mx.array | None = None,
 ) -> mx.array:
-    """``(softmax - one-hot) * factor``, times the slope of the soft cap, ``1 - (logits / cap)^2``."""
+    """``(softmax - one-hot) * factor``, and the slope of the soft cap, ``1 - (logits / cap)^2``."""
     slopes = (mx.exp(logits - normalizers) - (columns == targets).astype(mx.float32)) * factors
     return slopes if cap is None else slopes * (1.0 - mx.square(logits / cap))
 
