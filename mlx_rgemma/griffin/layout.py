@@ -18,6 +18,7 @@ class TokenLayout:
         cos, sin: (1 or B, 1, L, rotary_dims / 2), fp32. Angles of the rotary embedding.
         reach: (B, L), int32. How many past keys each query sees; None when that is the window,
             or as many as there are.
+        held: ``min(window, position)`` of the first token, where every row stands at the same one.
         reset: (1 or B, L), bool. True where a document starts; None when none does.
         segment_pos: (B, L), int64, as the caller gave it; None when documents go on.
         lengths: (B,), int32. Real tokens of each row, before padding; None when all are.
@@ -42,6 +43,7 @@ class TokenLayout:
         valid = None if cache is None else cache[0].valid(length)
         self.fresh = not any(start)
         self.segment_pos = None
+        self.held = None
         self.next_positions: list[int] | None = None
         if segment_pos is not None:
             positions = segment_pos.astype(mx.int64)
@@ -55,6 +57,7 @@ class TokenLayout:
             positions = mx.array(rows, mx.int64)[:, None] + mx.arange(length, dtype=mx.int64)
             self.reset = None if min(start) > 0 else positions == 0
             self.reach = None
+            self.held = min(start[0], window) if len(rows) == 1 else None
             if not self.fresh and min(start) < window:
                 reach = mx.minimum(positions, window).astype(mx.int32)
                 self.reach = mx.broadcast_to(reach, (batch_size, length))

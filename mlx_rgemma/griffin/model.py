@@ -14,6 +14,7 @@ from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCach
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.layout import TokenLayout
+from mlx_rgemma.griffin.linear import Embedding
 from mlx_rgemma.griffin.sharding import shard_model
 from mlx_rgemma.ops import forward_only, rotary_frequencies, soft_cap
 
@@ -23,7 +24,7 @@ class Griffin(nn.Module):
 
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [ResidualBlock(config, kind) for kind in config.layer_types]
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.window = config.past_window

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_rgemma.griffin.linear import Linear, QuantizedLinear
+
 KEYS = ("weight", "scales", "biases", "bias")
 
 
@@ -21,7 +23,8 @@ class FusedProjection:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         widths = [layer["weight"].shape[0] for layer in layers]
         self.cuts = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
-        joint = nn.Linear(1, 1) if type(layers[0]) is nn.Linear else nn.QuantizedLinear(64, 1)
+        plain = isinstance(layers[0], nn.Linear)
+        joint = Linear(1, 1) if plain else QuantizedLinear(64, 1)
         for key in KEYS:
             joint.pop(key, None)
             if key in layers[0]:
@@ -51,7 +54,7 @@ class FusedProjection:
     def can_join(layers: Sequence[nn.Module]) -> bool:
         """Whether the layers are plain or alike quantized, with a bias all or none."""
         first = layers[0]
-        if type(first) not in (nn.Linear, nn.QuantizedLinear):
+        if type(first) not in (Linear, QuantizedLinear, nn.Linear, nn.QuantizedLinear):
             return False
         if any(type(layer) is not type(first) for layer in layers):
             return False

@@ -112,6 +112,7 @@ def ring_step(
     *,
     window: int,
     reach: mx.array | None = None,
+    held: int | None = None,
 ) -> tuple[mx.array, Ring]:
     """Attention of one token a row over the ring as it was before that token, and the token.
 
@@ -124,6 +125,8 @@ def ring_step(
         ring: The tokens before this one.
         window: How many past tokens a query sees beside its own.
         reach: (1 or B, 1), int32. ``min(window, position)``; None when the whole window is there.
+        held: ``min(window, position)`` where it is known to be the same for all rows: the plain
+            form then reads no more of the ring than that.
 
     Returns:
         ``(out, ring)``: (B, H, 1, head_dim) in the dtype of `q`, and the ring with the token in
@@ -147,7 +150,7 @@ def ring_step(
     if supported(q, k, v, ring.kv) and RING.usable(q.dtype, q.shape[-1], share):
         out, kv = run_fused(launch, plain, *arrays)
         return out, ring.appended(kv)
-    return plain_step(q, k, v, cos, sin, ring, window, reach)
+    return plain_step(q, k, v, cos, sin, ring, window, reach, held)
 
 
 def ring_attention(

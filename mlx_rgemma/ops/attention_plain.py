@@ -6,10 +6,14 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_rgemma.ops.attention_cpu import attend
+from mlx_rgemma.ops.exponential import on_linux_cpu
 from mlx_rgemma.ops.rotary import apply_rotary
 
 QUERY_BLOCK = 512
 """Queries handled at once: scores take H * QUERY_BLOCK * (QUERY_BLOCK + window) numbers a row."""
+CPU_QUERY_BLOCK = 128
+"""The same on a Linux CPU, where what a mask hides costs as much as what is seen."""
 
 
 class Ring(NamedTuple):
@@ -58,7 +62,7 @@ def plain_window(
     Works through blocks of `QUERY_BLOCK` queries, each over the slice of keys that it can see:
     there is no L x L array, and what is held at once does not grow with L.
     """
-    length, head_dim = q.shape[2:]
+    length = q.shape[2]
     past = 0
     if ring is not None:
         slots = ring.kv.shape[2]
@@ -66,17 +70,14 @@ def plain_window(
         kv = mx.concatenate([ring.in_order()[:, :, slots - past :], kv], axis=2)
 
     outputs = []
-    for first in range(0, length, QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, length)
+    block = CPU_QUERY_BLOCK if on_linux_cpu() else QUERY_BLOCK
+    for first in range(0, length, block):
+        last = min(first + block, length)
         oldest = max(0, past + first - window)
         block_reach = None if reach is None else reach[:, first:last]
         mask = _band(past + first, last - first, oldest, past + last, window, block_reach)
         keys = kv[:, :, oldest : past + last]
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(
-                q[:, :, first:last], keys[:, :1], keys[:, 1:], scale=head_dim**-0.5, mask=mask
-            )
-        )
+        outputs.append(_attention(q[:, :, first:last], keys, mask))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
@@ -88,9 +89,15 @@ def plain_ring(q: mx.array, ring: Ring, window: int, reach: mx.array | None) -> 
         distance = (ring.head - 1 - mx.arange(slots)) % slots
         limit = mx.array(window) if reach is None else reach[:, None, :, None]
         mask = distance <= limit
-    return mx.fast.scaled_dot_product_attention(
-        q, ring.kv[:, :1], ring.kv[:, 1:], scale=q.shape[-1] ** -0.5, mask=mask
-    )
+    return _attention(q, ring.kv, mask)
+
+
+def _attention(q: mx.array, kv: mx.array, mask: mx.array | str | None) -> mx.array:
+    """Softmax attention over keys and values side by side, (B, 2, K, head_dim)."""
+    k, v, scale = kv[:, :1], kv[:, 1:], q.shape[-1] ** -0.5
+    if not isinstance(mask, str) and on_linux_cpu():
+        return attend(q, k, v, scale, mask)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
 def plain_rotary(
@@ -109,15 +116,20 @@ def plain_step(
     ring: Ring,
     window: int,
     reach: mx.array | None,
+    held: int | None = None,
 ) -> tuple[mx.array, Ring]:
     """`ring_step`: rotate, put the token into the ring, attend to the ring as it then lies."""
     q, kv = plain_rotary(q, k, v, cos, sin)
     appended = ring.appended(kv)
+    if held is not None and held < appended.head:
+        # A text that is still short lies in one piece, all of it visible.
+        first = appended.head - held - 1
+        return _attention(q, appended.kv[:, :, first : appended.head], None), appended
     if ring.kv.shape[2] > window:
-        held = appended
+        read = appended
     else:  # the slot that the token takes is still seen
-        held = Ring(mx.concatenate([ring.in_order(), kv], axis=2), 0)
-    return plain_ring(q, held, window, reach), appended
+        read = Ring(mx.concatenate([ring.in_order(), kv], axis=2), 0)
+    return plain_ring(q, read, window, reach), appended
 
 
 def _band(
@@ -129,8 +141,11 @@ def _band(
     reach: mx.array | None,
 ) -> mx.array | str | None:
     """Which of the keys each query sees, as a mask for MLX's attention: (1 or B, 1, q, k)."""
-    if reach is None and first_key == 0 and first_query == 0 and end_key <= window + 1:
-        return "causal" if queries > 1 else None
+    if queries == 1 and reach is None:
+        return None
+    from_start = first_key == 0 and first_query == 0 and end_key <= window + 1
+    if reach is None and from_start and not on_linux_cpu():
+        return "causal"
     query = mx.arange(first_query, first_query + queries)[:, None]
     distance = query - mx.arange(first_key, end_key)
     limit = mx.array(window) if reach is None else reach[:, None, :, None]

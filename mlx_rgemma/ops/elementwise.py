@@ -13,43 +13,91 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops.exponential import LOG2_E, exp2, on_linux_cpu
+from mlx_rgemma.ops.fused import custom_function
 
 marker: Callable[[str, Callable[..., mx.array]], Callable[..., mx.array]] | None = None
 """While launches are counted: what makes of a name and a function one node of the graph."""
 
 
-def joined_on_gpu(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Compile a function of arrays where kernels run on a GPU."""
-    compiled = mx.compile(function, shapeless=True)
+def joined_on_gpu(
+    on_cpu: Callable[..., mx.array] | None = None,
+) -> Callable[[Callable[..., mx.array]], Callable[..., mx.array]]:
+    """Compile a function of arrays where kernels run on a GPU.
 
-    @functools.wraps(function)
-    def run(*arrays: mx.array) -> mx.array:
-        if marker is not None:
-            return marker(function.__name__, function)(*arrays)
-        on_gpu = mx.default_device().type == mx.gpu or kernels.mode() == "metal"
-        return compiled(*arrays) if on_gpu else function(*arrays)
+    Args:
+        on_cpu: What takes the function's place on a Linux CPU.
+    """
 
-    return run
+    def decorate(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        compiled = mx.compile(function, shapeless=True)
+
+        @functools.wraps(function)
+        def run(*arrays: mx.array) -> mx.array:
+            if marker is not None:
+                return marker(function.__name__, function)(*arrays)
+            if mx.default_device().type == mx.gpu or kernels.mode() == "metal":
+                return compiled(*arrays)
+            return on_cpu(*arrays) if on_cpu is not None and on_linux_cpu() else function(*arrays)
+
+        return run
+
+    return decorate
 
 
-@joined_on_gpu
+SLOPE, CUBE = 2.0 * math.sqrt(2.0 / math.pi), 0.044715
+"""GELU is approximately ``x sigmoid(SLOPE (x + CUBE x^3))``, which its paper writes with tanh."""
+
+
+@custom_function
+def _gated_gelu_on_cpu(gate, x):
+    """-> `gated_gelu`, and the sigmoid in it for the backward pass."""
+    g = gate.astype(mx.float32)
+    share = mx.reciprocal(1.0 + exp2(g * (-SLOPE * LOG2_E - SLOPE * LOG2_E * CUBE * (g * g))))
+    return (g * share * x.astype(mx.float32)).astype(gate.dtype), share
+
+
+@_gated_gelu_on_cpu.vjp
+def _gated_gelu_on_cpu_vjp(primals, cotangents, outputs):
+    (gate, x), share = primals, outputs[1]
+    g, dy = gate.astype(mx.float32), cotangents[0].astype(mx.float32)
+    gelu = g * share
+    slope = share + gelu * (1.0 - share) * (SLOPE + 3.0 * SLOPE * CUBE * (g * g))
+    dg = dy * x.astype(mx.float32) * slope
+    return dg.astype(gate.dtype), (dy * gelu).astype(x.dtype)
+
+
+@joined_on_gpu(lambda gate, x: _gated_gelu_on_cpu(gate, x)[0])
 def gated_gelu(gate: mx.array, x: mx.array) -> mx.array:
     """``gelu(gate) * x`` with GELU's tanh approximation, in fp32, returned in the dtype of `gate`.
 
     Gaussian error linear units (arXiv:1606.08415, section 2).
     """
     g = gate.astype(mx.float32)
-    curve = mx.tanh(math.sqrt(2.0 / math.pi) * (g + 0.044715 * g * g * g))
+    curve = mx.tanh(SLOPE / 2.0 * (g + CUBE * g * g * g))
     return (0.5 * g * (1.0 + curve) * x.astype(mx.float32)).astype(gate.dtype)
 
 
-@joined_on_gpu
+@joined_on_gpu()
 def add_to_stream(x: mx.array, delta: mx.array) -> mx.array:
     """The fp32 residual stream with what a block adds to it."""
     return x + delta.astype(mx.float32)
 
 
-@joined_on_gpu
+@custom_function
+def _soft_cap_on_cpu(logits, cap):
+    """`soft_cap` by ``tanh(x) = 1 - 2 / (1 + exp(2 x))``."""
+    return cap - (2.0 * cap) / (1.0 + exp2(logits.astype(mx.float32) * (2.0 * LOG2_E / cap)))
+
+
+@_soft_cap_on_cpu.vjp
+def _soft_cap_on_cpu_vjp(primals, cotangent, capped):
+    logits, cap = primals
+    slope = 1.0 - mx.square(capped / cap)
+    return (cotangent * slope).astype(logits.dtype), mx.zeros_like(cap)
+
+
+@joined_on_gpu(_soft_cap_on_cpu)
 def soft_cap(logits: mx.array, cap: mx.array) -> mx.array:
     """``cap * tanh(logits / cap)`` in fp32 (Gemma 2, arXiv:2408.00118, section 2)."""
     return mx.tanh(logits.astype(mx.float32) / cap) * cap

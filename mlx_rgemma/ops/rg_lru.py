@@ -19,6 +19,7 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops.exponential import decay, sigmoid
 from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.ops.scan import (
     BACKWARD_STEPS,
@@ -90,7 +91,7 @@ def rg_lru(
         return fused[0], fused[1]
     input_gate = _biased(input_gate, input_gate_bias)
     recurrent_gate = _biased(recurrent_gate, recurrent_gate_bias)
-    h = _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind)
+    h = _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind)[0]
     return h.astype(x.dtype), h[:, -1]
 
 
@@ -113,30 +114,38 @@ def step_kinds(reset: mx.array | None, mask: mx.array | None) -> mx.array:
 
 @custom_function
 def _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind):
-    a, i, multiplier = _coefficients(input_gate, recurrent_gate, a_param, kind)
-    return scan_reference(multiplier * i * x.astype(mx.float32), a, h0)
+    """-> the states, and what the backward pass needs of the way to them, each (B, L, D) fp32."""
+    i = sigmoid(input_gate.astype(mx.float32))
+    r = sigmoid(recurrent_gate.astype(mx.float32))
+    a, multiplier = decay((-C * _softplus(a_param)) * r)
+    if kind.ndim == 2:
+        what = kind[..., None]
+        a = mx.where(what == NORMAL, a, (what == PADDING).astype(mx.float32))
+        multiplier = mx.where(what == NORMAL, multiplier, (what == RESET).astype(mx.float32))
+    h = scan_reference(multiplier * i * x.astype(mx.float32), a, h0)
+    return h, i, r, a, multiplier
 
 
 @_rg_lru.vjp
-def _rg_lru_vjp(primals, cotangent, h):
+def _rg_lru_vjp(primals, cotangents, outputs):
     x, input_gate, recurrent_gate, a_param, h0, kind = primals
-    a, i, multiplier = _coefficients(input_gate, recurrent_gate, a_param, kind)
+    h, i, r, a, multiplier = outputs
     x32 = x.astype(mx.float32)
-    dv, da, dh0 = scan_gradients(a, h0, h, cotangent)
+    dv, da, dh0 = scan_gradients(a, h0, h, cotangents[0])
 
-    dx = dv * multiplier * i
-    d_input_gate = dv * multiplier * x32 * i * (1.0 - i)
+    dvi = dv * i
+    dx = dvi * multiplier
+    d_input_gate = dx * x32 * (1.0 - i)
 
     # a reaches the state twice: as the coefficient, and in multiplier = sqrt(1 - a^2), where
     # d multiplier / d log_a = -a^2 min(1 / multiplier, 2 * MAX_SQRT_GRADIENT).
     slope = mx.minimum(1.0 / mx.maximum(multiplier, 1e-30), 2.0 * MAX_SQRT_GRADIENT)
-    d_log_a = da * a - dv * i * x32 * mx.square(a) * slope
+    d_log_a = a * (da - dvi * x32 * a * slope)
     if kind.ndim == 2:
         d_log_a = mx.where(kind[..., None] == NORMAL, d_log_a, 0.0)
-    r = mx.sigmoid(recurrent_gate.astype(mx.float32))
-    scale = -C * _softplus(a_param)
-    d_recurrent_gate = d_log_a * scale * r * (1.0 - r)
-    d_softplus = -C * (d_log_a * r).sum(axis=(0, 1))
+    d_log_a_r = d_log_a * r
+    d_recurrent_gate = d_log_a_r * (1.0 - r) * (-C * _softplus(a_param))
+    d_softplus = -C * d_log_a_r.sum(axis=(0, 1))
     d_a_param = d_softplus * mx.sigmoid(a_param.astype(mx.float32))
 
     return (
@@ -147,20 +156,6 @@ def _rg_lru_vjp(primals, cotangent, h):
         dh0,
         mx.zeros_like(kind),
     )
-
-
-def _coefficients(input_gate, recurrent_gate, a_param, kind):
-    """-> a, i and the multiplier sqrt(1 - a^2), each (B, L, D) fp32."""
-    i = mx.sigmoid(input_gate.astype(mx.float32))
-    r = mx.sigmoid(recurrent_gate.astype(mx.float32))
-    log_a = (-C * _softplus(a_param)) * r
-    a = mx.exp(log_a)
-    multiplier = mx.sqrt(-mx.expm1(2.0 * log_a))
-    if kind.ndim == 2:
-        kind = kind[..., None]
-        a = mx.where(kind == NORMAL, a, (kind == PADDING).astype(mx.float32))
-        multiplier = mx.where(kind == NORMAL, multiplier, (kind == RESET).astype(mx.float32))
-    return a, i, multiplier
 
 
 def _softplus(a_param: mx.array) -> mx.array:
@@ -263,7 +258,7 @@ def _launch_backward(
 
 def _reference(x, input_gate, recurrent_gate, a_param, h0, kind, bias_i, bias_r):
     gates = _biased(input_gate, bias_i), _biased(recurrent_gate, bias_r)
-    h = _rg_lru(x, *gates, a_param, h0, kind)
+    h = _rg_lru(x, *gates, a_param, h0, kind)[0]
     return h.astype(x.dtype), h[:, -1], scan_entries(h0, h)
 
 

@@ -1,0 +1,145 @@
+"""What takes the place of MLX's slow operations on a Linux CPU, beside float64 and MLX's own."""
+
+from __future__ import annotations
+
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import ON_GPU, max_error, relative_error
+
+from mlx_rgemma.ops import elementwise, exponential, linear, quantized_linear
+from mlx_rgemma.ops.attention_cpu import attend
+from mlx_rgemma.ops.linear import BLOCK_OUTPUTS, BLOCK_PRODUCTS, FEW_ROWS, _blocks
+
+pytestmark = pytest.mark.skipif(
+    ON_GPU or not sys.platform.startswith("linux"), reason="other machines have fast operations"
+)
+
+X = np.concatenate(
+    [np.linspace(-30, 30, 20001), np.linspace(-0.01, 0.01, 2001), [-0.0, 0.0, -87.0, 87.0]]
+).astype(np.float32)
+EXACT = X.astype(np.float64)
+
+
+def gradient(function, *arrays):
+    """Gradients of a sum that weighs each output differently."""
+
+    def total(*arrays):
+        y = function(*arrays).astype(mx.float32)
+        return (y * mx.cos(mx.arange(y.size).reshape(y.shape))).sum()
+
+    return mx.grad(total, argnums=list(range(len(arrays))))(*arrays)
+
+
+def test_sigmoid_is_accurate_relative_to_itself():
+    exact = 1.0 / (1.0 + np.exp(-EXACT))
+    got = np.array(exponential.sigmoid(mx.array(X)), np.float64)
+    assert np.abs(got / exact - 1.0).max() < 6e-6
+    assert max_error(exponential.sigmoid(mx.array(X)), exact) < 1.5e-7
+
+
+@pytest.mark.parametrize("size", [1, 5000], ids=["small", "large"])
+def test_decay_has_no_cancellation(size):
+    log_a = -np.concatenate([[0.0, 200.0, 1e-38], np.logspace(-12, 1.9, size)])
+    log_a = log_a.astype(np.float32)
+    a, multiplier = exponential.decay(mx.array(log_a))
+    exact = log_a.astype(np.float64)
+    assert max_error(a, np.exp(exact)) < 1.2e-7
+    expected = np.sqrt(-np.expm1(2.0 * exact))
+    assert np.array(multiplier)[0] == 0.0
+    assert np.abs(np.array(multiplier)[1:] / expected[1:] - 1.0).max() < 4e-7
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_gated_gelu_is_gelu(dtype):
+    gate, x = mx.array(X).astype(dtype), mx.cos(mx.array(X)).astype(dtype)
+    g, other = (np.array(z.astype(mx.float32), np.float64) for z in (gate, x))
+    inner = np.sqrt(2.0 / np.pi) * (g + 0.044715 * g**3)
+    exact = 0.5 * g * (1.0 + np.tanh(inner)) * other
+    value, slope = (3e-7, 2e-6) if dtype == mx.float32 else (2.0**-8, 1e-2)
+    assert relative_error(elementwise.gated_gelu(gate, x).astype(mx.float32), exact) < value
+    plain = elementwise.gated_gelu.__wrapped__
+    for ours, its in zip(
+        gradient(elementwise.gated_gelu, gate, x), gradient(plain, gate, x), strict=True
+    ):
+        assert ours.dtype == dtype
+        its = np.array(its.astype(mx.float32))
+        assert relative_error(ours.astype(mx.float32), its) < slope
+
+
+def test_soft_cap_caps():
+    logits, cap = mx.array(X) * 10.0, mx.array(30.0)
+    exact = 30.0 * np.tanh(EXACT / 3.0)
+    assert max_error(elementwise.soft_cap(logits, cap), exact) < 1e-5
+    ours = gradient(lambda z: elementwise.soft_cap(z, cap), logits)[0]
+    its = gradient(lambda z: elementwise.soft_cap.__wrapped__(z, cap), logits)[0]
+    assert max_error(ours, np.array(its)) < 2e-6
+    assert elementwise.soft_cap(mx.array([1e6, -1e6]), cap).tolist() == [30.0, -30.0]
+
+
+@pytest.mark.parametrize("masked", [None, "shared", "by row"])
+@pytest.mark.parametrize("length, keys", [(1, 40), (7, 40), (33, 65)])
+def test_attention_is_mlx_attention(masked, length, keys):
+    q = 3.0 * mx.random.normal((2, 5, length, 16), key=mx.random.key(0))
+    k, v = mx.random.normal((2, 2, 1, keys, 16), key=mx.random.key(1))
+    mask = None
+    if masked is not None:
+        rows = 1 if masked == "shared" else 2
+        mask = mx.random.uniform(shape=(rows, 1, length, keys), key=mx.random.key(2)) < 0.4
+        mask = mask | (mx.arange(keys) == 3)  # each query sees one key at least
+
+    def its(q, k, v):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask)
+
+    def ours(q, k, v):
+        return attend(q, k, v, 0.3, mask)
+
+    assert max_error(ours(q, k, v), np.array(its(q, k, v))) < 5e-6
+    for one, other in zip(gradient(ours, q, k, v), gradient(its, q, k, v), strict=True):
+        assert relative_error(one, np.array(other)) < 5e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 512), (2, 4, 512), (9, 512), (1, 1, 7000)], ids=str)
+@pytest.mark.parametrize("outputs", [1, 37, 1200, 3072])
+def test_linear_multiplies(shape, outputs):
+    x = mx.random.normal(shape, key=mx.random.key(0))
+    weight = mx.random.normal((outputs, shape[-1]), key=mx.random.key(1))
+    bias = mx.random.normal((outputs,), key=mx.random.key(2))
+    exact = np.array(x, np.float64) @ np.array(weight, np.float64).T + np.array(bias)
+    assert relative_error(linear(x, weight, bias), exact) < 3e-6
+    ours = gradient(linear, x, weight, bias)
+    its = gradient(lambda x, w, b: x @ w.T + b, x, weight, bias)
+    for one, other in zip(ours, its, strict=True):
+        assert relative_error(one, np.array(other)) < 3e-6
+
+
+def test_few_rows_go_in_blocks_that_the_blas_reads_in_place():
+    for rows in range(1, FEW_ROWS + 1):
+        for outputs, inputs in ((3072, 512), (2560, 2560), (2560, 7680), (256000, 2560)):
+            blocks = _blocks(rows, outputs, inputs)
+            size = outputs // blocks
+            assert blocks > 1 and size * blocks == outputs and size >= 16
+            assert rows * size <= BLOCK_OUTPUTS and rows * size * inputs <= BLOCK_PRODUCTS
+    assert _blocks(FEW_ROWS + 1, 3072, 512) == 1
+    assert _blocks(1, 4099, 2560) == 1  # a prime
+
+
+@pytest.mark.parametrize("mode, bits", [("affine", 4), ("affine", 8), ("mxfp4", 4), ("mxfp8", 8)])
+@pytest.mark.parametrize("rows", [1, 4, 5, 20, 40])
+def test_quantized_weights_expanded_or_not_multiply_alike(mode, bits, rows):
+    group_size = 64 if mode == "affine" else 32
+    how = {"group_size": group_size, "bits": bits, "mode": mode}
+    x = mx.random.normal((rows, 256), key=mx.random.key(0))
+    weight = mx.random.normal((96, 256), key=mx.random.key(1))
+    quantized = mx.quantize(weight, **how)
+    packed, scales, biases = (*quantized, None)[:3]
+    expected = mx.quantized_matmul(x, packed, scales, biases, transpose=True, **how)
+    got = quantized_linear(x, packed, scales, biases, **how)
+    assert relative_error(got, np.array(expected)) < 3e-6
+    ours = gradient(lambda x: quantized_linear(x, packed, scales, biases, **how), x)[0]
+    its = gradient(
+        lambda x: mx.quantized_matmul(x, packed, scales, biases, transpose=True, **how), x
+    )[0]
+    assert relative_error(ours, np.array(its)) < 3e-6
