@@ -234,9 +234,10 @@ class Pretraining:
         fresh.rename(target)
 
     def _tokenizer_file(self, sources: Sequence[Source]) -> None:
-        """See that the folder has a `tokenizer.model`."""
+        """See that the folder has a `tokenizer.model`: a begun run's own, or the recipe's."""
         recipe, path = self.recipe, self.folder / SENTENCEPIECE
-        if path.exists() or not self.first:
+        begun = path.exists() and (self.folder / CHECKPOINT).exists()
+        if begun or not self.first:
             return
         given = recipe.tokenizer
         if given is None and recipe.init_from is not None:

@@ -192,6 +192,10 @@ def test_mistakes(text, trained, tmp_path, capsys):
         for plot, expected in (("a.xyz", "not an image file"), ("no/a.png", "no such folder")):
             there = ["--save-path", str(tmp_path / "plotted"), *TINY]
             assert expected in mistake(capsys, *data, *there, "--plot", str(tmp_path / plot))
+    # What such a run has left does not get into the next one.
+    assert main([*data, *new, *TINY, "--vocab-size", "150", "--iters", "1"]) == 0
+    config = json.loads((tmp_path / "new/model/config.json").read_text())
+    assert config["vocab_size"] == 150
     # A folder whose run had other settings, or other text, is left alone.
     before = (trained / "checkpoint.safetensors").read_bytes()
     there = ["--save-path", str(trained), *TINY]
