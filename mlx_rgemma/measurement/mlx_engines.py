@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +22,7 @@ LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
 """mlx-lm's defaults."""
 
 
-class _MlxEngine:
+class _MlxEngine(ABC):
     """What the two share: batches, reading far, and training steps."""
 
     model: Any
@@ -107,19 +108,23 @@ class _MlxEngine:
         _synchronize()
         return Generated(first, last, count // len(prompts), state)
 
+    @abstractmethod
     def _load(self, model: dict[str, Any], dtype: str | None, quantization: str) -> Any:
-        raise NotImplementedError
+        """The model, computed."""
 
+    @abstractmethod
     def _tokens(
         self, prompt: mx.array, cache: list[Any], tokens: int, step_size: int
     ) -> Iterator[int]:
-        raise NotImplementedError
+        """Tokens of the library's own loop, greedily."""
 
+    @abstractmethod
     def _loss(self, model: Any, rows: mx.array) -> mx.array:
-        raise NotImplementedError
+        """Mean cross entropy of rows of one token more than are read."""
 
+    @abstractmethod
     def _compiled(self) -> bool:
-        raise NotImplementedError
+        """Whether the library compiles its training step."""
 
 
 class Ours(_MlxEngine):

@@ -88,13 +88,14 @@ def random_weights(config: GriffinConfig, dtype: mx.Dtype) -> Iterator[tuple[str
     for seed, (name, like) in enumerate(parameters):
         key, last = mx.random.key(seed), name.rpartition(".")[2]
         if last == "recurrent_param":
-            value = initial_a_param(like.shape, key)
+            value = initial_a_param(like.shape, key).astype(dtype)
         elif last in ("bias", "input_gate_bias", "recurrent_gate_bias") or like.ndim == 1:
-            value = 0.02 * mx.random.normal(like.shape, key=key)
+            value = mx.random.uniform(-0.03, 0.03, like.shape, dtype, key=key)
         else:
             inputs = like.shape[-2] if last.endswith("gate_weight") else like[0].size
-            value = mx.random.normal(like.shape, key=key) / inputs**0.5
-        yield name, value.astype(dtype)
+            bound = (3 / inputs) ** 0.5  # variance 1 / inputs; normal numbers would take longer
+            value = mx.random.uniform(-bound, bound, like.shape, dtype, key=key)
+        yield name, value
 
 
 def random_model(config: GriffinConfig, dtype: mx.Dtype, label: str = UNQUANTIZED) -> Model:
