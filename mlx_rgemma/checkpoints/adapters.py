@@ -119,7 +119,8 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
 
     if config.num_layers > len(model.layers):
         raise UserError(
-            f"num-layers is {config.num_layers}, but the model has {len(model.layers)} layers."
+            f"num-layers is {config.num_layers}, but the model has {len(model.layers)} layers;"
+            " -1 stands for all."
         )
     model.freeze()
     if config.fine_tune_type == "full":
