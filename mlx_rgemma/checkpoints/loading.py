@@ -67,6 +67,7 @@ def load(
         if not lazy:
             mx.eval(model.parameters())
             model.fuse_projections()
+            model.expand_quantized()
     return model, tokenizer
 
 
@@ -154,4 +155,5 @@ def _load_model(
     if not lazy:
         mx.eval(model.parameters())
         model.fuse_projections()
+        model.expand_quantized()
     return model, config

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_rgemma.ops import linear, quantized_linear
+from mlx_rgemma.ops import linear, on_linux_cpu, quantized_linear
 
 
 class Linear(nn.Linear):
@@ -24,7 +24,29 @@ class Linear(nn.Linear):
         return _quantized(super().to_quantized(*args, **kwargs))
 
 
-class QuantizedLinear(nn.QuantizedLinear):
+class _Expandable:
+    """A quantized layer that may hold its weights in float32 beside, as no parameter of its own."""
+
+    def expand(self) -> mx.array:
+        """The weights in float32, (out, in), kept from now on."""
+        expanded = self.expanded
+        return self.keep_expanded(_dequantize(self)) if expanded is None else expanded
+
+    def keep_expanded(self, expanded: mx.array) -> mx.array:
+        """Use these float32 weights as long as the layer has the quantized ones that it has now."""
+        mx.eval(expanded)  # what is left to compute belongs to this thread
+        # A plain attribute: what `nn.Module` does not know it neither saves nor trains.
+        object.__setattr__(self, "_expanded", (self["weight"], expanded))  # type: ignore[index]
+        return expanded
+
+    @property
+    def expanded(self) -> mx.array | None:
+        """(out, in), fp32; None where there is none, or it is that of other weights."""
+        weight, expanded = self.__dict__.get("_expanded", (None, None))
+        return expanded if weight is self["weight"] else None  # type: ignore[index]
+
+
+class QuantizedLinear(_Expandable, nn.QuantizedLinear):
     """The same with quantized weights."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -42,7 +64,7 @@ class Embedding(nn.Embedding):
         return _quantized(super().to_quantized(*args, **kwargs))
 
 
-class QuantizedEmbedding(nn.QuantizedEmbedding):
+class QuantizedEmbedding(_Expandable, nn.QuantizedEmbedding):
     """The same with a quantized table."""
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -51,13 +73,31 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
 def _quantized(module: nn.Module) -> nn.Module:
     """What MLX made of a layer, as the class of this file that it corresponds to."""
-    for ours in (QuantizedLinear, QuantizedEmbedding):
-        if type(module) is ours.__base__:
-            module.__class__ = ours
+    ours: dict[type, Any] = {
+        nn.QuantizedLinear: QuantizedLinear,
+        nn.QuantizedEmbedding: QuantizedEmbedding,
+    }
+    if type(module) in ours:
+        module.__class__ = ours[type(module)]
     return module
 
 
+def _dequantize(module: Any) -> mx.array:
+    """The weights of a quantized layer, (out, in), fp32."""
+    weights = mx.dequantize(
+        module["weight"],
+        module["scales"],
+        module.get("biases"),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+    )
+    return weights.astype(mx.float32)
+
+
 def _product(module: Any, x: mx.array) -> mx.array:
+    if module.expanded is not None and on_linux_cpu():
+        return linear(x.astype(mx.float32), mx.stop_gradient(module.expanded)).astype(x.dtype)
     return quantized_linear(
         x,
         module["weight"],

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
+from mlx_rgemma.griffin.expansion import expand_quantized
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.layout import TokenLayout
 from mlx_rgemma.griffin.linear import Embedding
@@ -62,6 +63,7 @@ class Model(nn.Module):
         self.model_type = config.model_type
         self.group: mx.distributed.Group | None = None
         self.model = Griffin(config)
+        self._expanded_nbytes = 0
 
     def __call__(
         self,
@@ -149,6 +151,20 @@ class Model(nn.Module):
         """
         for layer in self.layers:
             layer.join_projections()
+
+    def expand_quantized(self) -> int:
+        """Hold quantized weights in float32 too where that is faster and there is room: a CPU.
+
+        Returns:
+            Bytes that it takes.
+        """
+        self._expanded_nbytes = expand_quantized(self)
+        return self._expanded_nbytes
+
+    @property
+    def expanded_nbytes(self) -> int:
+        """Bytes of float32 weights that stand beside quantized ones."""
+        return self._expanded_nbytes
 
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Names and layouts of a file as this class has them. Does nothing to its own output."""

@@ -44,6 +44,14 @@ class FusedProjection:
     def __call__(self, x: mx.array) -> list[mx.array]:
         return list(mx.split(self.joint(x), self.cuts, axis=-1))
 
+    def expand(self, layers: Sequence[nn.Module]) -> None:
+        """Expand the joint quantized weights; those of the layers become views into them."""
+        if isinstance(self.joint, QuantizedLinear):
+            weights = mx.split(self.joint.expand(), self.cuts)
+            for layer, weight in zip(layers, weights, strict=True):
+                if isinstance(layer, QuantizedLinear):
+                    layer.keep_expanded(weight)
+
     def serves(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the layers are still the ones that were joined."""
         return all(
@@ -79,6 +87,13 @@ class SharedInputBlock(nn.Module):
         if FusedProjection.can_join(layers):
             # A plain attribute: joint weights are no parameters of their own.
             object.__setattr__(self, "_fused", FusedProjection(layers))
+
+    def expand_joined(self) -> None:
+        """Lay float32 weights beside the joint quantized ones, if there are any."""
+        layers = [self[name] for name in self.shared]
+        fused = self.__dict__.get("_fused")
+        if fused is not None and fused.serves(layers):
+            fused.expand(layers)
 
     def project(self, x: mx.array) -> list[mx.array]:
         """Outputs of the layers named in `shared`; x is (B, L, width).

@@ -12,6 +12,7 @@ from mlx_rgemma.ops.attention import (
 )
 from mlx_rgemma.ops.conv import causal_conv1d
 from mlx_rgemma.ops.elementwise import add_to_stream, gated_gelu, soft_cap
+from mlx_rgemma.ops.exponential import on_linux_cpu
 from mlx_rgemma.ops.fused import forward_only
 from mlx_rgemma.ops.gates import block_diagonal
 from mlx_rgemma.ops.linear import linear, quantized_linear
@@ -35,6 +36,7 @@ __all__ = [
     "linear",
     "linear_scan",
     "local_attention",
+    "on_linux_cpu",
     "quantized_linear",
     "recurrent_step",
     "rg_lru",

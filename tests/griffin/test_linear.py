@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from conftest import golden_model, relative_error
+import pytest
+from conftest import ON_GPU, golden_model, relative_error
+from mlx.utils import tree_flatten
 
 from mlx_rgemma import GriffinConfig, Model
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.griffin import expansion
 from mlx_rgemma.griffin.linear import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 
 
-def test_quantizing_keeps_the_classes():
+def small_model() -> Model:
     config = GriffinConfig(
         vocab_size=64,
         hidden_size=64,
@@ -22,7 +28,20 @@ def test_quantizing_keeps_the_classes():
         head_dim=32,
         attention_window_size=8,
     )
-    model = Model(config)
+    return Model(config)
+
+
+@pytest.fixture
+def quantized() -> Model:
+    model = small_model()
+    nn.quantize(model, group_size=32, bits=4)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def test_quantizing_keeps_the_classes():
+    model = small_model()
     nn.quantize(model, group_size=32, bits=8)
     kinds = {type(m) for _, m in model.named_modules() if "scales" in m}
     assert kinds == {QuantizedLinear, QuantizedEmbedding}
@@ -60,3 +79,64 @@ def test_an_embedding_multiplies_with_its_rows():
     x = mx.random.normal((3, 4))
     assert relative_error(table.as_linear(x), np.array(x) @ np.array(table.weight).T) < 1e-6
     assert type(nn.QuantizedEmbedding.from_embedding(Embedding(10, 64), 32, 4)) is not Embedding
+
+
+ON_LINUX_CPU = pytest.mark.skipif(
+    ON_GPU or not sys.platform.startswith("linux"), reason="expanded on a Linux CPU only"
+)
+TOKENS = mx.array([[5, 6, 7, 8, 9, 10, 11]])
+
+
+@ON_LINUX_CPU
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "apart"])
+def test_expanded_weights_change_neither_results_nor_parameters(quantized, joined):
+    before = {name: np.array(value) for name, value in tree_flatten(quantized.parameters())}
+    expected = np.array(quantized(TOKENS))
+    if joined:
+        quantized.fuse_projections()
+    layers = [m for _, m in quantized.named_modules() if "scales" in m]
+    taken = quantized.expand_quantized()
+    assert taken == quantized.expanded_nbytes == sum(layer.expanded.nbytes for layer in layers)
+    after = dict(tree_flatten(quantized.parameters()))
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+    assert relative_error(quantized(TOKENS), expected) < 1e-5
+    cache = quantized.make_cache()
+    steps = [quantized(TOKENS[:, i : i + 1], cache=cache) for i in range(7)]
+    assert relative_error(mx.concatenate(steps, axis=1), expected) < 1e-5
+    block = quantized.layers[0].mlp_block
+    assert block.gate_proj.expanded is not None
+    if joined:
+        joint = np.array(block._fused.joint.expanded, copy=False)
+        assert np.shares_memory(joint, np.array(block.gate_proj.expanded, copy=False))
+
+
+@ON_LINUX_CPU
+def test_expanded_weights_serve_only_the_weights_they_came_from(quantized):
+    quantized.expand_quantized()
+    layer = quantized.layers[0].mlp_block.down_proj
+    layer.weight = mx.zeros_like(layer.weight)
+    assert layer.expanded is None
+    x = mx.ones((1, 192))
+    zero = nn.QuantizedLinear.__call__(layer, x)
+    assert relative_error(layer(x), np.array(zero)) < 1e-6
+
+
+@ON_LINUX_CPU
+def test_weights_are_not_expanded_where_that_is_not_wanted_or_too_large(quantized, monkeypatch):
+    monkeypatch.setenv(expansion.VARIABLE, "off")
+    assert quantized.expand_quantized() == 0
+    monkeypatch.setenv(expansion.VARIABLE, "auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(expansion, "_free_memory", lambda: 100_000)
+        assert quantized.expand_quantized() == 0
+    assert quantized.layers[0].mlp_block.down_proj.expanded is None
+    assert quantized.expand_quantized() > 50_000
+    monkeypatch.setenv(expansion.VARIABLE, "maybe")
+    with pytest.raises(UserError, match="found 'maybe', expected one of auto, off"):
+        quantized.expand_quantized()
+
+
+def test_free_memory_is_a_plausible_number():
+    if sys.platform.startswith("linux"):
+        assert 10**7 < expansion._free_memory() < 10**14
