@@ -10,9 +10,12 @@ _BEGIN = time.time()
 
 import builtins  # noqa: E402
 import json  # noqa: E402
+import runpy  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
+
+COMMAND = "mlx_rgemma.generate"
 
 PACKAGES = {
     "mlx": "mlx",
@@ -72,7 +75,7 @@ class Ledger:
         builtins.__import__ = find
 
 
-def main(arguments: list[str], started: float) -> int:
+def main(arguments: list[str], started: float) -> None:
     """Run the command; `started` is the time of day when its process was asked for."""
     ledger = Ledger()
     ledger.watch_imports()
@@ -80,13 +83,15 @@ def main(arguments: list[str], started: float) -> int:
 
     for stage, name in FUNCTIONS.items():
         setattr(loading, name, ledger.timed(stage, getattr(loading, name)))
-    from mlx_rgemma.generate import main as generate
-
-    status = generate(arguments)
+    sys.argv = [COMMAND, *arguments]
+    try:
+        runpy.run_module(COMMAND, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
     ledger.switch()
     print(json.dumps({"python": _BEGIN - started, **ledger.seconds}))
-    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[2:], float(sys.argv[1])))
+    main(sys.argv[2:], float(sys.argv[1]))

@@ -124,7 +124,8 @@ def test_the_machine_and_the_packages_are_named(answer):
     assert said.count("Trial 1:") == said.count("Trial 2:") == len(answer[0]["results"])
 
 
-def test_tables_are_printed(capsys):
+def test_tables_are_printed(capsys, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
     command = "--shape tiny -p 8 -g 2 -n 1 --warmup 0 -t 4 --fine-tune-type lora"
     assert main(command.split()) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -134,6 +135,9 @@ def test_tables_are_printed(capsys):
     assert len(tables) == 6 and tables[0].startswith("| engine     | dtype   | prompt |")
     assert "training tokens/s (lora)" in tables[3]
     assert any("GB/s" in line for line in printed)
+    assert (
+        printed[-1] == "Note: the machine was busy at the start (load 99.0): do not trust speeds."
+    )
 
 
 BAD = {
