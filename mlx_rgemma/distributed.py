@@ -132,13 +132,17 @@ def share_arrays(arrays: Sequence[mx.array] | None, group: mx.distributed.Group)
     mine = list(arrays or ())
     kinds = share([(a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in mine], group)
     if group.rank() > 0:
-        mine = [mx.zeros(shape, getattr(mx, dtype)) for shape, dtype in kinds]
+        mine = [mx.zeros(shape, _dtype(name)) for shape, name in kinds]
     shared = []
     for array in mine:
         total = mx.distributed.all_sum(array.flatten().view(mx.uint8), group=group)
         mx.eval(total)
         shared.append(total.view(array.dtype).reshape(array.shape))
     return shared
+
+
+def _dtype(name: str) -> mx.Dtype:
+    return mx.bool_ if name == "bool" else getattr(mx, name)
 
 
 def outcome(work: Callable[[], Any], group: mx.distributed.Group | None = None) -> Any:

@@ -1,0 +1,99 @@
+"""What each of several processes checks of a model that they share; run by `test_launch`.
+
+Arguments: a folder for files. The first process prints "all well" at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import LOGITS_ATOL, golden, golden_model, max_error
+from test_sharding import TOKENS, random_model, read
+
+from mlx_rgemma import distributed
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.prompt_cache import load_prompt_cache, read_prompt_cache, save_prompt_cache
+
+
+def shard(model, group):
+    model.shard(group)
+    mx.eval(model.parameters())
+    model.fuse_projections()
+    return model
+
+
+def golden_logits_and_text(group) -> None:
+    model = shard(golden_model("tiny-sharded", fuse=False), group)
+    data = golden("decode/tiny-sharded.npz")
+    assert max_error(model(mx.array(data["tokens"])), data["google_full"]) < LOGITS_ATOL
+    data = golden("greedy/tiny-sharded.npz")
+    cache = model.make_cache(3)
+    tokens = mx.array(data["prompts"])
+    for expected in data["generated"].T[:6]:
+        logits = model(tokens, cache=cache)[:, -1]
+        tokens = mx.argmax(logits, axis=-1)[:, None]
+        assert tokens[:, 0].tolist() == expected.tolist()
+    bits = distributed.share(np.array(logits).tobytes())
+    assert bits == np.array(logits).tobytes(), "logits differ between processes"
+
+
+def quantized(group) -> None:
+    settings = {"group_size": 32, "bits": 4}
+    expected = read(random_model(settings), (12,))
+    assert max_error(read(shard(random_model(settings), group), (10, 1, 1)), expected) < LOGITS_ATOL
+
+
+def states_in_files(group, folder: Path) -> None:
+    whole, parts = random_model(), shard(random_model(), group)
+    cache = parts.make_cache()
+    parts(TOKENS[:1, :9], cache=cache)
+    together, alone = folder / "together.safetensors", folder / "alone.safetensors"
+    save_prompt_cache(together, parts, cache, {"text": "of all"})
+    if group.rank() == 0:
+        save_prompt_cache(alone, whole, load_prompt_cache(together, whole))
+    again, metadata = read_prompt_cache(alone, parts)
+    assert [np.array(a).tobytes() for layer in again for a in layer.state] == [
+        np.array(a).tobytes() for layer in cache for a in layer.state
+    ]
+    again, metadata = read_prompt_cache(together, parts)
+    assert metadata["text"] == "of all" and again[0].h.shape == cache[0].h.shape
+    try:
+        read_prompt_cache(folder / "missing.safetensors", parts)
+    except UserError as error:
+        assert "no such file" in str(error)
+    else:
+        raise AssertionError("a missing file was read")
+
+
+def words_and_arrays(group) -> None:
+    value = {"rank": group.rank(), "text": "é" * 1000}
+    assert distributed.share(value)["rank"] == 0
+    arrays = [mx.array([1.5, -0.0, 3e38]).astype(mx.bfloat16), mx.array(7), mx.array([True])]
+    shared = distributed.share_arrays(arrays if group.rank() == 0 else None, group)
+    assert [np.array(a.astype(mx.float32)).tobytes() for a in shared] == [
+        np.array(a.astype(mx.float32)).tobytes() for a in arrays
+    ]
+    sampler = distributed.agreed(lambda logprobs: mx.array([group.rank() + 5]))
+    assert sampler(mx.zeros((1, 3))).item() == 5
+    numbers = mx.random.uniform(shape=(3,)).tolist()
+    assert distributed.share(numbers) == numbers, "random numbers differ between processes"
+
+
+def main() -> None:
+    group = distributed.join()
+    golden_logits_and_text(group)
+    quantized(group)
+    states_in_files(group, Path(sys.argv[1]))
+    words_and_arrays(group)
+    print("all well", flush=True)
+    distributed.leave(status=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Commands under mlx.launch: several processes on this machine, which find each other by loopback.
+
+They share two cores, and MLX's ring waits by spinning: nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import Launched, free_ports, launch
+from running_server import Running
+
+from mlx_rgemma import convert, generate, load
+from mlx_rgemma.lora import main as lora
+from mlx_rgemma.train import main as train
+
+REPOSITORY = Path(__file__).parents[2]
+STORIES = REPOSITORY / "mlx_rgemma" / "assets" / "stories.txt"
+EMBEDDED = REPOSITORY / "mlx_rgemma" / "assets" / "embedded"
+GENERATE = ("-m", "mlx_rgemma.generate", "--prompt", "Once upon a time", "--verbose", "F")
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="finds processes in /proc"
+)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_compute_what_one_does(size, tmp_path):
+    launched = launch(size, str(Path(__file__).parent / "ranks.py"), str(tmp_path))
+    assert launched.text() == "all well\n", launched.errors()
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
+def test_generate_writes_the_text_of_one_process(quantized, tmp_path):
+    command = [*GENERATE, "-m", "12"]
+    if quantized:
+        folder = tmp_path / "quantized"
+        convert(EMBEDDED, folder, quantize=True, q_group_size=32)
+        command += ["--model", str(folder)]
+    together = launch(2, *command)
+    assert together.text() == launch(1, *command).text(), together.errors()
+    assert len(together.text()) > 30
+
+
+def test_a_mistake_is_one_line():
+    launched = launch(2, *GENERATE, "--model", "nonsense")
+    lines = [line for line in launched.errors().splitlines() if "WARN" not in line]
+    assert len(lines) == 1 and "nonsense: no such folder" in lines[0], launched.errors()
+    assert lines[0].startswith("error: ") and launched.text() == ""
+
+
+def test_input_without_an_end_is_refused():
+    launched = launch(2, "-m", "mlx_rgemma.generate", "--prompt", "-")
+    assert "error: --prompt - has no end under mlx.launch; give a file." in launched.errors()
+
+
+@needs_proc
+def test_a_process_that_is_killed_while_it_generates_ends_all():
+    launched = Launched(2, *GENERATE[:-2], "-m", "100000")
+    launched.wait_until(lambda text: len(text) > 60, 60)
+    os.kill(launched.rank(1), signal.SIGKILL)
+    launched.end(20)
+    assert "error: rank 1 of 2 has ended or cannot be reached; ending." in launched.errors()
+
+
+def test_a_process_that_never_comes_ends_the_wait(tmp_path):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    environment = {**os.environ, "MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)}
+    result = subprocess.run(
+        [sys.executable, *GENERATE],
+        env={**environment, "MLX_RGEMMA_PEER_TIMEOUT": "1.5"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1 and result.stdout == ""
+    assert re.fullmatch(
+        r"error: rank 0 of 2 waited 1\.5 s for rank 1 \(127\.0\.0\.1:\d+\) in vain; .*\n",
+        result.stderr,
+    )
+
+
+TRAIN = (
+    "-m", "mlx_rgemma.train", "--data", str(STORIES), "--init-from", "embedded",
+    "--batch-size", "4", "--context-length", "32", "--iters", "5", "--warmup", "1",
+    "--steps-per-report", "1", "--steps-per-eval", "3", "--steps-per-save", "2",
+    "--sample-tokens", "1", "--average-decay", "0.9",
+)  # fmt: skip
+
+
+def losses(folder: Path) -> list[tuple[int, str, float]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [
+        (line["iteration"], key, line[key])
+        for line in lines
+        for key in ("train_loss", "val_loss", "trained_tokens")
+        if key in line
+    ]
+
+
+@needs_proc
+def test_training_has_the_losses_of_one_process_through_a_kill(tmp_path):
+    """Two processes, one of them killed, then all goes on in one, then in two again."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train([*TRAIN[2:], "--save-path", str(one)]) == 0
+    command = (*TRAIN, "--save-path", str(two))
+    launched = Launched(2, *command)
+    launched.wait_until(lambda text: "Iter 3: Train" in text, 60)
+    os.kill(launched.rank(1), signal.SIGKILL)
+    launched.end(20)
+    assert "error: rank 1 of 2 has ended" in launched.errors()
+    launched = launch(2, *command)
+    assert re.search(r"^Resuming after iteration [24]$", launched.text(), re.M), launched.errors()
+    assert launched.text().count("Iter 5: Train") == 1
+    assert [found[:2] for found in losses(two)] == [expected[:2] for expected in losses(one)]
+    for found, expected in zip(losses(two), losses(one), strict=True):
+        assert abs(found[2] - expected[2]) < 1e-5, (found, expected)
+    assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+
+
+def test_fine_tuning_by_two_goes_on_in_one(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    stories = STORIES.read_text().split("\n\n")
+    for name, chosen in (("train", stories[:8]), ("valid", stories[8:10])):
+        lines = [json.dumps({"text": story[: 80 + 10 * i]}) for i, story in enumerate(chosen)]
+        (data / f"{name}.jsonl").write_text("\n".join(lines))
+    command = [
+        "-m", "mlx_rgemma.lora", "--train", "--data", str(data), "--num-layers", "2",
+        "--steps-per-report", "1", "--learning-rate", "1e-3", "--save-every", "2",
+    ]  # fmt: skip
+    assert lora([*command[2:], "--iters", "4", "--adapter-path", str(tmp_path / "one")]) == 0
+    by_one = capsys.readouterr().out
+    folder = str(tmp_path / "two")
+    launched = launch(2, *command, "--iters", "2", "--adapter-path", folder)
+    assert lora([*command[2:], "--iters", "4", "--resume", "--adapter-path", folder]) == 0
+    rest = capsys.readouterr().out
+    found = re.findall(r"Train loss ([\d.]+)", launched.text() + rest)
+    assert found == re.findall(r"Train loss ([\d.]+)", by_one) and len(found) == 4
+    names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("one", "two")]
+    assert names[0] == names[1]
+
+
+@needs_proc
+def test_the_server_answers_as_one_process_and_ends_with_all():
+    port = free_ports(9)[-1]
+    launched = Launched(2, "-m", "mlx_rgemma.server", "--port", str(port), "--log-level", "ERROR")
+    launched.wait_until(lambda text: "Serving at" in text, 60)
+    assert launched.text().count("Serving at") == 1
+    server = Running.__new__(Running)
+    server.port = port
+    prompts = ["Once upon a time", "A cat"]
+    found = [server.complete(prompt, 8) for prompt in prompts]
+    seeded = [server.complete("The king", 6, temperature=1.0, seed=5) for _ in range(2)]
+    assert seeded[0] == seeded[1]
+    os.kill(launched.rank(0), signal.SIGINT)
+    launched.end(20)
+    assert launched.errors() == ""
+    model, tokenizer = load()
+    assert found == [generate(model, tokenizer, prompt, max_tokens=8) for prompt in prompts]

@@ -1,0 +1,203 @@
+"""Processes that meet and watch each other, as threads with real connections."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import pytest
+from launching import free_ports
+
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.peers import Peers, Place, timeout_seconds
+
+
+def places(tmp_path, size: int, kind: str) -> list[Place]:
+    """The places of all processes, from what mlx.launch sets."""
+    ports = free_ports(size)
+    hosts, devices = tmp_path / "hosts.json", tmp_path / "devices.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    devices.write_text(json.dumps([[None] * size] * size))
+    variables = {
+        "ring": {"MLX_HOSTFILE": str(hosts)},
+        "jaccl": {
+            "MLX_IBV_DEVICES": str(devices),
+            "MLX_JACCL_COORDINATOR": f"127.0.0.1:{ports[0]}",
+        },
+        "nccl": {
+            "NCCL_HOST_IP": "127.0.0.1",
+            "NCCL_PORT": str(ports[0]),
+            "MLX_WORLD_SIZE": str(size),
+        },
+    }[kind]
+    found = [Place.from_environment({"MLX_RANK": str(rank), **variables}) for rank in range(size)]
+    assert [(place.rank, place.size) for place in found] == [(r, size) for r in range(size)]
+    return found
+
+
+class Process:
+    """A thread that stands for a process."""
+
+    def __init__(self, place: Place, timeout: float = 5.0) -> None:
+        self.ended: list[str] = []
+        self.problem: UserError | None = None
+        self.peers = Peers(place, timeout, self.ended.append)
+        self.thread = threading.Thread(target=self._meet)
+        self.thread.start()
+
+    def _meet(self) -> None:
+        try:
+            self.peers.meet()
+        except UserError as error:
+            self.problem = error
+
+    def wait_for_end(self, seconds: float = 10.0) -> str:
+        deadline = time.monotonic() + seconds
+        while not self.ended and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert self.ended, "was not told of it"
+        return self.ended[0]
+
+
+def started(places: list[Place], timeout: float = 5.0) -> list[Process]:
+    processes = [Process(place, timeout) for place in places]
+    for process in processes:
+        process.thread.join()
+    return processes
+
+
+@pytest.mark.parametrize("kind", ["ring", "jaccl", "nccl"])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_all_meet_and_part(tmp_path, kind, size):
+    processes = started(places(tmp_path, size, kind))
+    assert [p.problem for p in processes] == [None] * size
+    partings = [threading.Thread(target=p.peers.part) for p in processes]
+    for parting in partings:
+        parting.start()
+        time.sleep(0.05)
+    for parting in partings:
+        parting.join(5)
+        assert not parting.is_alive()
+    assert [p.ended for p in processes] == [[]] * size
+
+
+def test_addresses_are_free_for_mlx_once_all_have_met(tmp_path):
+    for process, place in zip(started(found := places(tmp_path, 3, "ring")), found, strict=True):
+        assert process.problem is None
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place.listen)
+            listener.listen()
+
+
+@pytest.mark.parametrize("kind", ["ring", "jaccl"])
+def test_a_process_that_never_comes_is_named_by_all(tmp_path, kind):
+    all_places = places(tmp_path, 4, kind)
+    processes = started(all_places[:2] + all_places[3:], timeout=1.5)
+    for process in processes:
+        text = str(process.problem) if process.problem else process.wait_for_end()
+        assert "rank 2" in text or text == "", text  # empty where another one tells the user
+    told = [str(p.problem) for p in processes if p.problem]
+    assert any("1.5 s for rank 2" in text and "hostfile" in text for text in told)
+
+
+@pytest.mark.parametrize("kind", ["ring", "jaccl"])
+@pytest.mark.parametrize("victim", [1, 3])
+def test_all_hear_of_a_lost_process(tmp_path, kind, victim):
+    processes = started(places(tmp_path, 4, kind))
+    for line in list(processes[victim].peers._lines.values()):
+        line.socket.shutdown(socket.SHUT_RDWR)  # as the kernel does for a process that was killed
+    messages = [p.wait_for_end() for p in processes if p is not processes[victim]]
+    named = f"rank {victim} of 4 has ended or cannot be reached"
+    assert messages[0] == named
+    assert set(messages) <= {named, ""}
+
+
+def test_a_failure_is_passed_on_with_its_reason(tmp_path):
+    processes = started(places(tmp_path, 3, "ring"))
+    processes[2].peers.lost("stopped: the disk is full")
+    assert processes[0].wait_for_end() == "rank 2 of 3 stopped: the disk is full"
+    assert processes[1].wait_for_end() == ""  # the first one tells the user
+
+
+def test_a_process_that_says_nothing_for_long_is_lost(tmp_path, monkeypatch):
+    found = places(tmp_path, 2, "ring")
+    processes = started(found, timeout=1.0)
+    monkeypatch.setattr(processes[1].peers, "_send", lambda message: None)
+    assert processes[0].wait_for_end() == "rank 1 of 2 has not been heard of for 1 s"
+
+
+def test_processes_that_talk_are_not_lost(tmp_path):
+    processes = started(places(tmp_path, 2, "ring"), timeout=1.0)
+    time.sleep(2.5)
+    assert [p.ended for p in processes] == [[], []]
+    processes[0].peers.lost("is done with the test")
+
+
+def test_strangers_who_call_are_not_taken_for_a_process(tmp_path):
+    found = places(tmp_path, 2, "ring")
+    first = Process(found[0])
+    for greeting in (b"GET / HTTP/1.1\r\n\r\n", b'{"rank": 0}\n', b'{"rank": "x"}\n', b"\n"):
+        for _ in range(50):
+            try:
+                caller = socket.create_connection(found[0].listen, timeout=1)
+                break
+            except OSError:
+                time.sleep(0.05)
+        with caller, contextlib.suppress(ConnectionResetError):
+            caller.sendall(greeting)
+            caller.settimeout(5)
+            assert caller.recv(10) == b""
+    second = Process(found[1])
+    for process in (first, second):
+        process.thread.join()
+        assert process.problem is None
+
+
+def test_a_taken_address_is_told(tmp_path):
+    found = places(tmp_path, 2, "ring")
+    with socket.socket() as taken:
+        taken.bind(found[0].listen)
+        taken.listen()
+        (first,) = started(found[:1], timeout=1.0)
+    assert "cannot listen on 127.0.0.1" in str(first.problem)
+    assert "--starting-port" in str(first.problem)
+
+
+def test_processes_by_themselves_have_no_place(tmp_path):
+    empty = tmp_path / "hosts.json"
+    empty.write_text("\n")  # what mlx.launch -n 1 leaves
+    assert Place.from_environment({}) is None
+    assert Place.from_environment({"MLX_RANK": "0"}) is None
+    assert Place.from_environment({"MLX_RANK": "0", "MLX_HOSTFILE": str(empty)}) is None
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MLX_RANK": "x", "MLX_HOSTFILE": "hosts.json"},
+        {"MLX_RANK": "5", "MLX_HOSTFILE": "hosts.json"},
+        {"MLX_RANK": "0", "MLX_HOSTFILE": "missing.json"},
+        {"MLX_RANK": "0", "MLX_HOSTFILE": "number.json"},
+        {"MLX_RANK": "0", "MLX_HOSTFILE": "words.json"},
+        {"MLX_RANK": "0", "MLX_JACCL_COORDINATOR": "127.0.0.1:3"},
+    ],
+    ids=str,
+)
+def test_variables_that_cannot_be_are_told(tmp_path, monkeypatch, variables):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts.json").write_text('[["127.0.0.1:3"], ["127.0.0.1:4"]]')
+    (tmp_path / "number.json").write_text("3")
+    (tmp_path / "words.json").write_text('[["here"], ["there"]]')
+    with pytest.raises(UserError, match=r"mlx\.launch sets do not fit together"):
+        Place.from_environment(variables)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
+def test_timeouts_that_cannot_be_are_told(monkeypatch, text):
+    monkeypatch.setenv("MLX_RGEMMA_PEER_TIMEOUT", text)
+    with pytest.raises(UserError, match="MLX_RGEMMA_PEER_TIMEOUT"):
+        timeout_seconds()
