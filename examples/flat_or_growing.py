@@ -15,10 +15,12 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from mlx_rgemma import command_line
 from mlx_rgemma.measurement import machine, plot
 from mlx_rgemma.measurement.shapes import SHAPES, random_model
 
@@ -178,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

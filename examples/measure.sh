@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 folder=${1:-build/figures}
 python=${PYTHON:-python3}
 mkdir -p "$folder"
+"$python" -c 'import matplotlib, torch, transformers'  # better now than after ten minutes
 
 # Run the benchmark with the arguments behind $1; keep what it prints, and the results, as $1.
 measure() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,23 +69,27 @@ def header(facts: dict[str, Any], peers: dict[str, dict[str, Any]]) -> list[str]
         f"Machine: {facts['cpu']}, {facts['cores']} cores{gpu},"
         f" {facts['memory_bytes'] / 2**30:.0f} GB, {facts['system']}",
         f"Packages: {packages}, Python {facts['python']}",
-        f"Runs on: {facts['device'].upper()}; BLAS: {facts['blas']}{threads};"
+        f"Runs on: {facts['device'].upper()}; BLAS: {_named(facts['blas'])}{threads};"
         f" kernels: {facts['kernels']}",
     ]
     for name, peer in peers.items():
         packages = " ".join(f"{package} {found}" for package, found in peer["packages"].items())
-        lines.append(f"Compared with {name}: {packages}; BLAS: {peer['blas']}")
+        lines.append(f"Compared with {name}: {packages}; BLAS: {_named(peer['blas'])}")
     return lines
+
+
+def _named(library: str) -> str:
+    """A BLAS as `blas.in_use` describes it, with its file's name in place of the whole path."""
+    return re.sub(r"/\S*/", "", library)
 
 
 def _system() -> str:
     if platform.system() == "Darwin":
         return f"macOS {platform.mac_ver()[0]}"
     try:
-        name = platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
+        return platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
     except OSError:
-        name = platform.system()
-    return f"{name}, {platform.system()} {platform.release()}"
+        return platform.system()
 
 
 def _cpu() -> str:
