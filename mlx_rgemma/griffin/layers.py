@@ -14,7 +14,6 @@ import mlx.nn as nn
 from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.layout import TokenLayout
-from mlx_rgemma.griffin.linear import Linear
 from mlx_rgemma.griffin.projection import SharedInputBlock
 from mlx_rgemma.ops import (
     RecurrentWeights,
@@ -106,9 +105,9 @@ class RecurrentBlock(SharedInputBlock):
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
         width, lru_width = config.hidden_size, config.lru_width
-        self.linear_y = Linear(width, lru_width)
-        self.linear_x = Linear(width, lru_width)
-        self.linear_out = Linear(lru_width, width)
+        self.linear_y = nn.Linear(width, lru_width)
+        self.linear_x = nn.Linear(width, lru_width)
+        self.linear_out = nn.Linear(lru_width, width)
         self.conv_1d = Conv1d(lru_width, config.conv1d_width)
         self.rg_lru = RGLRU(lru_width, config.num_attention_heads)
 
@@ -167,10 +166,10 @@ class LocalAttentionBlock(SharedInputBlock):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
         self.window = config.past_window
-        self.q_proj = Linear(width, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = Linear(width, self.head_dim, bias=bias)
-        self.v_proj = Linear(width, self.head_dim, bias=bias)
-        self.o_proj = Linear(self.num_heads * self.head_dim, width, bias=True)
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=True)
 
     def __call__(self, x: mx.array, layout: TokenLayout, cache: AttentionCache | None) -> mx.array:
         batch, length, _ = x.shape
@@ -198,9 +197,9 @@ class MLPBlock(SharedInputBlock):
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size // 2
-        self.gate_proj = Linear(width, inner)
-        self.up_proj = Linear(width, inner)
-        self.down_proj = Linear(inner, width)
+        self.gate_proj = nn.Linear(width, inner)
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, width)
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = self.project(x)

@@ -1,7 +1,7 @@
 """Linear layers and embeddings that multiply through `ops.linear`.
 
-They are MLX's own classes, by name, parameters and inheritance: whatever quantizes, adapts, shards
-or saves those takes these.
+They are MLX's own by name, parameters and inheritance: whatever adapts, shards or saves those takes
+these.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Linear(nn.Linear):
         return linear(x, self["weight"], self.get("bias"))
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return _quantized(super().to_quantized(*args, **kwargs))
+        return _adopt(super().to_quantized(*args, **kwargs))
 
 
 class _Expandable:
@@ -61,7 +61,7 @@ class Embedding(nn.Embedding):
         return linear(x, self["weight"])
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return _quantized(super().to_quantized(*args, **kwargs))
+        return _adopt(super().to_quantized(*args, **kwargs))
 
 
 class QuantizedEmbedding(_Expandable, nn.QuantizedEmbedding):
@@ -71,14 +71,26 @@ class QuantizedEmbedding(_Expandable, nn.QuantizedEmbedding):
         return _product(self, x)
 
 
-def _quantized(module: nn.Module) -> nn.Module:
-    """What MLX made of a layer, as the class of this file that it corresponds to."""
-    ours: dict[type, Any] = {
-        nn.QuantizedLinear: QuantizedLinear,
-        nn.QuantizedEmbedding: QuantizedEmbedding,
-    }
-    if type(module) in ours:
-        module.__class__ = ours[type(module)]
+_OURS: dict[type, Any] = {
+    nn.Linear: Linear,
+    nn.QuantizedLinear: QuantizedLinear,
+    nn.Embedding: Embedding,
+    nn.QuantizedEmbedding: QuantizedEmbedding,
+}
+
+
+def adopt_layers(model: nn.Module) -> None:
+    """Turn MLX's linear layers and embeddings into those of this file, where they are.
+
+    Not done when a model is made: some of mlx-lm's quantizers look for exactly MLX's classes.
+    """
+    for module in model.modules():
+        _adopt(module)
+
+
+def _adopt(module: nn.Module) -> nn.Module:
+    if type(module) in _OURS:
+        module.__class__ = _OURS[type(module)]
     return module
 
 

@@ -15,7 +15,7 @@ from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.expansion import expand_quantized
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.layout import TokenLayout
-from mlx_rgemma.griffin.linear import Embedding
+from mlx_rgemma.griffin.linear import adopt_layers
 from mlx_rgemma.griffin.sharding import shard_model
 from mlx_rgemma.ops import forward_only, rotary_frequencies, soft_cap
 
@@ -25,7 +25,7 @@ class Griffin(nn.Module):
 
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [ResidualBlock(config, kind) for kind in config.layer_types]
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.window = config.past_window
@@ -149,8 +149,16 @@ class Model(nn.Module):
         Layer by layer, without storing anything twice. Training and adapters may follow: layers
         that they replace run by themselves again.
         """
+        self.adopt_layers()
         for layer in self.layers:
             layer.join_projections()
+
+    def adopt_layers(self) -> None:
+        """Have linear layers and the embedding multiply in the way that is fast on a CPU.
+
+        They stay instances of MLX's classes, but are no longer of exactly those.
+        """
+        adopt_layers(self)
 
     def expand_quantized(self) -> int:
         """Hold quantized weights in float32 too where that is faster and there is room: a CPU.

@@ -35,6 +35,7 @@ def small_model() -> Model:
 def quantized() -> Model:
     model = small_model()
     nn.quantize(model, group_size=32, bits=4)
+    model.adopt_layers()
     model.eval()
     mx.eval(model.parameters())
     return model
@@ -42,6 +43,7 @@ def quantized() -> Model:
 
 def test_quantizing_keeps_the_classes():
     model = small_model()
+    model.adopt_layers()
     nn.quantize(model, group_size=32, bits=8)
     kinds = {type(m) for _, m in model.named_modules() if "scales" in m}
     assert kinds == {QuantizedLinear, QuantizedEmbedding}
@@ -51,6 +53,11 @@ def test_quantizing_keeps_the_classes():
     cache = model.make_cache()
     steps = [model(tokens[:, i : i + 1], cache=cache) for i in range(7)]
     assert relative_error(mx.concatenate(steps, axis=1), np.array(whole)) < 1e-5
+
+
+def test_a_new_model_has_exactly_mlx_classes():
+    kinds = {type(m) for m in small_model().modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    assert kinds == {nn.Linear, nn.Embedding}
 
 
 def test_mlx_lms_adapters_wrap_the_layers():
