@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -124,14 +125,20 @@ def mlx_step(
     return step
 
 
-def transformers_step(folder: str, tokens: int) -> Callable[[], float]:
+def transformers_step(folder: str, tokens: int, threads: int) -> Callable[[], float]:
     """One step of training in full in PyTorch, but for the embedding, as above."""
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    weights = load_file(Path(folder) / "model.safetensors")
+    for name, value in weights.items():
+        if name.endswith("conv_1d.weight"):  # MLX's layout is (D, K, 1)
+            weights[name] = value.transpose(1, 2).contiguous()
+    model.load_state_dict(weights, strict=False)
     model.train()
     for parameter in model.parameters():
         parameter.requires_grad = False
@@ -156,9 +163,10 @@ def measure(
     engine: str, folder: str, kind: str, tokens: int, repeats: int, compiled: bool
 ) -> dict[str, float]:
     """In this process: the first loss, the best time of several steps, memory."""
+    threads = int(os.environ.get("OPENBLAS_NUM_THREADS", os.cpu_count() or 1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if engine == "transformers":
-        step = transformers_step(folder, tokens)
+        step = transformers_step(folder, tokens, threads)
     else:
         step = mlx_step(engine, folder, kind, tokens, compiled)
     loss = step()
