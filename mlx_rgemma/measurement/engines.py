@@ -29,12 +29,15 @@ class Loaded:
         dtype: dtype of its activations.
         quantization: Its bits or mode in a word, or "none".
         weight_bytes: Bytes of its weights.
+        read_bytes: Bytes of weights that a decode step reads: more, where quantized weights are
+            held in float32 too.
         vocab_size: Number of token ids.
     """
 
     dtype: str
     quantization: str
     weight_bytes: int
+    read_bytes: int
     vocab_size: int
 
 

@@ -37,10 +37,12 @@ class _MlxEngine(ABC):
         self.model = self._load(model, dtype, quantization)
         self.model.eval()
         weights: Any = tree_flatten(self.model.parameters())
+        weight_bytes = sum(value.nbytes for _, value in weights)
         return Loaded(
             dtype=str(self.model.model.final_norm.weight.dtype).removeprefix("mlx.core."),
             quantization=_bits(self.model),
-            weight_bytes=sum(value.nbytes for _, value in weights),
+            weight_bytes=weight_bytes,
+            read_bytes=weight_bytes + self._more_to_read(),
             vocab_size=self.model.args.vocab_size,
         )
 
@@ -112,6 +114,10 @@ class _MlxEngine(ABC):
     def _load(self, model: dict[str, Any], dtype: str | None, quantization: str) -> Any:
         """The model, computed."""
 
+    def _more_to_read(self) -> int:
+        """Bytes that a decode step reads beyond the weights."""
+        return 0
+
     @abstractmethod
     def _tokens(
         self, prompt: mx.array, cache: list[Any], tokens: int, step_size: int
@@ -143,7 +149,19 @@ class Ours(_MlxEngine):
         quantize(loaded, quantization)
         mx.eval(loaded.parameters())
         loaded.fuse_projections()
+        loaded.expand_quantized()
         return loaded
+
+    def _more_to_read(self) -> int:
+        expanded: int = self.model.expanded_nbytes
+        packed = sum(
+            layer[key].nbytes
+            for _, layer in self.model.named_modules()
+            if "scales" in layer
+            for key in ("weight", "scales", "biases")
+            if key in layer
+        )
+        return expanded - packed if expanded else 0
 
     def _tokens(
         self, prompt: mx.array, cache: list[Any], tokens: int, step_size: int

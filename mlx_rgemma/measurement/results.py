@@ -43,6 +43,7 @@ class Result:
         dtype, quantization: Of the model, as it was loaded.
         case: What was timed.
         weight_bytes: Bytes of the weights.
+        read_bytes: Bytes of weights that a decode step reads.
         trials: What the engine's process answered, each time.
         bandwidth: Bytes a second that a copy moved, measured between the trials.
         launches: What a decode step launches on a Mac's GPU, by count; None where not counted.
@@ -53,6 +54,7 @@ class Result:
     quantization: str
     case: Case
     weight_bytes: int
+    read_bytes: int
     trials: list[dict[str, Any]] = field(default_factory=list)
     bandwidth: list[float] = field(default_factory=list)
     launches: int | None = None
@@ -118,7 +120,7 @@ class Result:
     @property
     def bytes_per_step(self) -> int | None:
         """What a decode step must read: every weight once, and the state of every row."""
-        return None if self.state_bytes is None else self.weight_bytes + self.state_bytes
+        return None if self.state_bytes is None else self.read_bytes + self.state_bytes
 
     @property
     def bandwidth_share(self) -> float | None:

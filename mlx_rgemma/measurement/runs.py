@@ -226,6 +226,7 @@ class _Comparison:
             loaded["quantization"],
             case,
             loaded["weight_bytes"],
+            loaded["read_bytes"],
             launches=launches,
         )
 

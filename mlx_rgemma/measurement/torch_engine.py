@@ -35,6 +35,7 @@ class Transformers:
             dtype=str(self.model.dtype).removeprefix("torch."),
             quantization=UNQUANTIZED,
             weight_bytes=sum(weights.values()),
+            read_bytes=sum(weights.values()),
             vocab_size=self.model.config.vocab_size,
         )
 

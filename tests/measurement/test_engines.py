@@ -144,6 +144,20 @@ def test_lora_trains_little(folder, name):
     assert 0 < trained < 60_000
 
 
+def test_what_is_held_in_float32_is_read_in_float32(folder, monkeypatch):
+    engine = make_engine(OURS)
+    plain = engine.load(folder, "float32", UNQUANTIZED)
+    assert plain.read_bytes == plain.weight_bytes
+    monkeypatch.setenv("MLX_RGEMMA_EXPAND", "off")
+    packed = engine.load(folder, "float32", "4")
+    assert packed.read_bytes == packed.weight_bytes < plain.weight_bytes
+    monkeypatch.delenv("MLX_RGEMMA_EXPAND")
+    held = engine.load(folder, "float32", "4")
+    assert held.weight_bytes == packed.weight_bytes
+    expanded = engine.model.expanded_nbytes  # none on a GPU
+    assert held.read_bytes == (plain.read_bytes if expanded else packed.read_bytes)
+
+
 def test_transformers_refuses_what_it_cannot(folder):
     pytest.importorskip("torch", reason="needs the extra: pip install '.[parity]'")
     engine = make_engine(TRANSFORMERS)

@@ -35,7 +35,13 @@ def made(engine, kind, length, seconds, batch=1, **changes):
         }
         for s in seconds
     ]
-    values = {"weight_bytes": 900, "trials": trials, "bandwidth": [4000.0], **changes}
+    values = {
+        "weight_bytes": 500,
+        "read_bytes": 900,
+        "trials": trials,
+        "bandwidth": [4000.0],
+        **changes,
+    }
     return Result(engine, "float32", "none", Case(kind, length, batch), **values)
 
 
