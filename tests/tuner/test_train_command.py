@@ -7,6 +7,7 @@ import lzma
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -230,3 +231,18 @@ def test_an_exploding_run_says_so(text, tmp_path, capsys):
         *("--warmup", "0", "--max-grad-norm", "0", "--iters", "40"),
     )
     assert "the loss became" in printed
+
+
+def test_the_recipe_of_the_embedded_model():
+    """It can be read, and makes a model of the embedded one's shape."""
+    from mlx_rgemma import load_model
+    from mlx_rgemma.train import read_recipe
+
+    examples = Path(__file__).parents[2] / "examples" / "train"
+    recipe, _, _ = read_recipe(["-c", str(examples / "embedded.yaml")])
+    shape = recipe.config(vocab_size=2048).to_dict()
+    embedded = load_model(None, lazy=True)[1].to_dict()
+    assert shape == {k: v for k, v in embedded.items() if k not in ("dtype", "torch_dtype")}
+    log = [json.loads(line) for line in (examples / "embedded.jsonl").read_text().splitlines()]
+    assert log[-1]["iteration"] == recipe.iters == 1000
+    assert log[-2]["trained_tokens"] == recipe.iters * recipe.batch_size * recipe.context_length
