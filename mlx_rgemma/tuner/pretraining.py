@@ -274,6 +274,7 @@ class Pretraining:
                 f"the tokenizer has {tokens} tokens, the model {model.args.vocab_size}; train it"
                 " with its own tokenizer."
             )
+        model.adopt_layers()
         if recipe.dropout:
             add_dropout(model, recipe.dropout)
         return model
