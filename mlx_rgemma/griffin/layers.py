@@ -179,9 +179,14 @@ class LocalAttentionBlock(SharedInputBlock):
         if cache is not None and cache.history is not None:
             cache.save_slots(length)
         ring = None if cache is None or layout.fresh else cache.ring
-        place: dict[str, Any] = {"window": self.window, "reach": layout.reach, "ring": ring}
+        place: dict[str, Any] = {
+            "window": self.window,
+            "reach": layout.reach,
+            "ring": ring,
+            "held": layout.held,
+        }
         if cache is not None and layout.one_step:
-            out, cache.ring = ring_step(q, k, v, layout.cos, layout.sin, held=layout.held, **place)
+            out, cache.ring = ring_step(q, k, v, layout.cos, layout.sin, **place)
         else:
             out, kv = local_attention(q, k, v, layout.cos, layout.sin, **place)
             if cache is not None:

@@ -77,6 +77,7 @@ def local_attention(
     window: int,
     reach: mx.array | None = None,
     ring: Ring | None = None,
+    held: int | None = None,
 ) -> tuple[mx.array, mx.array]:
     """The attention of one call of a layer, rotation included: a whole chunk or a decode step.
 
@@ -86,6 +87,8 @@ def local_attention(
         k, v: (B, 1, L, head_dim); k not rotated.
         cos, sin: (1 or B, 1, L, P), fp32, from `rotary_angles`.
         window, reach, ring: As for `windowed_attention`.
+        held: ``min(window, position)`` of the first token, where it is known to be the same for all
+            rows: the plain form then reads no more of the ring than that.
 
     Returns:
         ``(out, kv)``: (B, H, L, head_dim) in the dtype of `q`, and what belongs into the ring, the
@@ -95,11 +98,11 @@ def local_attention(
         ValueError: If the shapes do not agree.
     """
     if q.shape[2] == 1 and ring is not None:
-        out, appended = ring_step(q, k, v, cos, sin, ring, window=window, reach=reach)
+        out, appended = ring_step(q, k, v, cos, sin, ring, window=window, reach=reach, held=held)
         return out, appended.kv[:, :, ring.head : ring.head + 1]
     _check("local_attention", q, k, v, reach, ring, cos, sin)
     q, kv = _rotary(q, k, v, cos, sin)
-    return _window(q, kv, ring, window, reach), kv
+    return _window(q, kv, ring, window, reach, held), kv
 
 
 def ring_step(
@@ -173,7 +176,12 @@ def ring_attention(
 
 
 def _window(
-    q: mx.array, kv: mx.array, ring: Ring | None, window: int, reach: mx.array | None
+    q: mx.array,
+    kv: mx.array,
+    ring: Ring | None,
+    window: int,
+    reach: mx.array | None,
+    held: int | None = None,
 ) -> mx.array:
     head = 0 if ring is None else ring.head
 
@@ -184,7 +192,8 @@ def _window(
 
     def plain(q, kv, *rest):
         past, reach = split(rest)
-        return [plain_window(q, kv, None if past is None else Ring(past, head), window, reach)]
+        before = None if past is None else Ring(past, head)
+        return [plain_window(q, kv, before, window, reach, held)]
 
     def launch(q, kv, *rest):
         past, reach = split(rest)

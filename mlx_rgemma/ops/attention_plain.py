@@ -34,6 +34,12 @@ class Ring(NamedTuple):
             return self.kv
         return mx.concatenate([self.kv[:, :, self.head :], self.kv[:, :, : self.head]], axis=2)
 
+    def newest(self, tokens: int) -> mx.array:
+        """The last tokens, (B, 2, tokens, head_dim), oldest first."""
+        if tokens <= self.head:
+            return self.kv[:, :, self.head - tokens : self.head]
+        return self.in_order()[:, :, self.kv.shape[2] - tokens :]
+
     def appended(self, kv: mx.array) -> Ring:
         """A ring with more tokens, (B, 2, L, head_dim), in place of the oldest.
 
@@ -56,6 +62,7 @@ def plain_window(
     ring: Ring | None,
     window: int,
     reach: mx.array | None,
+    held: int | None = None,
 ) -> mx.array:
     """`windowed_attention` on keys and values side by side, (B, 2, L, head_dim).
 
@@ -65,9 +72,8 @@ def plain_window(
     length = q.shape[2]
     past = 0
     if ring is not None:
-        slots = ring.kv.shape[2]
-        past = min(slots, window)
-        kv = mx.concatenate([ring.in_order()[:, :, slots - past :], kv], axis=2)
+        past = min(ring.kv.shape[2], window if held is None else min(held, window))
+        kv = mx.concatenate([ring.newest(past), kv], axis=2)
 
     outputs = []
     block = CPU_QUERY_BLOCK if on_linux_cpu() else QUERY_BLOCK
@@ -123,8 +129,7 @@ def plain_step(
     appended = ring.appended(kv)
     if held is not None and held < appended.head:
         # A text that is still short lies in one piece, all of it visible.
-        first = appended.head - held - 1
-        return _attention(q, appended.kv[:, :, first : appended.head], None), appended
+        return _attention(q, appended.newest(held + 1), None), appended
     if ring.kv.shape[2] > window:
         read = appended
     else:  # the slot that the token takes is still seen
