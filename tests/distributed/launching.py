@@ -92,7 +92,7 @@ class Launched:
         assert not left, (self.text(), self.errors())
 
 
-def launch(size: int, *command: str, seconds: float = 120, **environment: str) -> Launched:
+def launch(size: int, *command: str, seconds: float = 300, **environment: str) -> Launched:
     """Run a command to its end."""
     launched = Launched(size, *command, **environment)
     launched.end(seconds)
