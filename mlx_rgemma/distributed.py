@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from mlx_rgemma import peers
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.launch_place import Place
 
 
 class _Membership:
@@ -44,7 +45,7 @@ def join(seed: int | None = None) -> mx.distributed.Group | None:
         UserError: If a process does not come, or MLX cannot connect them.
     """
     if not _here.joined:
-        place = peers.Place.from_environment()
+        place = Place.from_environment()
         if place is not None:
             timeout = peers.timeout_seconds()
             _here.peers = peers.Peers(place, timeout, peers.end_process)
@@ -194,7 +195,7 @@ def settle() -> None:
         mx.synchronize(generating.generation_stream)
 
 
-def _connect(place: peers.Place | None) -> mx.distributed.Group:
+def _connect(place: Place | None) -> mx.distributed.Group:
     try:
         with _deadline(None if place is None else peers.timeout_seconds()):
             group = mx.distributed.init(strict=place is not None)

@@ -21,10 +21,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.launch_place import Address, Place
 
 TIMEOUT_VARIABLE = "MLX_RGEMMA_PEER_TIMEOUT"
 TIMEOUT_SECONDS = 60.0
@@ -33,71 +33,6 @@ PARTING_SECONDS = 10.0
 
 GRACE_SECONDS = 0.5
 """How long a process that is told of a failure may take to say that it has failed alike."""
-
-Address = tuple[str, int]
-
-
-class Place(NamedTuple):
-    """Where a process stands among the others.
-
-    Attributes:
-        rank: Its number.
-        size: How many there are.
-        listen: The address where others call it; None if none does.
-        callers: The numbers of those that do.
-        calls: Whom it calls itself, and where.
-    """
-
-    rank: int
-    size: int
-    listen: Address | None
-    callers: frozenset[int]
-    calls: Mapping[int, Address]
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place | None:
-        """What `mlx.launch` says; None for a process by itself, or under another launcher.
-
-        With the ring back end each process calls the next one; with the others all call the first.
-
-        Raises:
-            UserError: If it says something that cannot be.
-        """
-        if "MLX_RANK" not in environment:
-            return None
-        try:
-            rank = int(environment["MLX_RANK"])
-            if "MLX_HOSTFILE" in environment:
-                hosts = _read_list(environment["MLX_HOSTFILE"])
-                return cls._ring(rank, [_address(host[0]) for host in hosts])
-            if "MLX_JACCL_COORDINATOR" in environment:
-                size = len(_read_list(environment["MLX_IBV_DEVICES"]))
-                return cls._star(rank, size, _address(environment["MLX_JACCL_COORDINATOR"]))
-            if "NCCL_HOST_IP" in environment:
-                first = (environment["NCCL_HOST_IP"], int(environment["NCCL_PORT"]))
-                return cls._star(rank, int(environment["MLX_WORLD_SIZE"]), first)
-        except (KeyError, ValueError, TypeError, IndexError, OSError) as error:
-            raise UserError(
-                f"the variables that mlx.launch sets do not fit together"
-                f" ({type(error).__name__}: {error}); check the hostfile."
-            ) from error
-        return None
-
-    @classmethod
-    def _ring(cls, rank: int, addresses: list[Address]) -> Place | None:
-        size = len(addresses)
-        if size < 2:
-            return None
-        after, before = (rank + 1) % size, (rank - 1) % size
-        return cls(rank, size, addresses[rank], frozenset({before}), {after: addresses[after]})
-
-    @classmethod
-    def _star(cls, rank: int, size: int, first: Address) -> Place | None:
-        if size < 2:
-            return None
-        if rank == 0:
-            return cls(rank, size, first, frozenset(range(1, size)), {})
-        return cls(rank, size, None, frozenset(), {0: first})
 
 
 class Peers:
@@ -325,19 +260,6 @@ def end_process(message: str) -> None:
             sys.stderr.write(f"error: {message}; ending.\n")
         sys.stderr.flush()
     os._exit(1)
-
-
-def _read_list(path: str) -> list[Any]:
-    text = Path(path).read_text().strip()
-    values = json.loads(text) if text else []  # empty where there is one host
-    if not isinstance(values, list):
-        raise ValueError(f"{path} holds no list")
-    return values
-
-
-def _address(text: str) -> Address:
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _listener(address: Address) -> socket.socket:

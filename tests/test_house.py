@@ -44,6 +44,7 @@ FLOORS = [
     ("mlx_rgemma.quality", 5),
     ("mlx_rgemma.quality_report", 5),
     ("mlx_rgemma.texts", 5),
+    ("mlx_rgemma.launch_place", 5),
     ("mlx_rgemma.peers", 5),
     ("mlx_rgemma.distributed", 5),
     ("mlx_rgemma.tuner", 5),

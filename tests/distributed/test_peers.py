@@ -12,7 +12,8 @@ import pytest
 from launching import free_ports
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.peers import Peers, Place, timeout_seconds
+from mlx_rgemma.launch_place import Place
+from mlx_rgemma.peers import Peers, timeout_seconds
 
 
 def places(tmp_path, size: int, kind: str) -> list[Place]:
