@@ -61,7 +61,7 @@ def _distributed() -> Any:
 
 def _fail(message: str) -> int:
     distributed = _distributed()
-    if distributed is None or distributed.rank() == 0:  # which is told of it, and tells the user
+    if distributed is None or distributed.speaks():
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 1
 

@@ -71,6 +71,11 @@ def rank() -> int:
     return 0 if _here.group is None else _here.group.rank()
 
 
+def speaks() -> bool:
+    """Whether this process tells the user of its mistakes; the others tell the first one."""
+    return rank() == 0 or _here.peers is None
+
+
 def leave(problem: str = "", status: int | None = None) -> None:
     """Part from the others: when all are done, or at once where this one has failed.
 
