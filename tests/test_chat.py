@@ -179,7 +179,7 @@ def test_wrong_arguments_get_one_line(args, message, monkeypatch):
 
 def test_sampling_options_are_heard():
     def first(*args: str) -> str:
-        return answers(chat("-m", "12", *args, lines=["The"]).out)[0]
+        return answers(chat("-m", "40", *args, lines=["The"]).out)[0]
 
     plain = first()
     assert first("--temp", "1.5", "--seed", "1") == first("--temp", "1.5", "--seed", "1") != plain

@@ -101,7 +101,7 @@ def test_several_prompts_at_once():
 
 
 def test_sampling_options_are_heard():
-    options = ["--json", "--prompt", "The", "-m", "12"]
+    options = ["--json", "--prompt", "The", "-m", "40"]
 
     def text(*more: str) -> str:
         return json.loads(output(*options, *more))["text"]
