@@ -2,7 +2,7 @@
 
     python examples/finetune/run.py
 
-Trains with lora.yaml (seven CPU minutes), measures the loss and the answers before and after, fuses
+Trains with lora.yaml (four CPU minutes), measures the loss and the answers before and after, fuses
 the adapters, and asks the fused model again in plain mlx-lm. All is written to `--folder`.
 """
 
