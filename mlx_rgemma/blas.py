@@ -188,13 +188,13 @@ def _called_by_mlx() -> Path | None:
 
     from mlx_rgemma.elf import import_slots
 
-    base, mlx = _loaded("libmlx.so")
-    if mlx is None:
+    base, caller = _loaded("libmlx.so")
+    if caller is None:
         return None
-    for slot in import_slots(mlx, NEEDED[0]):
+    for slot in import_slots(caller, NEEDED[0]):
         address = ctypes.c_void_p.from_address(base + slot).value
         for start, end, file in _mappings():
-            if address is not None and start <= address < end and file != mlx:
+            if address is not None and start <= address < end and file != caller:
                 return file
     return None
 

@@ -328,7 +328,8 @@ def test_broken_tokenizer_stops_the_conversion(tmp_path):
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
-def test_save_model(tmp_path, quantized):
+def test_save_model(tmp_path, quantized, monkeypatch):
+    monkeypatch.setenv("MLX_RGEMMA_EXPAND", "off")  # float32 copies round less than bfloat16
     model, _ = load_model(EMBEDDED, dtype="bfloat16")
     if quantized:
         nn.quantize(
