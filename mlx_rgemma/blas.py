@@ -183,10 +183,11 @@ def _reason() -> str:
 def _called_by_mlx() -> Path | None:
     """The file of the function that MLX calls to multiply matrices."""
     import ctypes
-
-    import mlx.core
+    from importlib import import_module
 
     from mlx_rgemma.elf import import_slots
+
+    import_module("mlx.core")
 
     base, caller = _loaded("libmlx.so")
     if caller is None:
