@@ -35,6 +35,9 @@ OPENBLAS_BY_PROCESSOR = "gotoblas_dynamic_init"
 
 MKL_VERSION = "mkl_get_version_string"
 
+BATCHED = "cblas_sgemm_batch"
+"""What newer OpenBLAS exports as MKL does. PyTorch would take it for its own MKL's, and crash."""
+
 
 def install() -> None:
     """Have a fast BLAS opened just before `mlx.core` is first imported."""
@@ -72,7 +75,7 @@ def open_fast() -> Path | None:
     if wanted != "auto":
         return _open_named(wanted)
     for path in candidates():
-        fault = _fault(path) or ("" if _chooses(path) else "its code is for one processor only")
+        fault = _fault(path) or _risk(path)
         if not fault:
             fault = _open(path)
         if not fault:
@@ -134,11 +137,18 @@ def _fault(path: Path) -> str:
     return f"does not export {min(missing)}" if missing else ""
 
 
-def _chooses(path: Path) -> bool:
-    """Whether a library holds code for many processors, as far as its file tells."""
+def _risk(path: Path) -> str:
+    """Why a library is opened only where the user names it; empty for one without risk."""
+    from importlib.util import find_spec
+
     from mlx_rgemma.elf import defined_symbols
 
-    return bool(defined_symbols(path, (OPENBLAS_BY_PROCESSOR, MKL_VERSION)))
+    found = defined_symbols(path, (OPENBLAS_BY_PROCESSOR, MKL_VERSION, BATCHED))
+    if not found & {OPENBLAS_BY_PROCESSOR, MKL_VERSION}:
+        return "its code is for one processor only"
+    if BATCHED in found and MKL_VERSION not in found and find_spec("torch") is not None:
+        return "PyTorch is installed, and would crash in its batched products"
+    return ""
 
 
 def _open(path: Path) -> str:
@@ -175,7 +185,7 @@ def in_use() -> str:
 
 def _reason() -> str:
     for path in candidates():
-        if not _fault(path) and _chooses(path):
+        if not _fault(path) and not _risk(path):
             return f"mlx.core was imported before mlx_rgemma, which would have opened {path}"
     return "no fast one found: docs/cpu.md"
 

@@ -167,3 +167,13 @@ def test_a_fast_library_multiplies_right():
         pytest.skip("no fast BLAS on this machine")
     assert out.startswith("True ")
     assert "OpenBLAS" in out or "MKL" in out
+
+
+def test_pytorch_goes_on_working():
+    """It would take the batched products of a newer OpenBLAS for its own, and crash."""
+    pytest.importorskip("torch", reason="torch is not installed (the extra 'parity')")
+    code = (
+        "import mlx_rgemma, mlx.core, torch\n"
+        "print(torch.bmm(torch.ones(3, 5, 16), torch.ones(3, 16, 16)).sum().item())"
+    )
+    assert float(run_python(code).stdout) == 3 * 5 * 16 * 16
