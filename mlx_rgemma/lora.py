@@ -49,10 +49,8 @@ DEFAULTS: dict[str, Any] = {
     "dtype": None,
     "window": "google",
 }
-"""mlx-lm's, and what is added. A configuration file may set any of them."""
-
-FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
-"""Names of a data set's columns, which a configuration file may set, too."""
+"""mlx-lm's, and what is added. A configuration file may set any of them. A model of fewer layers
+than `num_layers` is trained in all of them, unless the number was asked for."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,67 +119,62 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
     Raises:
         UserError: If the file is missing or no such file, or two settings exclude each other.
     """
-    from mlx_rgemma.tuner.settings import complete
+    from mlx_rgemma.tuner.examples import FEATURES
+    from mlx_rgemma.tuner.settings import check_keys, complete
 
-    chosen = complete(build_parser(), vars(args), DEFAULTS, FEATURES)
+    defaults = {**DEFAULTS, "num_layers": None}
+    chosen = complete(build_parser(), vars(args), defaults, FEATURES)
     if not (chosen.train or chosen.test):
         raise UserError("nothing to do: give --train, --test, or both.")
     if chosen.pack and chosen.carry_state:
         raise UserError("--pack and --carry-state exclude each other: carried rows are full.")
     if chosen.resume and not chosen.train:
         raise UserError("--resume goes on with training: give --train, too.")
+    parameters = chosen.lora_parameters or {}
+    check_keys("lora_parameters", parameters, ("rank", "scale", "dropout", "keys", "alpha"))
+    if "alpha" not in parameters:
+        chosen.lora_parameters = {**DEFAULTS["lora_parameters"], **parameters}
     return chosen
 
 
 def _run(args: SimpleNamespace) -> None:
     from mlx_rgemma import distributed, load
     from mlx_rgemma.tuner import finetuning
-    from mlx_rgemma.tuner.examples import read_examples
+    from mlx_rgemma.tuner.examples import check_data, read_examples
+    from mlx_rgemma.tuner.progress import ProgressLog
+    from mlx_rgemma.tuner.services import reporting, service_names
 
     group = distributed.join(args.seed)
+    check_data(args)
+    finetuning.check(args)
+    services = service_names(args.report_to) if args.train and distributed.rank() == 0 else []
     print("Loading pretrained model")
-    model, tokenizer = load(args.model, dtype=args.dtype, window=args.window)
+    model, tokenizer = load(args.model, dtype=args.dtype, window=args.window, lazy=True)
+    finetuning.make_ready(model, expand=not args.grad_checkpoint)
+    if model.expanded_nbytes:
+        print(
+            f"Quantized weights are held in float32 too, {model.expanded_nbytes / 1e9:.3f} GB:"
+            " faster on a CPU. --grad-checkpoint saves that memory."
+        )
+    if args.num_layers is None:
+        args.num_layers = min(DEFAULTS["num_layers"], len(model.layers))
     print("Loading datasets")
     examples = read_examples(args, tokenizer)
     if args.train:
         print("Training")
         finetuning.prepare(model, args)
         print(finetuning.parameter_line(model))
-        if not len(examples["valid"]):
-            print("Warning: no validation set; training goes on without.")
+        for warning in finetuning.warnings(examples, args):
+            print(f"Warning: {warning}")
         print(f"Starting training..., iters: {args.iters}")
-        callback = _callback(args) if distributed.rank() == 0 else None
-        finetuning.train(model, examples, args, callback=callback, group=group)
+        log = ProgressLog(None, 0)
+        with reporting(services, log, args.project_name, vars(args)) as callback:
+            finetuning.train(model, examples, args, callback=callback, group=group)
     else:
         finetuning.load_trained(model, args.adapter_path)
     if args.test:
         print("Testing")
         print(finetuning.test(model, examples["test"], args))
-
-
-def _callback(args: SimpleNamespace) -> Any:
-    """Prints reports, and sends them on to the services of --report-to."""
-    from mlx_rgemma.tuner.progress import ProgressLog
-
-    log = ProgressLog(None, 0)
-    if not args.report_to:
-        return log
-    from mlx_lm.tuner.callbacks import get_reporting_callbacks
-
-    try:
-        service = get_reporting_callbacks(
-            args.report_to,
-            project_name=args.project_name,
-            log_dir=args.adapter_path,
-            config=vars(args),  # type: ignore[arg-type]
-        )
-    except (ImportError, ValueError) as error:
-        raise UserError(f"--report-to: {error}") from error
-    innermost = service
-    while innermost.wrapped_callback is not None:
-        innermost = innermost.wrapped_callback
-    innermost.wrapped_callback = log
-    return service
 
 
 if __name__ == "__main__":

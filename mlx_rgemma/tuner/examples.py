@@ -3,23 +3,62 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_rgemma.checkpoints.source import REPOSITORY
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.tuner.packing import Documents
+from mlx_rgemma.tuner.settings import check_keys
 
 SPLITS = ("train", "valid", "test")
+
+FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
+"""Names of a data set's columns, which a configuration file may set, too."""
+
+HUB_KEYS = ("path", "config", "train_split", "valid_split", "test_split", "mask_prompt", *FEATURES)
+"""What `hf_dataset` of a configuration file may say of each data set."""
+
+
+def check_data(args: Any) -> None:
+    """See that there can be such data, before a model is loaded.
+
+    Args:
+        args: mlx-lm's arguments: `data` (a folder with train, valid and test.jsonl, or a data set
+            of the Hugging Face Hub) or `hf_dataset`, `train` and `test`.
+
+    Raises:
+        UserError: Saying what is missing.
+    """
+    if (chosen := getattr(args, "hf_dataset", None)) is not None:
+        for one in chosen if isinstance(chosen, list) else [chosen]:
+            check_keys("hf_dataset", one, HUB_KEYS)
+            if not isinstance(options := one.get("config") or {}, dict):
+                raise UserError(f"hf_dataset: config is {options!r}, expected names with values.")
+            for key in ("path", "test_split") if args.test else ("path",):
+                if not isinstance(one.get(key), str):
+                    raise UserError(f"hf_dataset: {key} is {one.get(key)!r}, expected a name.")
+        return
+    if not args.data:
+        raise UserError("--data is missing: a folder with train.jsonl, or a data set of the Hub.")
+    folder = Path(args.data).expanduser()
+    if folder.exists():
+        if not folder.is_dir():
+            raise UserError(f"{folder}: a file; expected the folder that train.jsonl is in.")
+    elif not REPOSITORY.fullmatch(args.data):
+        raise UserError(f"{folder}: no such folder (a data set of the Hub is written owner/name).")
 
 
 def read_examples(args: Any, tokenizer: Any) -> dict[str, Documents]:
     """Read and tokenize the data set that the arguments name.
 
     Args:
-        args: mlx-lm's arguments: `data` (a folder with train, valid and test.jsonl, or a data set
-            of the Hugging Face Hub) or `hf_dataset`, `train`, `test`, `mask_prompt`, and the names
-            of features.
+        args: As for `check_data`, and `mask_prompt`, and the names of features.
         tokenizer: mlx-lm's `TokenizerWrapper`.
 
     Returns:
@@ -28,45 +67,75 @@ def read_examples(args: Any, tokenizer: Any) -> dict[str, Documents]:
     Raises:
         UserError: If there is no such data, or it is not in one of the formats.
     """
-    if not getattr(args, "hf_dataset", None) and not args.data:
-        raise UserError("--data is missing: a folder with train.jsonl, or a data set of the Hub.")
+    check_data(args)
     folder = Path(args.data or "").expanduser()
-    if getattr(args, "hf_dataset", None) or not folder.exists():
+    if getattr(args, "hf_dataset", None) is not None or not folder.exists():
         sets = _download(args, tokenizer)
     else:
         sets = [_read_file(folder / f"{split}.jsonl", args, tokenizer) for split in SPLITS]
-    documents = {split: _documents(s, split) for split, s in zip(SPLITS, sets, strict=True)}
+    documents = {
+        split: _documents(found, tokenizer) for split, found in zip(SPLITS, sets, strict=True)
+    }
     for split in SPLITS:
         if split != "valid" and getattr(args, split, False) and not len(documents[split]):
             raise UserError(f"{folder}: holds no {split}.jsonl with examples.")
     return documents
 
 
-def _download(args: Any, tokenizer: Any) -> Sequence[Any]:
+@dataclass(frozen=True)
+class _Set:
+    """One of mlx-lm's data sets, or none, and where the user finds each of its examples."""
+
+    examples: Any
+    place: Callable[[int], str]
+
+
+def _download(args: Any, tokenizer: Any) -> list[_Set]:
     from mlx_lm.tuner.datasets import load_dataset
 
-    name = args.data if not getattr(args, "hf_dataset", None) else "hf_dataset"
+    custom = getattr(args, "hf_dataset", None) is not None
+    name = "hf_dataset" if custom else f"{args.data}: no such folder, and as a data set of the Hub"
     try:
-        sets: Sequence[Any] = load_dataset(args, tokenizer)
+        with _quiet():
+            sets = load_dataset(args, tokenizer)
     except ImportError as error:
-        raise UserError(
-            f"{name}: no such folder; a data set of the Hub needs pip install datasets."
-        ) from error
+        raise UserError(f"{name}: needs another package: pip install datasets.") from error
     except Exception as error:  # whatever the Hub and its library find wrong
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: no such folder, nor a data set of the Hub ({reason}).") from error
-    return [_plain(s, tokenizer) for s in sets]
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}: cannot be loaded ({reason.rstrip('.')}).") from error
+    return [
+        _Set(_plain(found, tokenizer), partial(_number_in, split))
+        for split, found in zip(SPLITS, sets, strict=True)
+    ]
 
 
-def _read_file(path: Path, args: Any, tokenizer: Any) -> Any:
-    """One file of JSON lines as one of mlx-lm's data sets."""
+def _number_in(split: str, number: int) -> str:
+    return f"{split}: example {number + 1}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a line for each time that the Hub is asked again."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _read_file(path: Path, args: Any, tokenizer: Any) -> _Set:
+    """One file of JSON lines."""
     from mlx_lm.tuner.datasets import create_dataset
 
+    numbers: list[int] = []
+    found = _Set([], lambda number: f"{path}: line {numbers[number]}")
     if not path.exists():
-        return []
+        return found
     examples: list[dict[str, Any]] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text.") from error
     for number, line in enumerate(lines, start=1):
@@ -76,14 +145,18 @@ def _read_file(path: Path, args: Any, tokenizer: Any) -> Any:
             example = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}: line {number} is not JSON.") from error
-        if not isinstance(example, dict) or (examples and set(examples[0]) - set(example)):
-            wanted = ", ".join(examples[0]) if examples else "a JSON object"
-            raise UserError(f"{path}: line {number} lacks what the first has: {wanted}.")
+        if not isinstance(example, dict):
+            raise UserError(f"{path}: line {number} is no JSON object.")
+        if examples and (lacking := [key for key in examples[0] if key not in example]):
+            raise UserError(
+                f"{path}: line {number} lacks what the first has: {', '.join(lacking)}."
+            )
         examples.append(example)
+        numbers.append(number)
     if not examples:
-        return []
+        return found
     try:
-        return _plain(create_dataset(examples, tokenizer, args), tokenizer)
+        return _Set(_plain(create_dataset(examples, tokenizer, args), tokenizer), found.place)
     except ValueError as error:
         if "masking" in str(error):
             raise UserError("--mask-prompt needs chats or completions; texts have none.") from error
@@ -95,8 +168,10 @@ def _read_file(path: Path, args: Any, tokenizer: Any) -> Any:
 
 def _plain(examples: Any, tokenizer: Any) -> Any:
     """Without a chat template, a completion simply follows its prompt."""
-    from mlx_lm.tuner.datasets import CompletionsDataset
+    from mlx_lm.tuner.datasets import CompletionsDataset, ConcatenatedDataset
 
+    if isinstance(examples, ConcatenatedDataset):
+        return ConcatenatedDataset([_plain(part, tokenizer) for part in examples._data])
     if isinstance(examples, CompletionsDataset) and not tokenizer.has_chat_template:
         return PlainCompletions(examples)
     return examples
@@ -127,14 +202,51 @@ class PlainCompletions:
         return tokens, len(prompt) if own.mask_prompt else 0
 
 
-def _documents(examples: Any, split: str) -> Documents:
+def _documents(found: _Set, tokenizer: Any) -> Documents:
     tokens, first_targets = [], []
-    for number in range(len(examples)):
+    for number in range(len(found.examples)):
+        example = found.examples[number]
+        if problem := _problem(found.examples, example, tokenizer):
+            raise UserError(f"{found.place(number)}: {problem}.")
         try:
-            found, offset = examples.process(examples[number])
+            ids, offset = found.examples.process(example)
         except Exception as error:  # chat templates are programs of their own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{split}: example {number + 1} is not one ({reason}).") from error
-        tokens.append(found)
+            raise UserError(f"{found.place(number)}: cannot be used ({reason}).") from error
+        tokens.append(ids)
         first_targets.append(max(offset, 1))
     return Documents.of(tokens, first_targets)
+
+
+def _problem(examples: Any, example: Any, tokenizer: Any) -> str:
+    """What is wrong with an example; empty if nothing is, as far as can be told here."""
+    from mlx_lm.tuner.datasets import ChatDataset, ConcatenatedDataset, TextDataset
+
+    if isinstance(examples, ConcatenatedDataset):
+        examples = examples._data[example["_dataset"]]
+    if isinstance(examples, PlainCompletions):
+        examples = examples.examples
+    if isinstance(examples, ChatDataset):
+        messages = example.get(examples.chat_key)
+        if not _are_messages(messages):
+            return f"{examples.chat_key} is {_shown(messages)}, expected messages with their roles"
+        if not tokenizer.has_chat_template:
+            return "a chat, but the tokenizer has no chat template; give prompts with completions"
+        return ""
+    texts = isinstance(examples, TextDataset)
+    keys = [examples.text_key] if texts else [examples.prompt_key, examples.completion_key]
+    wrong = [key for key in keys if not isinstance(example.get(key), str)]
+    return f"{wrong[0]} is {_shown(example.get(wrong[0]))}, expected text" if wrong else ""
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, Mapping) and "role" in message for message in value)
+    )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -33,9 +32,9 @@ from mlx_rgemma.tuner.checkpoint import TrainingState, load_state, save_state
 from mlx_rgemma.tuner.checkpointing import checkpoint_layers
 from mlx_rgemma.tuner.loop import LoopSettings, TrainingCallback, fit
 from mlx_rgemma.tuner.loss import batch_loss
+from mlx_rgemma.tuner.optimizers import make_optimizer
 from mlx_rgemma.tuner.packing import Documents, Piece, lay_row, stack_rows
 from mlx_rgemma.tuner.processes import begin_alike, check_rows
-from mlx_rgemma.tuner.rules import decays
 
 STATE_FILE = "training_state.safetensors"
 
@@ -61,13 +60,33 @@ FINGERPRINT = (
 )
 """Settings that a resumed run must share with the one that it goes on with."""
 
-OPTIMIZERS = {
-    "adam": "Adam",
-    "adamw": "AdamW",
-    "muon": "Muon",
-    "sgd": "SGD",
-    "adafactor": "Adafactor",
-}
+
+def check(args: SimpleNamespace) -> None:
+    """Refuse settings that no model could be trained with, before one is loaded.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    if args.train:
+        AdapterConfig.of({**vars(args), "num_layers": args.num_layers or -1}, "settings")
+        make_optimizer(args)
+        if Path(args.adapter_path).exists() and not Path(args.adapter_path).is_dir():
+            raise UserError(f"--adapter-path: {args.adapter_path} is a file, expected a folder.")
+        if not args.adapter_path:
+            raise UserError("--adapter-path is empty; training writes into that folder.")
+
+
+def make_ready(model: Model, *, expand: bool) -> None:
+    """Load the weights of a lazy model, laid out for speed.
+
+    Args:
+        model: From `load`.
+        expand: On a CPU, hold quantized weights in float32 too, if there is room.
+    """
+    mx.eval(model.parameters())
+    model.fuse_projections()
+    if expand:
+        model.expand_quantized()
 
 
 def prepare(model: Model, args: SimpleNamespace) -> AdapterConfig:
@@ -114,14 +133,7 @@ def train(
         UserError: If the data or settings do not fit, or the loss stops being finite.
         KeyboardInterrupt: After Ctrl-C, once the checkpoint is written.
     """
-    settings = LoopSettings(
-        iters=args.iters,
-        grad_accumulation_steps=args.grad_accumulation_steps,
-        steps_per_report=args.steps_per_report,
-        steps_per_eval=args.steps_per_eval,
-        steps_per_save=args.save_every,
-        seed=args.seed,
-    )
+    settings = LoopSettings.of(args, steps_per_save=args.save_every)
     check_rows(args.batch_size, group)
     if group is not None and args.carry_state:
         raise UserError(
@@ -171,6 +183,30 @@ def train(
         group=group,
     )
     show(f"Saved final weights to {folder / WEIGHTS_FILE}.")
+
+
+def warnings(examples: Mapping[str, Documents], args: SimpleNamespace) -> list[str]:
+    """What a user should know of a data set before training on it.
+
+    Raises:
+        UserError: If there is nothing in it to learn.
+    """
+    found = [] if len(examples["valid"]) else ["no validation set; training goes on without."]
+    documents, longest = examples["train"], args.max_seq_length
+    whole = args.pack or args.carry_state
+    steps = documents.steps if whole else np.minimum(documents.steps, longest - 1)
+    if not (steps >= documents.first_targets).any():
+        raise UserError(
+            "the training set has nothing to learn"
+            + ("." if whole else f" within the first {longest} tokens (--max-seq-length).")
+        )
+    cut = int((documents.steps >= longest).sum())
+    if cut and not whole:
+        found.append(
+            f"{cut} of {len(documents)} training examples are longer than --max-seq-length"
+            f" {longest} and are cut off there; --carry-state reads all of them."
+        )
+    return found
 
 
 def training_batches(documents: Documents, args: SimpleNamespace) -> Batches:
@@ -223,28 +259,6 @@ def load_trained(model: Model, folder: str) -> None:
     """Put trained adapters on a model; an empty name stands for none (mlx-lm's habit)."""
     if folder:
         load_adapters(model, folder)
-
-
-def make_optimizer(args: SimpleNamespace) -> optim.Optimizer:
-    """mlx-lm's optimizers and schedules; weight decay keeps to `rules.decays`.
-
-    Raises:
-        UserError: If an optimizer or a schedule does not take what is given.
-    """
-    from mlx_lm.tuner.utils import build_schedule
-
-    kind = getattr(optim, OPTIMIZERS[args.optimizer])
-    options = (args.optimizer_config or {}).get(args.optimizer) or {}
-    try:
-        rate = build_schedule(args.lr_schedule) if args.lr_schedule else args.learning_rate
-        if args.optimizer == "adamw":
-            undecayed = {**options, "weight_decay": 0.0}
-            return optim.MultiOptimizer([kind(rate, **options), kind(rate, **undecayed)], [decays])
-        found: optim.Optimizer = kind(learning_rate=rate, **options)
-        return found
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"optimizer_config or lr_schedule: {reason}") from error
 
 
 def digest(documents: Documents) -> str:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import FrameType
 from typing import Any
 
@@ -58,6 +58,13 @@ class LoopSettings:
     steps_per_eval: int = 200
     steps_per_save: int = 100
     seed: int = 0
+
+    @classmethod
+    def of(cls, settings: Any, **others: Any) -> LoopSettings:
+        """From attributes of the same names; what is not among them keeps its default."""
+        names = {field.name for field in fields(cls)}
+        found = {name: value for name, value in vars(settings).items() if name in names}
+        return cls(**{**found, **others})
 
 
 def fit(

@@ -167,15 +167,7 @@ class Pretraining:
         fit(
             self.state,
             self.batches,
-            LoopSettings(
-                recipe.iters,
-                recipe.grad_accumulation_steps,
-                recipe.max_grad_norm,
-                recipe.steps_per_report,
-                recipe.steps_per_eval,
-                recipe.steps_per_save,
-                recipe.seed,
-            ),
+            LoopSettings.of(recipe),
             loss,
             evaluate=(lambda: self.evaluate(loss)) if self.held_out is not None else None,
             save=self.save if self.first else None,

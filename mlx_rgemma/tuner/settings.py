@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,21 +32,41 @@ def complete(
         others: Keys that the file may have besides.
 
     Raises:
-        UserError: If there is no such file, it is not YAML, or a value cannot be.
+        UserError: If there is no such file, it is not YAML, or it has other keys or values than
+            there can be.
     """
     chosen = {key: value for key, value in given.items() if value is not None}
     if given.get("config") is not None:
         path = Path(given["config"]).expanduser()
         values = {key.replace("-", "_"): value for key, value in _read(path).items()}
-        known = {**defaults, **dict.fromkeys(others)}
-        unknown = [key for key in values if key not in known]
-        if unknown:
-            print(f"Ignored in {path}: {', '.join(unknown)}", file=sys.stderr)
+        check_keys(str(path), values, [*defaults, *others])
         actions = {action.dest: action for action in parser._actions}
         for key, value in values.items():
-            if key in known and key not in chosen and value is not None:
+            if key not in chosen and value is not None:
                 chosen[key] = _checked(path, actions.get(key), key, value)
     return SimpleNamespace(**{**copy.deepcopy(dict(defaults)), **chosen})
+
+
+def check_keys(where: str, values: Any, known: Collection[str]) -> None:
+    """Refuse settings that there are not: a misspelt one would do nothing, and not say so.
+
+    Args:
+        where: What has them, for messages.
+        values: A mapping.
+        known: Its keys, at most.
+
+    Raises:
+        UserError: If it is no mapping, or has others.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} is {values!r}, expected {', '.join(known)}, each with its value.")
+    unknown = [str(key) for key in values if key not in known]
+    if unknown:
+        similar = get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else "--help lists them."
+        if not similar and len(known) <= 6:
+            hint = f"there are {', '.join(known)}."
+        raise UserError(f"{where}: no such setting: {', '.join(unknown)}; {hint}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -82,6 +102,10 @@ def _checked(path: Path, action: argparse.Action | None, key: str, value: Any) -
         if not isinstance(value, bool):
             raise UserError(f"{path}: {key} is {value!r}, expected true or false.")
         return value
+    if action.type is None and isinstance(value, (bool, list, Mapping)):
+        raise UserError(f"{path}: {key} is {value!r}, expected text.")
+    if action.type is None and action.choices is None:
+        return str(value)
     if callable(action.type):
         try:
             value = action.type(str(value))
