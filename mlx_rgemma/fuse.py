@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-q", "--quantize", action="store_true", help="Quantize the fused model, as convert does.")
     add("--q-bits", type=int, help="As for convert.")
     add("--q-group-size", type=int, help="As for convert.")
-    add("--q-mode", default="affine", metavar="MODE", help="As for convert.")
+    add("--q-mode", metavar="MODE", help="As for convert.")
     add("--export-gguf", action="store_true", help=argparse.SUPPRESS)
     add("--gguf-path", help=argparse.SUPPRESS)
     add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
@@ -44,16 +44,19 @@ def _fuse(args: argparse.Namespace) -> None:
 
     if args.export_gguf:
         raise UserError("--export-gguf: mlx-lm writes no GGUF of this architecture.")
+    how = (args.q_bits, args.q_group_size, args.q_mode)
+    if not args.quantize and any(value is not None for value in how):
+        raise UserError("q-bits, q-group-size and q-mode need -q (quantize).")
     if args.upload_repo is not None:
         check_repository(args.upload_repo)
-    quantize = Quantize(args.q_bits, args.q_group_size, args.q_mode) if args.quantize else None
+    quantize = Quantize(args.q_bits, args.q_group_size, args.q_mode or "affine")
     print("Loading pretrained model")
     notes = fuse_checkpoint(
         args.model,
         args.adapter_path,
         args.save_path,
         dequantize=args.dequantize,
-        quantize=quantize,
+        quantize=quantize if args.quantize else None,
         progress=True,
     )
     print(f"Wrote {args.save_path}.")

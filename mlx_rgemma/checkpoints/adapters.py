@@ -31,6 +31,8 @@ WEIGHTS_FILE = "adapters.safetensors"
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 FLOATS = ("F32", "BF16", "F16")
 
+OTHER_MODEL = "; the adapters were trained on another model, or in another way."
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -117,11 +119,7 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
 
     from mlx_rgemma.griffin.gate_adapters import add_gate_adapters
 
-    if config.num_layers > len(model.layers):
-        raise UserError(
-            f"num-layers is {config.num_layers}, but the model has {len(model.layers)} layers;"
-            " -1 stands for all."
-        )
+    _check_layers(model, config, "num-layers", "; -1 stands for all.")
     model.freeze()
     if config.fine_tune_type == "full":
         for layer in model.layers[-max(config.num_layers, 0) :]:
@@ -165,8 +163,13 @@ def load_adapters(model: Model, folder: str | os.PathLike[str]) -> AdapterConfig
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: no such file; the adapters are incomplete.")
-    config = AdapterConfig.of(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
-    add_adapters(model, config)
+    file = folder / CONFIG_FILE
+    config = AdapterConfig.of(read_json(file), str(file))
+    _check_layers(model, config, f"{file}: num_layers", OTHER_MODEL)
+    try:
+        add_adapters(model, config)
+    except UserError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     load_adapter_weights(model, folder / WEIGHTS_FILE)
     model.freeze()
     model.eval()
@@ -195,15 +198,15 @@ def load_adapter_weights(
     wanted = {name: value.shape for name, value in trained}
     unknown = [name for name in found if name not in wanted]
     missing = [name for name in wanted if name not in found]
-    other = "; they were trained on another model, or in another way"
     if unknown:
-        raise CheckpointError(f"{path}: holds {shortened(unknown)}, unknown here{other}.")
+        raise CheckpointError(f"{path}: holds {shortened(unknown)}, unknown here{OTHER_MODEL}")
     if (missing and not partial) or not found:
-        raise CheckpointError(f"{path}: lacks {shortened(missing)}{other}.")
+        raise CheckpointError(f"{path}: lacks {shortened(missing)}{OTHER_MODEL}")
     for name, info in found.items():
         if info.shape != wanted[name]:
             raise CheckpointError(
-                f"{path}: {name} has shape {info.shape}, the model needs {wanted[name]}{other}."
+                f"{path}: {name} has shape {info.shape}, the model needs {wanted[name]}"
+                f"{OTHER_MODEL}"
             )
         if info.dtype not in FLOATS:
             raise CheckpointError(f"{path}: {name} is {info.dtype}, expected {', '.join(FLOATS)}.")
@@ -245,6 +248,13 @@ def _replace(path: Path, write: Any) -> None:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def _check_layers(model: Model, config: AdapterConfig, name: str, hint: str) -> None:
+    if config.num_layers > len(model.layers):
+        raise UserError(
+            f"{name} is {config.num_layers}, but the model has {len(model.layers)} layers{hint}"
+        )
 
 
 def _check_keys(model: Model, config: AdapterConfig) -> None:

@@ -14,6 +14,7 @@ from mlx_rgemma.checkpoints.conversion import convert
 from mlx_rgemma.checkpoints.folder import CONFIG, read_json
 from mlx_rgemma.checkpoints.loading import load_model
 from mlx_rgemma.checkpoints.output import refuse_existing, scratch_folder
+from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.checkpoints.writing import save_model
 from mlx_rgemma.errors import UserError
@@ -57,14 +58,16 @@ def fuse_checkpoint(
     target = Path(save_path).expanduser()
     refuse_existing(target)
     source = locate(model)
-    dtype = read_json(source.folder / CONFIG)
+    written = read_json(source.folder / CONFIG)
     # In the dtype of the file also on a CPU: there is nothing to multiply but low-rank matrices.
-    stored = dtype.get("dtype") or dtype.get("torch_dtype") or "float32"
+    stored = written.get("dtype") or written.get("torch_dtype") or "float32"
     fused, config = load_model(model, dtype=stored, lazy=True)
+    if quantize is not None:
+        Quantization.choose(quantize.mode, quantize.bits, quantize.group_size)  # before any work
+        if config.quantization is not None and not dequantize:
+            raise UserError("the model is quantized already; add --dequantize to quantize it anew.")
     load_adapters(fused, adapter_path)
     fuse_adapters(fused, dequantize=dequantize)
-    if quantize is not None and config.quantization is not None and not dequantize:
-        raise UserError("the model is quantized already; add --dequantize to quantize it anew.")
     options: dict[str, Any] = {"source": source.folder, "progress": progress}
     if quantize is None:
         save_model(target, fused, dtype=getattr(mx, stored), **options)

@@ -134,7 +134,7 @@ def lora(**parameters):
     ("changes", "message"),
     [
         ({"fine_tune_type": "lore"}, "fine_tune_type is 'lore', expected one of lora, dora, full"),
-        ({"num_layers": 77}, "num-layers is 77, but the model has 5 layers"),
+        ({"num_layers": 77}, "num_layers is 77, but the model has 5 layers; the adapters were"),
         ({"num_layers": "all"}, "num_layers is 'all', expected a whole number"),
         ({"num_layers": 1}, "holds .* unknown here"),
         ({"lora_parameters": lora(rank=8)}, "has shape .* the model needs"),
@@ -145,7 +145,7 @@ def lora(**parameters):
         ({"lora_parameters": lora(keys=["q_porj"])}, "the model has no q_porj"),
         ({"lora_gates": False}, "holds .*gate_lora_a, .* unknown here"),
         ({"lora_gates": "yes"}, "lora_gates is 'yes', expected true or false"),
-        ({"fine_tune_type": "dora"}, "lacks .*; they were trained on another model"),
+        ({"fine_tune_type": "dora"}, "lacks .*; the adapters were trained on another model"),
         ({"fine_tune_type": "full", "lora_gates": False}, "unknown here"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -183,7 +183,7 @@ def test_damaged_files(folder, tmp_path):
 
 
 def test_adapters_of_another_model(folder):
-    with pytest.raises(UserError, match="they were trained on another model"):
+    with pytest.raises(UserError, match="the adapters were trained on another model"):
         load_adapters(golden_model("tiny-2b"), folder)
 
 
