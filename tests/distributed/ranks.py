@@ -1,6 +1,7 @@
 """What each of several processes checks of a model that they share; run by `test_launch`.
 
-Arguments: a folder for files. The first process prints "all well" at the end.
+Arguments: a folder for files, in which those named quantized-* are models to be shared, each also
+by one process. The first process prints "all well" at the end.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import LOGITS_ATOL, golden, golden_model, max_error
-from test_sharding import TOKENS, random_model, read
+from random_models import EMBEDDED, TOKENS, random_model, write
 
 import mlx_rgemma
-from mlx_rgemma import distributed, register
+from mlx_rgemma import distributed, load, register
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.prompt_cache import load_prompt_cache, read_prompt_cache, save_prompt_cache
 
@@ -44,11 +45,21 @@ def golden_logits_and_text(group) -> None:
     assert bits == np.array(logits).tobytes(), "logits differ between processes"
 
 
-def quantized(group) -> None:
-    settings = {"group_size": 32, "bits": 4}
-    expected = read(random_model(settings), (12,))
-    chunks = (10, 1, 1) if group.size() == 2 else (12,)
-    assert max_error(read(shard(random_model(settings), group), chunks), expected) < LOGITS_ATOL
+def quantized(group, folder: Path) -> None:
+    """From files, of which a process reads its part: the logits, and the text that they choose."""
+    for path in sorted(folder.glob("quantized-*")):
+        expected_text, expected = write(load(path, dtype="float32")[0], 6)
+        model, _ = load(path, dtype="float32", group=group)
+        assert model.layers[0].temporal_block.linear_out.weight.nbytes * group.size() == (
+            quantized_nbytes(path, "model.layers.0.temporal_block.linear_out.weight")
+        )
+        text, logits = write(model, 6)
+        assert max_error(logits, expected) < LOGITS_ATOL, path.name
+        assert text == expected_text, path.name
+
+
+def quantized_nbytes(folder: Path, name: str) -> int:
+    return mx.load(str(folder / "model.safetensors"))[name].nbytes
 
 
 def states_in_files(group, folder: Path) -> None:
@@ -77,11 +88,10 @@ def in_mlx_lm(group) -> None:
     from mlx_lm.utils import sharded_load
 
     register()
-    embedded = Path(mlx_rgemma.__file__).parent / "assets" / "embedded"
-    theirs, _ = sharded_load(str(embedded), None, group)
+    theirs, _ = sharded_load(str(EMBEDDED), None, group)
     assert isinstance(theirs, mlx_rgemma.Model) and theirs.group.size() == group.size()
     theirs.set_dtype(mx.float32)
-    whole, _ = mlx_rgemma.load(dtype="float32")
+    whole, _ = load(dtype="float32")
     assert max_error(theirs(TOKENS), np.array(whole(TOKENS))) < LOGITS_ATOL
 
 
@@ -100,11 +110,11 @@ def words_and_arrays(group) -> None:
 
 
 def main() -> None:
-    group = distributed.join()
+    group, folder = distributed.join(), Path(sys.argv[1])
     golden_logits_and_text(group)
-    quantized(group)
+    quantized(group, folder)
+    states_in_files(group, folder)
     if group.size() == 2:  # four that wait by spinning are slow on two cores
-        states_in_files(group, Path(sys.argv[1]))
         in_mlx_lm(group)
         words_and_arrays(group)
     print("all well", flush=True)

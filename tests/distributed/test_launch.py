@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 from launching import Launched, free_ports, launch
+from random_models import EMBEDDED, random_checkpoint
 from running_server import Running
 
 from mlx_rgemma import convert, generate, load
+from mlx_rgemma.generate import main as generate_alone
 from mlx_rgemma.lora import main as lora
 from mlx_rgemma.train import main as train
 
-REPOSITORY = Path(__file__).parents[2]
-STORIES = REPOSITORY / "mlx_rgemma" / "assets" / "stories.txt"
-EMBEDDED = REPOSITORY / "mlx_rgemma" / "assets" / "embedded"
+STORIES = EMBEDDED.parent / "stories.txt"
 GENERATE = ("-m", "mlx_rgemma.generate", "--prompt", "Once upon a time", "--verbose", "F")
 
 needs_proc = pytest.mark.skipif(
@@ -31,29 +31,69 @@ needs_proc = pytest.mark.skipif(
 )
 
 
+def own_lines(errors: str) -> str:
+    """What has been written to stderr, without what mlx.launch itself says of the end."""
+    return "".join(line for line in errors.splitlines(keepends=True) if "WARN" not in line)
+
+
+QUANTIZED = {
+    "4-bit": {"q_bits": 4},
+    "8-bit": {"q_bits": 8},
+    "mxfp4": {"q_bits": 4, "q_mode": "mxfp4"},
+}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> Path:
+    """A folder with a model that four processes can share, quantized in several ways."""
+    folder = tmp_path_factory.mktemp("quantized")
+    plain = random_checkpoint(folder / "plain")
+    for name, how in QUANTIZED.items():
+        convert(plain, folder / f"quantized-{name}", quantize=True, q_group_size=32, **how)
+    return folder
+
+
 @pytest.mark.parametrize("size", [2, 4])
-def test_processes_compute_what_one_does(size, tmp_path):
-    launched = launch(size, str(Path(__file__).parent / "ranks.py"), str(tmp_path))
+def test_processes_compute_what_one_does(size, quantized):
+    launched = launch(size, str(Path(__file__).parent / "ranks.py"), str(quantized))
     assert launched.text() == "all well\n", launched.errors()
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
-def test_generate_writes_the_text_of_one_process(quantized, tmp_path):
-    command = [*GENERATE, "-m", "12"]
-    if quantized:
-        folder = tmp_path / "quantized"
-        convert(EMBEDDED, folder, quantize=True, q_group_size=32)
-        command += ["--model", str(folder)]
-    together = launch(2, *command)
-    assert together.text() == launch(1, *command).text(), together.errors()
-    assert len(together.text()) > 30
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["embedded", *QUANTIZED])
+def test_generate_writes_the_text_of_one_process(name, size, quantized, capsys):
+    path = EMBEDDED if name == "embedded" else quantized / f"quantized-{name}"
+    command = [*GENERATE[2:], "--max-tokens", "8", "--model", str(path)]
+    assert generate_alone(command) == 0
+    alone = capsys.readouterr().out
+    launched = launch(size, *GENERATE[:2], *command)
+    assert launched.text() == alone and len(alone) > 20, launched.errors()
+
+
+def test_one_process_under_mlx_launch_is_by_itself(capsys):
+    command = [*GENERATE[2:], "--max-tokens", "8"]
+    assert generate_alone(command) == 0
+    assert launch(1, *GENERATE[:2], *command).text() == capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "size, name, sizes", [(3, "embedded", "2, 4"), (4, "64", "2")], ids=["plain", "quantized"]
+)
+def test_a_number_of_processes_that_cannot_share_is_one_line(size, name, sizes, quantized):
+    path = EMBEDDED if name == "embedded" else quantized / "groups-of-64"
+    if name != "embedded":
+        convert(quantized / "plain", path, quantize=True, q_group_size=64)
+    launched = launch(size, *GENERATE, "--model", str(path))
+    assert launched.text() == ""
+    expected = rf"error: {size} processes cannot share .* numbers that can: {sizes}\.\n"
+    assert re.fullmatch(expected, own_lines(launched.errors())), launched.errors()
 
 
 def test_a_mistake_is_one_line():
     launched = launch(2, *GENERATE, "--model", "nonsense")
-    lines = [line for line in launched.errors().splitlines() if "WARN" not in line]
-    assert len(lines) == 1 and "nonsense: no such folder" in lines[0], launched.errors()
-    assert lines[0].startswith("error: ") and launched.text() == ""
+    line = own_lines(launched.errors())
+    assert re.fullmatch(r"error: nonsense: no such folder.*\n", line), launched.errors()
+    assert launched.text() == ""
 
 
 def test_input_without_an_end_is_refused():

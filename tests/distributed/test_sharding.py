@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL, golden, golden_model, max_error
+from conftest import GOLDEN, LOGITS_ATOL, golden, golden_model, max_error
 from mlx.utils import tree_flatten
+from random_models import CONFIG, TOKENS, random_model, read
 from thread_group import ThreadGroup, run_threads
 
 from mlx_rgemma import GriffinConfig, Model
@@ -25,45 +27,6 @@ from mlx_rgemma.griffin.sharding import (
     split_state,
 )
 from mlx_rgemma.prompt_cache import load_prompt_cache, save_prompt_cache
-
-CONFIG = GriffinConfig(
-    vocab_size=96,
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    head_dim=32,
-    lru_width=128,
-    attention_window_size=16,
-    attention_bias=True,
-)
-TOKENS = mx.array(
-    [[2, 5, 9, 17, 33, 4, 60, 7, 8, 91, 12, 13], [2, 6, 1, 44, 3, 3, 9, 70, 2, 5, 8, 1]]
-)
-
-
-def random_model(quantized: dict | None = None) -> Model:
-    mx.random.seed(3)
-    model = Model(CONFIG)
-    weights = [
-        (name, 0.2 * mx.random.normal(value.shape) + 0.1 * ("bias" in name))
-        for name, value in tree_flatten(model.parameters())
-    ]
-    model.load_weights(weights)
-    if quantized is not None:
-        nn.quantize(model, class_predicate=model.quant_predicate, **quantized)
-    model.eval()
-    mx.eval(model.parameters())
-    return model
-
-
-def read(model: Model, chunks: tuple[int, ...]) -> np.ndarray:
-    """Logits of `TOKENS`, fed in chunks."""
-    cache, outputs, at = model.make_cache(TOKENS.shape[0]), [], 0
-    for size in chunks:
-        outputs.append(np.array(model(TOKENS[:, at : at + size], cache=cache)))
-        at += size
-    return np.concatenate(outputs, axis=1)
 
 
 def copies(size: int, make=random_model) -> list[Model]:
@@ -120,6 +83,22 @@ def test_parts_together_are_the_model(size, quantized):
     for full_pass, in_chunks in run_threads(size, work):
         assert max_error(full_pass, expected) < LOGITS_ATOL
         assert max_error(in_chunks, expected) < LOGITS_ATOL
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+@pytest.mark.parametrize("quantized", [None, {"group_size": 32, "bits": 8}], ids=["plain", "8-bit"])
+def test_other_numbers_of_heads_and_a_wide_recurrence(size, quantized):
+    config = replace(
+        CONFIG, num_attention_heads=6, hidden_size=192, lru_width=384, intermediate_size=768
+    )
+
+    def make():
+        return random_model(quantized, config)
+
+    expected = read(make(), (12,))
+    models = copies(size, make)
+    for logits in run_threads(size, lambda group: read(sharded(models, group), (10, 1, 1))):
+        assert max_error(logits, expected) < LOGITS_ATOL
 
 
 def test_each_process_keeps_its_share():
@@ -260,8 +239,6 @@ def test_a_state_of_one_process_does_not_fit_a_sharded_model():
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_parts_are_read_from_the_files_as_they_would_be_cut(rank):
-    from conftest import GOLDEN
-
     folder = CheckpointFolder.open(GOLDEN / "tiny-sharded")
     whole = golden_model("tiny-sharded", mx.bfloat16, fuse=False)
     weights: dict[str, mx.array] = {}
