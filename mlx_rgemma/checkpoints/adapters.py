@@ -124,6 +124,9 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
     if config.fine_tune_type == "full":
         for layer in model.layers[-max(config.num_layers, 0) :]:
             layer.unfreeze()
+            for module in layer.modules():
+                if "scales" in module:  # quantized: there is no gradient of whole numbers
+                    module.freeze(recurse=False)
         return
     _check_keys(model, config)
     if config.fine_tune_type == "dora":

@@ -194,3 +194,18 @@ def test_dora_refuses_bits_that_it_miscounts():
     )
     with pytest.raises(UserError, match="5 bits, and DoRA takes 2, 4 or 8"):
         add_adapters(model, AdapterConfig(fine_tune_type="dora", num_layers=-1))
+
+
+def test_full_training_leaves_what_is_quantized():
+    model = quantized_model()
+    add_adapters(model, AdapterConfig("full", num_layers=-1))
+    trained = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    quantized = {name for name, m in model.named_modules() if "scales" in m}
+    assert trained and quantized and not {name.rpartition(".")[0] for name in trained} & quantized
+
+    def loss(model):
+        return nn.losses.cross_entropy(model(TOKENS[:, :-1]), TOKENS[:, 1:], reduction="mean")
+
+    gradients = dict(tree_flatten(nn.value_and_grad(model, loss)(model)[1]))
+    assert set(gradients) == trained
+    assert mx.abs(gradients["model.layers.0.temporal_pre_norm.weight"]).max().item() > 0
