@@ -42,21 +42,25 @@ class Place(NamedTuple):
         if "MLX_RANK" not in environment:
             return None
         try:
-            rank = int(environment["MLX_RANK"])
-            if "MLX_HOSTFILE" in environment:
-                hosts = _read_list(environment["MLX_HOSTFILE"])
-                return cls._ring(rank, [_address(host[0]) for host in hosts])
-            if "MLX_JACCL_COORDINATOR" in environment:
-                size = len(_read_list(environment["MLX_IBV_DEVICES"]))
-                return cls._star(rank, size, _address(environment["MLX_JACCL_COORDINATOR"]))
-            if "NCCL_HOST_IP" in environment:
-                first = (environment["NCCL_HOST_IP"], int(environment["NCCL_PORT"]))
-                return cls._star(rank, int(environment["MLX_WORLD_SIZE"]), first)
+            return cls._read(environment)
         except (KeyError, ValueError, TypeError, IndexError, OSError) as error:
             raise UserError(
                 f"the variables that mlx.launch sets do not fit together"
                 f" ({type(error).__name__}: {error}); check the hostfile."
             ) from error
+
+    @classmethod
+    def _read(cls, environment: Mapping[str, str]) -> Place | None:
+        rank = int(environment["MLX_RANK"])
+        if "MLX_HOSTFILE" in environment:
+            hosts = _read_list(environment["MLX_HOSTFILE"])
+            return cls._ring(rank, [_address(host[0]) for host in hosts])
+        if "MLX_JACCL_COORDINATOR" in environment:
+            size = len(_read_list(environment["MLX_IBV_DEVICES"]))
+            return cls._star(rank, size, _address(environment["MLX_JACCL_COORDINATOR"]))
+        if "NCCL_HOST_IP" in environment:
+            first = _address(f"{environment['NCCL_HOST_IP']}:{environment['NCCL_PORT']}")
+            return cls._star(rank, int(environment["MLX_WORLD_SIZE"]), first)
         return None
 
     @classmethod
@@ -64,6 +68,9 @@ class Place(NamedTuple):
         size = len(addresses)
         if size < 2:
             return None
+        _check_rank(rank, size)
+        if len(set(addresses)) < size:
+            raise ValueError("two processes have the same address")
         after, before = (rank + 1) % size, (rank - 1) % size
         return cls(rank, size, addresses[rank], frozenset({before}), {after: addresses[after]})
 
@@ -71,6 +78,7 @@ class Place(NamedTuple):
     def _star(cls, rank: int, size: int, first: Address) -> Place | None:
         if size < 2:
             return None
+        _check_rank(rank, size)
         if rank == 0:
             return cls(rank, size, first, frozenset(range(1, size)), {})
         return cls(rank, size, None, frozenset(), {0: first})
@@ -84,6 +92,17 @@ def _read_list(path: str) -> list[Any]:
     return values
 
 
-def _address(text: str) -> Address:
+def _check_rank(rank: int, size: int) -> None:
+    if not 0 <= rank < size:
+        raise ValueError(f"rank {rank} of {size} processes")
+
+
+def _address(text: Any) -> Address:
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is no address")
     host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)
+    host = host.strip("[]")
+    host.encode("idna")  # as the socket will; what it refuses is a ValueError here
+    if not host or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"{text!r} is no address and port")
+    return host, int(port)

@@ -13,6 +13,7 @@ object says no more than that its sender lives.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import selectors
@@ -181,7 +182,14 @@ class Peers:
 
     def _read(self, line: _Line) -> bool:
         """Take what a line brings; False when that is the end."""
-        messages = line.receive()
+        try:
+            messages = line.receive()
+        except ValueError:
+            self._lose(
+                f"what answers in place of rank {line.rank} of {self.place.size} is another"
+                " program; see that the addresses of the hostfile are those of the machines"
+            )
+            return False
         line.patience = self.timeout
         for message in messages or ():
             if "lost" in message:
@@ -225,7 +233,11 @@ class _Line:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None at the end."""
+        """The messages that have come; None at the end.
+
+        Raises:
+            ValueError: If they are none of a process.
+        """
         try:
             data = self.socket.recv(4096)
         except OSError:
@@ -233,7 +245,10 @@ class _Line:
         if not data:
             return None
         *lines, self.rest = (self.rest + data).split(b"\n")
-        return [json.loads(text) for text in lines]
+        messages = [json.loads(text) for text in lines]
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError("no message of a process")
+        return messages
 
 
 def timeout_seconds() -> float:
@@ -272,9 +287,13 @@ def _listener(address: Address) -> socket.socket:
         listener.settimeout(0.1)
     except OSError as error:
         listener.close()
+        hint = (
+            "is another command running? mlx.launch --starting-port chooses other ports."
+            if error.errno == errno.EADDRINUSE
+            else "see that the hostfile has an address of this machine for it."
+        )
         raise UserError(
-            f"cannot listen on {address[0]}:{address[1]} ({error.strerror}); is another command"
-            " running? mlx.launch --starting-port chooses other ports."
+            f"cannot listen on {address[0]}:{address[1]} ({error.strerror}); {hint}"
         ) from error
     return listener
 

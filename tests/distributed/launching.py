@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -73,10 +74,12 @@ class Launched:
     def rank(self, number: int) -> int:
         """The process that has a number."""
         for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and os.getpgid(int(entry.name)) == self.process.pid:
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                if f"MLX_RANK={number}".encode() in variables:
-                    return int(entry.name)
+            # Any process may end while it is looked at, and others' may not be.
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError, PermissionError):
+                if entry.name.isdigit() and os.getpgid(int(entry.name)) == self.process.pid:
+                    variables = (entry / "environ").read_bytes().split(b"\0")
+                    if f"MLX_RANK={number}".encode() in variables:
+                        return int(entry.name)
         raise AssertionError(f"no rank {number}")
 
     def end(self, seconds: float) -> None:

@@ -159,6 +159,27 @@ def test_strangers_who_call_are_not_taken_for_a_process(tmp_path):
         assert process.problem is None
 
 
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n", b"[]\n"], ids=str)
+def test_a_stranger_who_answers_is_told(tmp_path, answer):
+    found = places(tmp_path, 2, "ring")
+    with socket.create_server(found[1].listen) as stranger:
+        first = Process(found[0])
+        connection, _ = stranger.accept()
+        with connection:
+            connection.sendall(answer)
+            expected = "what answers in place of rank 1 of 2 is another program; "
+            assert first.wait_for_end().startswith(expected)
+    first.peers._over = True
+
+
+def test_an_address_of_another_machine_is_told(tmp_path):
+    (tmp_path / "hosts.json").write_text('[["192.0.2.1:3000"], ["127.0.0.1:3001"]]')
+    variables = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+    (first,) = started([Place.from_environment(variables)], timeout=1.0)
+    assert "cannot listen on 192.0.2.1:3000" in str(first.problem)
+    assert "an address of this machine" in str(first.problem)
+
+
 def test_a_taken_address_is_told(tmp_path):
     found = places(tmp_path, 2, "ring")
     with socket.socket() as taken:
@@ -177,25 +198,47 @@ def test_processes_by_themselves_have_no_place(tmp_path):
     assert Place.from_environment({"MLX_RANK": "0", "MLX_HOSTFILE": str(empty)}) is None
 
 
+TWO_HOSTS = [["127.0.0.1:3"], ["127.0.0.1:4"]]
+
+
 @pytest.mark.parametrize(
-    "variables",
+    "rank, hosts",
     [
-        {"MLX_RANK": "x", "MLX_HOSTFILE": "hosts.json"},
-        {"MLX_RANK": "5", "MLX_HOSTFILE": "hosts.json"},
-        {"MLX_RANK": "0", "MLX_HOSTFILE": "missing.json"},
-        {"MLX_RANK": "0", "MLX_HOSTFILE": "number.json"},
-        {"MLX_RANK": "0", "MLX_HOSTFILE": "words.json"},
-        {"MLX_RANK": "0", "MLX_JACCL_COORDINATOR": "127.0.0.1:3"},
+        ("x", TWO_HOSTS),
+        ("5", TWO_HOSTS),
+        ("-1", TWO_HOSTS),
+        ("0", None),
+        ("0", 3),
+        ("0", [["here"], ["there"]]),
+        ("0", [[3], [4]]),
+        ("0", [[], []]),
+        ("0", [["127.0.0.1:3"], ["127.0.0.1:99999"]]),
+        ("0", [["127.0.0.1:3"], ["127.0.0.1:3"]]),
+        ("0", [["127.0.0.1:3"], ["a..b:4"]]),
+        ("0", [["127.0.0.1:3"], [":4"]]),
     ],
     ids=str,
 )
-def test_variables_that_cannot_be_are_told(tmp_path, monkeypatch, variables):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "hosts.json").write_text('[["127.0.0.1:3"], ["127.0.0.1:4"]]')
-    (tmp_path / "number.json").write_text("3")
-    (tmp_path / "words.json").write_text('[["here"], ["there"]]')
+def test_hostfiles_that_cannot_be_are_told(tmp_path, rank, hosts):
+    path = tmp_path / "hosts.json"
+    if hosts is not None:
+        path.write_text(json.dumps(hosts))
     with pytest.raises(UserError, match=r"mlx\.launch sets do not fit together"):
-        Place.from_environment(variables)
+        Place.from_environment({"MLX_RANK": rank, "MLX_HOSTFILE": str(path)})
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MLX_JACCL_COORDINATOR": "127.0.0.1:3"},
+        {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": "99999", "MLX_WORLD_SIZE": "2"},
+        {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": "9", "MLX_WORLD_SIZE": "many"},
+    ],
+    ids=["jaccl without devices", "nccl port", "nccl size"],
+)
+def test_variables_that_cannot_be_are_told(variables):
+    with pytest.raises(UserError, match=r"mlx\.launch sets do not fit together"):
+        Place.from_environment({"MLX_RANK": "0", **variables})
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
