@@ -2,8 +2,8 @@
 
     python examples/finetune/run.py
 
-Trains with lora.yaml, measures the loss and the answers before and after, fuses the adapters, and asks
-the fused model again in plain mlx-lm: four and a half CPU minutes. All is written to `--folder`.
+Trains with lora.yaml, measures the loss and the answers before and after, fuses the adapters, and
+asks the fused model again in plain mlx-lm: four and a half CPU minutes. All goes to `--folder`.
 """
 
 from __future__ import annotations
