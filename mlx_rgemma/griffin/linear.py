@@ -12,19 +12,36 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_rgemma.ops import linear, on_linux_cpu, quantized_linear
+from mlx_rgemma.ops.linear import tiled, tiles_pay
 
 
-class Linear(nn.Linear):
+class _Tiled:
+    """A layer that holds its weights in tiles too, once it generates where those are faster."""
+
+    def multiply(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+        """``x @ weight.T + bias``."""
+        if self.training or not tiles_pay(x, weight):  # type: ignore[attr-defined]
+            return linear(x, weight, bias)
+        source, tiles = self.__dict__.get("_tiles", (None, None))
+        if source is not weight:
+            tiles = tiled(weight)
+            mx.eval(tiles)  # what is left to compute belongs to this thread
+            # A plain attribute: what `nn.Module` does not know it neither saves nor trains.
+            object.__setattr__(self, "_tiles", (weight, tiles))
+        return linear(x, weight, bias, tiles)
+
+
+class Linear(_Tiled, nn.Linear):
     """``x @ weight.T + bias``."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return linear(x, self["weight"], self.get("bias"))
+        return self.multiply(x, self["weight"], self.get("bias"))
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
         return _adopt(super().to_quantized(*args, **kwargs))
 
 
-class _Expandable:
+class _Expandable(_Tiled):
     """A quantized layer that may hold its weights in float32 beside, as no parameter of its own."""
 
     def expand(self) -> mx.array:
@@ -54,11 +71,11 @@ class QuantizedLinear(_Expandable, nn.QuantizedLinear):
         return y + self["bias"] if "bias" in self else y
 
 
-class Embedding(nn.Embedding):
+class Embedding(_Tiled, nn.Embedding):
     """Rows of a table by index; `as_linear` multiplies with them."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return linear(x, self["weight"])
+        return self.multiply(x, self["weight"])
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
         return _adopt(super().to_quantized(*args, **kwargs))
@@ -109,7 +126,8 @@ def _dequantize(module: Any) -> mx.array:
 
 def _product(module: Any, x: mx.array) -> mx.array:
     if module.expanded is not None and on_linux_cpu():
-        return linear(x.astype(mx.float32), mx.stop_gradient(module.expanded)).astype(x.dtype)
+        expanded = module.expanded if not module.training else mx.stop_gradient(module.expanded)
+        return module.multiply(x.astype(mx.float32), expanded).astype(x.dtype)
     return quantized_linear(
         x,
         module["weight"],

@@ -10,13 +10,17 @@ algorithm 4).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import mlx.core as mx
 
 from mlx_rgemma.ops.exponential import LOG2_E, exp2
 from mlx_rgemma.ops.fused import custom_function
+from mlx_rgemma.ops.linear import BLOCK_OUTPUTS, BLOCK_PRODUCTS
 
 HIDDEN = -1e30
+MOST_ROWS = 32
+"""Queries of all heads up to which the keys are read in place."""
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
@@ -50,7 +54,7 @@ def _attend(q, k, v, bias):
     top = scores.max(axis=-1, keepdims=True)
     powers = exp2(scores - top)
     if q.shape[1] < v.shape[2]:
-        sums, total = powers @ v, powers.sum(axis=-1, keepdims=True)
+        sums, total = _weighted(powers, v), powers.sum(axis=-1, keepdims=True)
     else:
         sums = powers @ mx.concatenate([v, mx.ones((*v.shape[:2], 1))], axis=-1)
         sums, total = sums[..., :-1], sums[..., -1:]
@@ -68,9 +72,32 @@ def _attend_vjp(primals, cotangents, outputs):
 
 
 def _scores(q: mx.array, k: mx.array, bias: mx.array) -> mx.array:
-    scores = q @ k.swapaxes(1, 2)
+    scores = _products(q, k)
     if bias.size == 1:
         return scores
     batch, rows, keys = scores.shape
     heads = rows // bias.shape[2]
     return (scores.reshape(batch, heads, -1, keys) + bias).reshape(scores.shape)
+
+
+def _products(q: mx.array, k: mx.array) -> mx.array:
+    """``q @ k^T``, for a decode step in parts that the BLAS multiplies in place, by one thread."""
+    parts = [q @ k[:, first:end].swapaxes(1, 2) for first, end in _parts(q, k)]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+
+def _weighted(powers: mx.array, v: mx.array) -> mx.array:
+    """``powers @ v``, in such parts."""
+    first, *others = [powers[..., first:end] @ v[:, first:end] for first, end in _parts(powers, v)]
+    for part in others:
+        first = first + part
+    return first
+
+
+def _parts(rows: mx.array, keys: mx.array) -> Iterator[tuple[int, int]]:
+    number, width = keys.shape[1:]
+    few = rows.shape[1] <= MOST_ROWS
+    most = min(BLOCK_OUTPUTS, BLOCK_PRODUCTS // (rows.shape[1] * width)) if few else number
+    step = -(-number // -(-number // max(most, 1)))
+    for first in range(0, number, step):
+        yield first, min(first + step, number)

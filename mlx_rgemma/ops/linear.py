@@ -4,7 +4,9 @@ Three things that MLX leaves on the table there, measured on a 2.6 GHz x86-64 wi
 
 * One row times a matrix is bound by reading the matrix, yet the BLAS first copies it into panels.
   Cut into blocks of which each is small enough for its direct kernel, the products of a decode
-  step of 40 million parameters take 13 ms for 19.
+  step of 40 million parameters take 13 ms for 19. That kernel reads short rows slowly (13 GB/s of
+  512 inputs, 26 of 7,680): a narrow matrix is read at 22 GB/s from a copy in tiles, which lie as
+  the kernel goes through them.
 * The gradient of a weight comes out transposed, and every operation of an optimizer on it takes
   several times as long. Here it lies as the weight does.
 * Multiplying with quantized weights takes 0.9 ns an element and row, expanding them 3.3 ns an
@@ -28,26 +30,61 @@ FEW_ROWS = 8
 BLOCK_OUTPUTS, BLOCK_PRODUCTS = 1200, 10**6
 """Limits of OpenBLAS's kernels for small matrices, which read them in place."""
 
+TILE_OUTPUTS = 64
+"""Outputs of a tile: what OpenBLAS's kernel for small matrices computes at once."""
+TILE_INPUTS, TILE_ELEMENTS = 1024, 1 << 23
+"""Most inputs and elements of a matrix that is laid out in tiles: with more inputs its rows are so
+long that they are read nearly as fast, and the copy would be large."""
+
 EXPAND_ROWS = {"affine": 5, "mxfp4": 20, "nvfp4": 20, "mxfp8": 3}
 """Rows from which on quantized weights are expanded first, by mode."""
 
 
-def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+def linear(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None = None,
+    tiles: mx.array | None = None,
+) -> mx.array:
     """``x @ weight.T + bias``.
 
     Args:
         x: (..., in), any float.
         weight: (out, in).
         bias: (out,).
+        tiles: (out / 64, in, 64), fp32. From `tiled`, instead of the weight; without a gradient.
 
     Returns:
         (..., out), dtype of the product.
     """
     if not on_linux_cpu() or weight.dtype != mx.float32 or x.dtype != mx.float32:
         return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
-    product = _linear(x.reshape(-1, x.shape[-1]), weight)
+    rows = x.reshape(-1, x.shape[-1])
+    product = _linear(rows, weight) if tiles is None else _tiles_product(rows, tiles)
     y = product.reshape(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
+
+
+def tiled(weight: mx.array) -> mx.array:
+    """A copy of a weight for products of few rows: (out, in) -> (out / 64, in, 64)."""
+    return mx.contiguous(weight.reshape(-1, TILE_OUTPUTS, weight.shape[1]).swapaxes(1, 2))
+
+
+def tiles_pay(x: mx.array, weight: mx.array) -> bool:
+    """Whether the product of these is faster with tiles."""
+    outputs, inputs = weight.shape
+    return (
+        x.size <= FEW_ROWS * inputs
+        and inputs <= TILE_INPUTS
+        and weight.size <= TILE_ELEMENTS
+        and outputs % TILE_OUTPUTS == 0
+        and weight.dtype == x.dtype == mx.float32
+        and on_linux_cpu()
+    )
+
+
+def _tiles_product(x: mx.array, tiles: mx.array) -> mx.array:
+    return (x[None] @ tiles).swapaxes(0, 1).reshape(x.shape[0], -1)
 
 
 @custom_function

@@ -11,6 +11,7 @@ logarithms), so 0, 1 and 1e-30 are all exact enough.
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,9 @@ import mlx.core as mx
 from mlx_rgemma.ops import kernels
 from mlx_rgemma.ops.fused import custom_function
 
-CHUNK = 16
+CHUNK = 4
+FEW_STEPS = 8
+"""Steps that are taken one after the other."""
 
 
 def linear_scan(
@@ -103,7 +106,7 @@ def scan_reference(
     `reverse` runs from the last step to the first.
     """
     batch, length, width = x.shape
-    if length <= CHUNK:
+    if length <= FEW_STEPS:
         return _scan_steps(x, a, h0, reverse)
 
     chunks = -(-length // CHUNK)
@@ -114,33 +117,33 @@ def scan_reference(
         x = mx.pad(x, widths)
         a = mx.pad(a, widths, constant_values=1.0)
 
-    # (CHUNK, B, chunks, D): step i of all chunks lies in one contiguous slab. It is the first
-    # reshape after the transpose that copies; `mx.contiguous` would, too, but cannot be exported.
-    def slabs(z: mx.array) -> mx.array:
-        z = z.reshape(batch, chunks, CHUNK, width).transpose(2, 0, 1, 3)
-        return z.reshape(CHUNK, -1).reshape(CHUNK, batch, chunks, width)
-
-    x, a = slabs(x), slabs(a)
+    # Step i of all chunks is a view whose rows are as far apart as the chunks are long: copying it
+    # into one piece first would cost more than it saves.
+    x_steps, a_steps = (
+        mx.split(z.reshape(batch, chunks, CHUNK, width), CHUNK, axis=2) for z in (x, a)
+    )
+    reached, product = list(x_steps), list(a_steps)
     steps = range(CHUNK - 1, -1, -1) if reverse else range(CHUNK)
-    partial = [x[i] for i in range(CHUNK)]
-    product = [a[i] for i in range(CHUNK)]
-    h, p = x[steps[0]], a[steps[0]]
-    for i in steps[1:]:
-        h, p = a[i] * h + x[i], a[i] * p
-        partial[i], product[i] = h, p
+    for before, i in pairwise(steps):
+        reached[i] = a_steps[i] * reached[before] + x_steps[i]
+        product[i] = a_steps[i] * product[before]
 
+    last = steps[-1]
+    h, p = (z[last].reshape(batch, chunks, width) for z in (reached, product))
     carry = scan_reference(h, p, h0, reverse=reverse)
-    first = mx.zeros_like(carry[:, :1]) if h0 is None else h0[:, None]
+    edge = mx.zeros_like(carry[:, :1]) if h0 is None else h0[:, None]
     if reverse:
-        entering = mx.concatenate([carry[:, 1:], first], axis=1)
+        entering = mx.concatenate([carry[:, 1:], edge], axis=1)
     else:
-        entering = mx.concatenate([first, carry[:, :-1]], axis=1)
-    y = mx.stack([hi + pi * entering for hi, pi in zip(partial, product, strict=True)], axis=2)
-    return y.reshape(batch, chunks * CHUNK, width)[:, :length]
+        entering = mx.concatenate([edge, carry[:, :-1]], axis=1)
+    entering = entering[:, :, None]
+    y = [pi * entering + hi for hi, pi in zip(reached, product, strict=True)]
+    y[last] = carry[:, :, None]
+    return mx.concatenate(y, axis=2).reshape(batch, chunks * CHUNK, width)[:, :length]
 
 
 def _scan_steps(x: mx.array, a: mx.array, h0: mx.array | None, reverse: bool) -> mx.array:
-    """At most `CHUNK` steps, one after the other."""
+    """At most `FEW_STEPS` steps, one after the other."""
     length = x.shape[1]
     if length == 1:
         return x if h0 is None else a * h0[:, None] + x
