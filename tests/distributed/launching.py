@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 LAUNCH = "from mlx._distributed_utils.launch import main; main()"
 
@@ -33,7 +34,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Launched:
-    """A command in several processes.
+    """A command in several processes, of which none is left when the `with` block ends.
 
     Args:
         size: How many.
@@ -56,6 +57,16 @@ class Launched:
             start_new_session=True,
         )
 
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _kill_group(self.process.pid)
+        self.process.stdin.close()
+        self.process.wait()
+        self.out.close()
+        self.err.close()
+
     def text(self) -> str:
         """What has been printed so far."""
         return _all(self.out)
@@ -64,9 +75,9 @@ class Launched:
         return _all(self.err)
 
     def wait_until(self, condition: Callable[[str], bool], seconds: float) -> None:
-        """Wait until what has been printed meets a condition."""
+        """Wait until what has been printed, or told as an error, meets a condition."""
         deadline = time.monotonic() + seconds
-        while not condition(self.text()):
+        while not (condition(self.text()) or condition(self.errors())):
             assert time.monotonic() < deadline, (self.text(), self.errors())
             assert self.process.poll() is None, (self.text(), self.errors())
             time.sleep(0.05)
@@ -88,18 +99,22 @@ class Launched:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running: {self.text()} {self.errors()}") from None
-        finally:
-            left = _kill_group(self.process.pid)
-            self.process.stdin.close()
-            self.process.wait()
+        left = _kill_group(self.process.pid)
         assert not left, (self.text(), self.errors())
 
 
-def launch(size: int, *command: str, seconds: float = 300, **environment: str) -> Launched:
+class Ended(NamedTuple):
+    """What a command printed in all."""
+
+    text: str
+    errors: str
+
+
+def launch(size: int, *command: str, seconds: float = 300, **environment: str) -> Ended:
     """Run a command to its end."""
-    launched = Launched(size, *command, **environment)
-    launched.end(seconds)
-    return launched
+    with Launched(size, *command, **environment) as launched:
+        launched.end(seconds)
+        return Ended(launched.text(), launched.errors())
 
 
 def _all(file) -> str:

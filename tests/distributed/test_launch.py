@@ -56,7 +56,7 @@ def quantized(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes_compute_what_one_does(size, quantized):
     launched = launch(size, str(Path(__file__).parent / "ranks.py"), str(quantized))
-    assert launched.text() == "all well\n", launched.errors()
+    assert launched.text == "all well\n", launched.errors
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -67,13 +67,13 @@ def test_generate_writes_the_text_of_one_process(name, size, quantized, capsys):
     assert generate_alone(command) == 0
     alone = capsys.readouterr().out
     launched = launch(size, *GENERATE[:2], *command)
-    assert launched.text() == alone and len(alone) > 20, launched.errors()
+    assert launched.text == alone and len(alone) > 20, launched.errors
 
 
 def test_one_process_under_mlx_launch_is_by_itself(capsys):
     command = [*GENERATE[2:], "--max-tokens", "8"]
     assert generate_alone(command) == 0
-    assert launch(1, *GENERATE[:2], *command).text() == capsys.readouterr().out
+    assert launch(1, *GENERATE[:2], *command).text == capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -84,30 +84,44 @@ def test_a_number_of_processes_that_cannot_share_is_one_line(size, name, sizes, 
     if name != "embedded":
         convert(quantized / "plain", path, quantize=True, q_group_size=64)
     launched = launch(size, *GENERATE, "--model", str(path))
-    assert launched.text() == ""
+    assert launched.text == ""
     expected = rf"error: {size} processes cannot share .* numbers that can: {sizes}\.\n"
-    assert re.fullmatch(expected, own_lines(launched.errors())), launched.errors()
+    assert re.fullmatch(expected, own_lines(launched.errors)), launched.errors
 
 
 def test_a_mistake_is_one_line():
     launched = launch(2, *GENERATE, "--model", "nonsense")
-    line = own_lines(launched.errors())
-    assert re.fullmatch(r"error: nonsense: no such folder.*\n", line), launched.errors()
-    assert launched.text() == ""
+    line = own_lines(launched.errors)
+    assert re.fullmatch(r"error: nonsense: no such folder.*\n", line), launched.errors
+    assert launched.text == ""
 
 
 def test_input_without_an_end_is_refused():
     launched = launch(2, "-m", "mlx_rgemma.generate", "--prompt", "-")
-    assert "error: --prompt - has no end under mlx.launch; give a file." in launched.errors()
+    assert "error: --prompt - has no end under mlx.launch; give a file." in launched.errors
 
 
 @needs_proc
 def test_a_process_that_is_killed_while_it_generates_ends_all():
-    launched = Launched(2, *GENERATE[:-2], "-m", "100000")
-    launched.wait_until(lambda text: len(text) > 60, 200)
-    os.kill(launched.rank(1), signal.SIGKILL)
-    launched.end(60)
-    assert "error: rank 1 of 2 has ended or cannot be reached; ending." in launched.errors()
+    with Launched(2, *GENERATE[:-2], "-m", "100000") as launched:
+        launched.wait_until(lambda text: len(text) > 60, 200)
+        os.kill(launched.rank(1), signal.SIGKILL)
+        launched.end(60)
+        errors = launched.errors()
+    assert "error: rank 1 of 2 has ended or cannot be reached; ending." in errors
+
+
+@needs_proc
+def test_a_process_that_stands_still_ends_all():
+    command = (*GENERATE[:-2], "-m", "100000")
+    with Launched(2, *command, MLX_RGEMMA_PEER_TIMEOUT="3") as launched:
+        launched.wait_until(lambda text: len(text) > 60, 200)
+        still = launched.rank(1)
+        os.kill(still, signal.SIGSTOP)
+        message = "error: rank 1 of 2 has not been heard of for 3 s; ending."
+        launched.wait_until(lambda text: message in text, 60)
+        os.kill(still, signal.SIGCONT)  # mlx.launch has told it to end
+        launched.end(60)
 
 
 def test_a_process_that_never_comes_ends_the_wait(tmp_path):
@@ -148,18 +162,18 @@ def losses(folder: Path) -> list[tuple[int, str, float]]:
 
 @needs_proc
 def test_training_has_the_losses_of_one_process_through_a_kill(tmp_path):
-    """Two processes, one of them killed, then all goes on in one, then in two again."""
+    """Two processes, one of them killed; three finish it, with two, one and one row of a batch."""
     one, two = tmp_path / "one", tmp_path / "two"
     assert train([*TRAIN[2:], "--save-path", str(one)]) == 0
     command = (*TRAIN, "--save-path", str(two))
-    launched = Launched(2, *command)
-    launched.wait_until(lambda text: "Iter 3: Train" in text, 200)
-    os.kill(launched.rank(1), signal.SIGKILL)
-    launched.end(60)
-    assert "error: rank 1 of 2 has ended" in launched.errors()
-    launched = launch(2, *command)
-    assert re.search(r"^Resuming after iteration [24]$", launched.text(), re.M), launched.errors()
-    assert launched.text().count("Iter 5: Train") == 1
+    with Launched(2, *command) as launched:
+        launched.wait_until(lambda text: "Iter 3: Train" in text, 200)
+        os.kill(launched.rank(1), signal.SIGKILL)
+        launched.end(60)
+        assert "error: rank 1 of 2 has ended" in launched.errors()
+    launched = launch(3, *command)
+    assert re.search(r"^Resuming after iteration [24]$", launched.text, re.M), launched.errors
+    assert launched.text.count("Iter 5: Train") == 1
     assert [found[:2] for found in losses(two)] == [expected[:2] for expected in losses(one)]
     for found, expected in zip(losses(two), losses(one), strict=True):
         assert abs(found[2] - expected[2]) < 1e-5, (found, expected)
@@ -183,7 +197,7 @@ def test_fine_tuning_by_two_goes_on_in_one(tmp_path, capsys):
     launched = launch(2, *command, "--iters", "2", "--adapter-path", folder)
     assert lora([*command[2:], "--iters", "4", "--resume", "--adapter-path", folder]) == 0
     rest = capsys.readouterr().out
-    found = re.findall(r"Train loss ([\d.]+)", launched.text() + rest)
+    found = re.findall(r"Train loss ([\d.]+)", launched.text + rest)
     assert found == re.findall(r"Train loss ([\d.]+)", by_one) and len(found) == 4
     names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("one", "two")]
     assert names[0] == names[1]
@@ -192,17 +206,18 @@ def test_fine_tuning_by_two_goes_on_in_one(tmp_path, capsys):
 @needs_proc
 def test_the_server_answers_as_one_process_and_ends_with_all():
     port = free_ports(9)[-1]
-    launched = Launched(2, "-m", "mlx_rgemma.server", "--port", str(port), "--log-level", "ERROR")
-    launched.wait_until(lambda text: "Serving at" in text, 200)
-    assert launched.text().count("Serving at") == 1
-    server = Running.__new__(Running)
-    server.port = port
     prompts = ["Once upon a time", "A cat"]
-    found = [server.complete(prompt, 8) for prompt in prompts]
-    seeded = [server.complete("The king", 6, temperature=1.0, seed=5) for _ in range(2)]
-    assert seeded[0] == seeded[1]
-    os.kill(launched.rank(0), signal.SIGINT)
-    launched.end(60)
-    assert launched.errors() == ""
+    command = ("-m", "mlx_rgemma.server", "--port", str(port), "--log-level", "ERROR")
+    with Launched(2, *command) as launched:
+        launched.wait_until(lambda text: "Serving at" in text, 200)
+        assert launched.text().count("Serving at") == 1
+        server = Running.__new__(Running)
+        server.port = port
+        found = [server.complete(prompt, 8) for prompt in prompts]
+        seeded = [server.complete("The king", 6, temperature=1.0, seed=5) for _ in range(2)]
+        assert seeded[0] == seeded[1]
+        os.kill(launched.rank(0), signal.SIGINT)
+        launched.end(60)
+        assert launched.errors() == ""
     model, tokenizer = load()
     assert found == [generate(model, tokenizer, prompt, max_tokens=8) for prompt in prompts]
