@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+from mlx_rgemma.allocation import keep_freed_memory
 from mlx_rgemma.errors import UserError
 
 VARIABLE = "MLX_RGEMMA_BLAS"
@@ -36,12 +35,6 @@ OPENBLAS_BY_PROCESSOR = "gotoblas_dynamic_init"
 """What OpenBLAS exports when it holds the code of many processors and chooses when it is opened."""
 
 MKL_VERSION = "mkl_get_version_string"
-
-THREADS = (
-    ("openblas_get_num_threads", "openblas_set_num_threads"),
-    ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads"),
-)
-"""How many threads a library uses: what tells, and what sets it."""
 
 BATCHED = "cblas_sgemm_batch"
 """What newer OpenBLAS exports as MKL does. PyTorch would take it for its own MKL's, and crash."""
@@ -62,6 +55,7 @@ class _BeforeMLX:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name == "mlx.core":
+            keep_freed_memory()
             open_fast()
             sys.meta_path.remove(self)
         return None
@@ -196,37 +190,6 @@ def _reason() -> str:
         if not _fault(path) and not _risk(path):
             return f"mlx.core was imported before mlx_rgemma, which would have opened {path}"
     return "no fast one found: docs/cpu.md"
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within it, what MLX calls multiplies with one thread; nothing of a BLAS of unknown make."""
-    library = _threaded()
-    if library is None:
-        yield
-        return
-    get, set_ = library
-    before = get()
-    set_(1)
-    try:
-        yield
-    finally:
-        set_(before)
-
-
-@lru_cache(maxsize=1)
-def _threaded() -> tuple[Callable[[], int], Callable[[int], None]] | None:
-    """What tells and sets the number of threads of the library that MLX calls."""
-    import ctypes
-
-    path = _called_by_mlx() if sys.platform.startswith("linux") else None
-    if path is None:
-        return None
-    library = ctypes.CDLL(str(path))
-    for get, set_ in THREADS:
-        if hasattr(library, get) and hasattr(library, set_):
-            return getattr(library, get), getattr(library, set_)
-    return None
 
 
 def _called_by_mlx() -> Path | None:

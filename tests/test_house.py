@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "mlx_rgemma"
 FLOORS = [
     ("mlx_rgemma", 0),  # the root itself: everything it names is imported on first use
     ("mlx_rgemma.errors", 0),
+    ("mlx_rgemma.allocation", 0),
     ("mlx_rgemma.blas", 0),
     ("mlx_rgemma.elf", 0),
     ("mlx_rgemma.ops.kernels", 1),

@@ -20,7 +20,10 @@ class _Tiled:
 
     def multiply(self, x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
         """``x @ weight.T + bias``."""
-        if self.training or not tiles_pay(x, weight):  # type: ignore[attr-defined]
+        if self.training:  # type: ignore[attr-defined]
+            self.__dict__.pop("_tiles", None)
+            return linear(x, weight, bias)
+        if not tiles_pay(x, weight):
             return linear(x, weight, bias)
         source, tiles = self.__dict__.get("_tiles", (None, None))
         if source is not weight:

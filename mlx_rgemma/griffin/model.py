@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_rgemma import blas
-from mlx_rgemma.griffin import lanes
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.expansion import expand_quantized
@@ -41,52 +40,14 @@ class Griffin(nn.Module):
         cache: Sequence[GriffinCache] | None = None,
         segment_pos: mx.array | None = None,
     ) -> mx.array:
-        layout = self._layout(tokens, cache, segment_pos)
-        x = self._embed(tokens)
+        batch, length = tokens.shape
+        layout = TokenLayout(batch, length, cache, segment_pos, self.window, self._frequencies)
+        x = self.embed_tokens(tokens).astype(mx.float32) * self.embedding_scale
         for i, layer in enumerate(self.layers):
             x = layer(x, layout, None if cache is None else cache[i])
         for c in cache or ():
-            c.advance(tokens.shape[1], layout.next_positions)
+            c.advance(length, layout.next_positions)
         return self.final_norm(x)
-
-    def in_lanes(
-        self,
-        tokens: mx.array,
-        cache: Sequence[GriffinCache],
-        segment_pos: mx.array | None,
-        number: int,
-    ) -> mx.array:
-        """The same with several cores of a CPU, each of which reads a piece of the tokens."""
-        pieces = [slice(*piece) for piece in lanes.cut(tokens.shape[1], number)]
-        layouts: list[TokenLayout] = []
-        xs: list[mx.array] = []
-        with blas.one_thread():
-            for i, layer in enumerate(self.layers):
-                for lane, piece in enumerate(pieces):
-                    with lanes.stream(lane):
-                        if i == 0:
-                            part = tokens[:, piece]
-                            places = None if segment_pos is None else segment_pos[:, piece]
-                            layouts.append(self._layout(part, cache, places))
-                            xs.append(self._embed(part))
-                        xs[lane] = layer(xs[lane], layouts[lane], cache[i])
-                    cache[i].advance(piece.stop - piece.start, layouts[lane].next_positions)
-                lanes.start(xs)
-            x = self.final_norm(mx.concatenate(xs, axis=1))
-            lanes.finish(x)
-        return x
-
-    def _layout(
-        self,
-        tokens: mx.array,
-        cache: Sequence[GriffinCache] | None,
-        segment_pos: mx.array | None,
-    ) -> TokenLayout:
-        batch, length = tokens.shape
-        return TokenLayout(batch, length, cache, segment_pos, self.window, self._frequencies)
-
-    def _embed(self, tokens: mx.array) -> mx.array:
-        return self.embed_tokens(tokens).astype(mx.float32) * self.embedding_scale
 
 
 class Model(nn.Module):
@@ -130,14 +91,8 @@ class Model(nn.Module):
         self._check(tokens, cache, segment_pos)
         # A model in evaluation mode that continues a state generates: no gradient is asked for.
         generating = cache is not None and not self.training
-        if not generating:
-            return self.head(self.model(tokens, cache, segment_pos))
-        with forward_only():
-            number = lanes.for_tokens(tokens)
-            if number == 1 or cache is None:
-                x = self.model(tokens, cache, segment_pos)
-            else:
-                x = self.model.in_lanes(tokens, cache, segment_pos, number)
+        with forward_only() if generating else nullcontext():
+            x = self.model(tokens, cache, segment_pos)
         return self.head(x)
 
     def head(self, x: mx.array) -> mx.array:

@@ -21,6 +21,8 @@ from mlx_rgemma.ops.linear import BLOCK_OUTPUTS, BLOCK_PRODUCTS
 HIDDEN = -1e30
 MOST_ROWS = 32
 """Queries of all heads up to which the keys are read in place."""
+ALONE = 1 << 18
+"""Products up to which OpenBLAS wakes no second thread, which would then spin for a while."""
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
@@ -82,22 +84,23 @@ def _scores(q: mx.array, k: mx.array, bias: mx.array) -> mx.array:
 
 def _products(q: mx.array, k: mx.array) -> mx.array:
     """``q @ k^T``, for a decode step in parts that the BLAS multiplies in place, by one thread."""
-    parts = [q @ k[:, first:end].swapaxes(1, 2) for first, end in _parts(q, k)]
+    parts = [q @ k[:, first:end].swapaxes(1, 2) for first, end in _parts(q, k, ALONE)]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
 def _weighted(powers: mx.array, v: mx.array) -> mx.array:
     """``powers @ v``, in such parts."""
-    first, *others = [powers[..., first:end] @ v[:, first:end] for first, end in _parts(powers, v)]
+    parts = _parts(powers, v, BLOCK_PRODUCTS)
+    first, *others = [powers[..., first:end] @ v[:, first:end] for first, end in parts]
     for part in others:
         first = first + part
     return first
 
 
-def _parts(rows: mx.array, keys: mx.array) -> Iterator[tuple[int, int]]:
+def _parts(rows: mx.array, keys: mx.array, products: int) -> Iterator[tuple[int, int]]:
     number, width = keys.shape[1:]
     few = rows.shape[1] <= MOST_ROWS
-    most = min(BLOCK_OUTPUTS, BLOCK_PRODUCTS // (rows.shape[1] * width)) if few else number
+    most = min(BLOCK_OUTPUTS, products // (rows.shape[1] * width)) if few else number
     step = -(-number // -(-number // max(most, 1)))
     for first in range(0, number, step):
         yield first, min(first + step, number)

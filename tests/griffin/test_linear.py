@@ -76,6 +76,27 @@ ON_LINUX_CPU = pytest.mark.skipif(
 
 
 @ON_LINUX_CPU
+def test_tiles_are_those_of_the_weights_that_a_layer_has():
+    layer = Linear(32, 128)
+    layer.eval()
+    x = mx.random.normal((2, 32))
+
+    def expected():
+        return np.array(x) @ np.array(layer.weight).T + np.array(layer.bias)
+
+    assert relative_error(layer(x), expected()) < 1e-6
+    layer.weight = layer.weight + 1.0
+    assert relative_error(layer(x), expected()) < 1e-6
+    assert layer.__dict__["_tiles"][0] is layer.weight
+    assert set(layer.parameters()) == {"weight", "bias"}
+    layer.train()
+    assert relative_error(layer(x), expected()) < 1e-6
+    assert "_tiles" not in layer.__dict__  # an optimizer would make them stale at every step
+    gradient = nn.value_and_grad(layer, lambda x: layer(x).sum())(x)[1]["weight"]
+    assert relative_error(gradient, np.array([x.sum(axis=0).tolist()] * 128)) < 1e-6
+
+
+@ON_LINUX_CPU
 @pytest.mark.parametrize("joined", [True, False], ids=["joined", "apart"])
 def test_expanded_weights_change_neither_results_nor_parameters(quantized, joined):
     before = {name: np.array(value) for name, value in tree_flatten(quantized.parameters())}

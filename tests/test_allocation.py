@@ -1,0 +1,53 @@
+"""What glibc does with freed memory on Linux: kept, but for whoever has set that up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mlx_rgemma import allocation
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux frees by glibc"
+)
+
+FAULTS = """
+import resource
+import mlx_rgemma
+import mlx.core as mx
+
+x = mx.zeros((4 << 20,))  # 16 MB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    mx.eval((x + 1.0) * (x + 2.0) * x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(**variables: str) -> int:
+    """Pages that the kernel hands out for arrays of 16 MB, made and let go of many times."""
+    environment = {k: v for k, v in os.environ.items() if k not in allocation._SETTINGS}
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**environment, **variables},
+    )
+    return int(run.stdout)
+
+
+def test_freed_memory_serves_the_next_array():
+    if not hasattr(__import__("ctypes").CDLL(None), "mallopt"):
+        pytest.skip("this Linux has no glibc")
+    given_back_at_once = page_faults(MALLOC_MMAP_THRESHOLD_="65536")
+    assert 3 * page_faults() < given_back_at_once
+
+
+def test_settings_of_the_user_stay(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert not allocation.keep_freed_memory()
