@@ -14,7 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-LAUNCH = "from mlx._distributed_utils.launch import main; main()"
+LAUNCH = """
+import os, signal, sys, threading, time
+from mlx._distributed_utils.launch import main
+
+def watch(parent):
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+threading.Thread(target=watch, args=(int(sys.argv.pop(1)),), daemon=True).start()
+main()
+"""
+"""mlx.launch, which ends with all that it has started when the tests themselves are killed."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -48,7 +60,7 @@ class Launched:
         port = free_ports(size)[0]
         launcher = ["-n", str(size), "--backend", "ring", "-p", str(port), "--", sys.executable]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, *launcher, *command],
+            [sys.executable, "-c", LAUNCH, str(os.getpid()), *launcher, *command],
             stdin=subprocess.PIPE,  # at the end of its input, mlx.launch would spin
             stdout=self.out,
             stderr=self.err,

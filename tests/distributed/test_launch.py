@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,23 @@ def test_a_process_that_stands_still_ends_all():
         launched.wait_until(lambda text: message in text, 60)
         os.kill(still, signal.SIGCONT)  # mlx.launch has told it to end
         launched.end(60)
+
+
+@needs_proc
+def test_nothing_is_left_of_tests_that_are_killed():
+    start = "from launching import Launched; import time; l = Launched(2, *{}); time.sleep(0.5)"
+    start += "; print(l.process.pid, flush=True); time.sleep(100)"
+    command = [sys.executable, "-c", start.format(["-c", "import time; time.sleep(100)"])]
+    folder = str(Path(__file__).parent)
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as tests:
+        group = int(tests.stdout.readline())
+        os.killpg(group, 0)
+        tests.kill()
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.1)
 
 
 def test_a_process_that_never_comes_ends_the_wait(tmp_path):
