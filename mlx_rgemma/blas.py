@@ -36,6 +36,10 @@ OPENBLAS_BY_PROCESSOR = "gotoblas_dynamic_init"
 
 MKL_VERSION = "mkl_get_version_string"
 
+SPINNING = ("OPENBLAS_THREAD_TIMEOUT", "16")
+"""Threads of OpenBLAS that wait for a product spin for 2^26 cycles, on cores that MLX has use for
+in between: what is no product. After 2^16 they sleep, and a prompt is read a tenth faster."""
+
 BATCHED = "cblas_sgemm_batch"
 """What newer OpenBLAS exports as MKL does. PyTorch would take it for its own MKL's, and crash."""
 
@@ -157,6 +161,7 @@ def _open(path: Path) -> str:
     """Open a library for the whole process; why that failed, or nothing."""
     import ctypes
 
+    os.environ.setdefault(*SPINNING)
     try:
         library = ctypes.CDLL(str(path))
         if "USE64BITINT" in _openblas(library, "config"):

@@ -177,3 +177,14 @@ def test_pytorch_goes_on_working():
         "print(torch.bmm(torch.ones(3, 5, 16), torch.ones(3, 16, 16)).sum().item())"
     )
     assert float(run_python(code).stdout) == 3 * 5 * 16 * 16
+
+
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(copied: Path, monkeypatch):
+    monkeypatch.delenv(blas.SPINNING[0], raising=False)
+    show = "import os, mlx_rgemma, mlx.core; print(os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
+    run = run_python(show, MLX_RGEMMA_BLAS=str(copied))
+    assert run.stdout.strip() == blas.SPINNING[1]
+    run = run_python(show, MLX_RGEMMA_BLAS=str(copied), OPENBLAS_THREAD_TIMEOUT="20")
+    assert run.stdout.strip() == "20"
+    run = run_python(show, MLX_RGEMMA_BLAS="off")
+    assert run.stdout.strip() == "None"

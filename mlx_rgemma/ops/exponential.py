@@ -48,7 +48,7 @@ def _worthwhile(x: mx.array, least: int = 1 << 12) -> bool:
 
 def exp2(x: mx.array) -> mx.array:
     """``2^x``, in the dtype of `x`; not below 2^-125."""
-    if not _worthwhile(x, 1 << 14):
+    if not _worthwhile(x, 1 << 15):
         return mx.power(2.0, x)
     n, fraction = _split(mx.minimum(x, _MOST))
     return ((fraction + 1.0).view(mx.int32) + n).view(mx.float32)
