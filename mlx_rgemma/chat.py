@@ -76,10 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    import mlx.core as mx
 
-    if args.seed is not None:
-        mx.random.seed(args.seed)
     model, tokenizer = command_line.load_model(args)
     chat = Chat(args, model, tokenizer)
     name = args.model or "the embedded model"

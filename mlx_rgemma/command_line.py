@@ -146,6 +146,8 @@ def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
     Raises:
         UserError: If it cannot be loaded, or its state was to be limited, which it is by itself.
     """
+    import mlx.core as mx
+
     from mlx_rgemma import distributed, load
     from mlx_rgemma.griffin.cache import state_nbytes
 
@@ -156,7 +158,9 @@ def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
         window=args.window,
         group=distributed.join(getattr(args, "seed", None)),
     )
-    if model.expanded_nbytes:
+    if getattr(args, "seed", None) is not None:
+        mx.random.seed(args.seed)  # now: loading a shared model draws numbers, too
+    if model.expanded_nbytes and distributed.rank() == 0:
         print(
             f"Quantized weights are held in float32 too, {model.expanded_nbytes / 1e9:.3f} GB:"
             " faster on a CPU. MLX_RGEMMA_EXPAND=off saves that memory.",

@@ -95,13 +95,9 @@ def main(argv: list[str] | None = None) -> int:
 def _generate(args: argparse.Namespace) -> int:
     prompts = _read_prompts(args)
 
-    import mlx.core as mx
-
     from mlx_rgemma.errors import UserError
     from mlx_rgemma.session import Session
 
-    if args.seed is not None:
-        mx.random.seed(args.seed)
     model, tokenizer = command_line.load_model(args)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)

@@ -6,10 +6,6 @@ The model has the shape of RecurrentGemma-2B, its vocabulary of 256,000 words to
 weight as `convert -q` gives them; `--layers 26` is all of it. One row is read, gone back through
 with checkpointing, and Adam updates adapters on every linear layer, as `mlx_rgemma.lora
 --grad-checkpoint --num-layers -1` does. Nothing is downloaded.
-
-A Mac multiplies with quantized weights as they are. On a Linux CPU that takes hours here, and
-expanding the whole head first would take gigabytes that no Mac needs: this script expands a few
-rows at a time, going forward and backward, so that what is measured is the step's own.
 """
 
 from __future__ import annotations
@@ -18,7 +14,6 @@ import argparse
 import time
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -28,8 +23,7 @@ from mlx_rgemma import Model
 from mlx_rgemma.checkpoints.adapters import AdapterConfig, add_adapters
 from mlx_rgemma.griffin.config import PRESETS
 from mlx_rgemma.measurement.shapes import quantize, random_weights
-from mlx_rgemma.ops import on_linux_cpu, quantized_linear
-from mlx_rgemma.ops.fused import custom_function
+from mlx_rgemma.ops import on_linux_cpu
 from mlx_rgemma.tuner.batch import Batch
 from mlx_rgemma.tuner.checkpoint import TrainingState
 from mlx_rgemma.tuner.checkpointing import checkpoint_layers
@@ -38,41 +32,6 @@ from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.memory import lora_step
 
 RANK = 8
-
-EXPANDED = 1 << 20
-"""Weights that are expanded at once. MLX runs up to 100 operations ahead of what it frees."""
-
-
-def in_blocks(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, **how: Any
-) -> mx.array:
-    """`mlx_rgemma.ops.quantized_linear`, a block of rows of the matrix after another."""
-    inputs = x.shape[-1]
-    size = max(EXPANDED // inputs, 1)
-    if not on_linux_cpu() or weight.shape[0] <= size:
-        return quantized_linear(x, weight, scales, biases, **how)
-    starts = range(0, weight.shape[0], size)
-
-    def expanded(start: int, done: list[mx.array]) -> mx.array:
-        rows = [part[start : start + size] for part in (weight, scales, biases)]
-        return mx.dequantize(*(mx.depends(rows, done) if done else rows), **how).astype(mx.float32)
-
-    @custom_function
-    def product(x: mx.array) -> mx.array:
-        found: list[mx.array] = []
-        for start in starts:
-            found.append(x @ expanded(start, found[-1:]).T)
-        return mx.concatenate(found, axis=-1)
-
-    @product.vjp
-    def gradient(x, cotangent, _):
-        total = mx.zeros((cotangent.shape[0], inputs), mx.float32)
-        for start in starts:
-            total = total + cotangent[:, start : start + size] @ expanded(start, [total])
-        return total
-
-    rows = x.astype(mx.float32).reshape(-1, inputs)
-    return product(rows).reshape(*x.shape[:-1], weight.shape[0]).astype(x.dtype)
 
 
 def random_model(shape: str, layers: int, dtype: mx.Dtype) -> Model:
@@ -112,8 +71,7 @@ def main() -> None:
     mx.clear_cache()
     mx.reset_peak_memory()
     started = time.perf_counter()
-    with mock.patch("mlx_rgemma.griffin.linear.quantized_linear", in_blocks):
-        loss, count = loop.step(0, update=True)
+    loss, count = loop.step(0, update=True)
     peak = mx.get_peak_memory()
 
     print(f"{args.layers} layers, {args.tokens} tokens, {model.args.vocab_size} words")

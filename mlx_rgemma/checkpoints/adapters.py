@@ -144,6 +144,22 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
         add_gate_adapters(model, config.num_layers, config.rank, config.scale)
 
 
+def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
+    """How the adapters in a folder were made; what it takes to use them is there.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; adapters are what lora writes.")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: no such file; the adapters are incomplete.")
+    file = folder / CONFIG_FILE
+    return AdapterConfig.of(read_json(file), str(file))
+
+
 def load_adapters(model: Model, folder: str | os.PathLike[str]) -> AdapterConfig:
     """Put trained adapters on a model, in evaluation mode.
 
@@ -160,14 +176,9 @@ def load_adapters(model: Model, folder: str | os.PathLike[str]) -> AdapterConfig
     Raises:
         CheckpointError: If anything is missing, damaged, or of another model.
     """
+    config = read_adapter_config(folder)
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; adapters are what lora writes.")
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: no such file; the adapters are incomplete.")
     file = folder / CONFIG_FILE
-    config = AdapterConfig.of(read_json(file), str(file))
     _check_layers(model, config, f"{file}: num_layers", OTHER_MODEL)
     try:
         add_adapters(model, config)

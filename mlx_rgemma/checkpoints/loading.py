@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_rgemma.checkpoints.adapters import load_adapters
+from mlx_rgemma.checkpoints.adapters import load_adapters, read_adapter_config
 from mlx_rgemma.checkpoints.contents import Contents, check_contents
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.parts import read_parts
@@ -42,7 +42,7 @@ def load(
         window: "google" for the attention window that the released models were trained with,
             "hf" for one key less, as transformers and mlx-lm have it.
         revision: Branch, tag or commit of a repository.
-        group: Processes that share the model; each reads its part of the files only.
+        group: Processes that share the model; each keeps its part of the weights only.
 
     Returns:
         The model, and mlx-lm's `TokenizerWrapper`.
@@ -57,6 +57,8 @@ def load(
             "adapters cannot be shared by several processes; put them into the model first, with"
             " mlx_rgemma.fuse."
         )
+    if adapter_path is not None:
+        read_adapter_config(adapter_path)  # before anything slow
     source = locate(path_or_repo, revision)
     refuse_unconverted(source.folder)
     folder = CheckpointFolder.open(source.folder)

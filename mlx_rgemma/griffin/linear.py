@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_rgemma.ops import linear, on_linux_cpu, quantized_linear
-from mlx_rgemma.ops.linear import tiled, tiles_pay
+from mlx_rgemma.ops.linear import expand_quantized, tiled, tiles_pay
 
 
 class _Tiled:
@@ -116,7 +116,7 @@ def _adopt(module: nn.Module) -> nn.Module:
 
 def _dequantize(module: Any) -> mx.array:
     """The weights of a quantized layer, (out, in), fp32."""
-    weights = mx.dequantize(
+    return expand_quantized(
         module["weight"],
         module["scales"],
         module.get("biases"),
@@ -124,7 +124,6 @@ def _dequantize(module: Any) -> mx.array:
         bits=module.bits,
         mode=module.mode,
     )
-    return weights.astype(mx.float32)
 
 
 def _product(module: Any, x: mx.array) -> mx.array:

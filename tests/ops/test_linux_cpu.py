@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +22,8 @@ from mlx_rgemma.ops.linear import (
     tiled,
     tiles_pay,
 )
+
+linear_ops = import_module("mlx_rgemma.ops.linear")  # the name is that of a function, too
 
 pytestmark = pytest.mark.skipif(
     ON_GPU or not sys.platform.startswith("linux"), reason="other machines have fast operations"
@@ -194,9 +197,26 @@ def test_few_rows_go_in_blocks_that_the_blas_reads_in_place():
     assert _blocks(1, 4099, 2560) == 1  # a prime
 
 
+@pytest.mark.parametrize("bits", [4, 5])
+def test_quantized_weights_are_expanded_in_little_more_than_their_own_memory(bits):
+    how = {"group_size": 64, "bits": bits, "mode": "affine"}
+    weight = mx.random.normal((8192, 2560), key=mx.random.key(0))
+    quantized = mx.quantize(weight, **how)
+    mx.eval(quantized)
+    expected = np.array(mx.dequantize(*quantized, **how))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    expanded = linear_ops.expand_quantized(*quantized, **how)
+    mx.eval(expanded)
+    assert np.array_equal(np.array(expanded), expected)
+    assert mx.get_peak_memory() - before < 1.5 * expanded.nbytes
+
+
+@pytest.mark.parametrize("at_once", [256, 96 * 256], ids=["row by row", "whole"])
 @pytest.mark.parametrize("mode, bits", [("affine", 4), ("affine", 8), ("mxfp4", 4), ("mxfp8", 8)])
 @pytest.mark.parametrize("rows", [1, 4, 5, 20, 40])
-def test_quantized_weights_expanded_or_not_multiply_alike(mode, bits, rows):
+def test_quantized_weights_expanded_or_not_multiply_alike(mode, bits, rows, at_once, monkeypatch):
+    monkeypatch.setattr(linear_ops, "EXPANDED_AT_ONCE", at_once)
     group_size = 64 if mode == "affine" else 32
     how = {"group_size": group_size, "bits": bits, "mode": mode}
     x = mx.random.normal((rows, 256), key=mx.random.key(0))
