@@ -27,7 +27,7 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
 
     Whatever goes wrong on the way, an exception, Ctrl-C or SIGTERM, leaves nothing behind. What a
     run that was killed outright (or lost its machine's power) has left is removed by the next one
-    to the same target.
+    to the same target, also if that is refused because the target is whole.
 
     Args:
         target: The folder to be; nothing of that name may exist.
@@ -100,9 +100,11 @@ def refuse_existing(target: Path) -> None:
     """Never write over anything.
 
     Raises:
-        CheckpointError: If there is something of that name.
+        CheckpointError: If there is something of that name. What a killed run left beside it is
+            removed all the same.
     """
     if os.path.lexists(target):
+        _remove_abandoned(target)
         raise CheckpointError(f"{target}: exists already; delete it, or name another folder.")
 
 

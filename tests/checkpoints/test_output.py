@@ -168,3 +168,15 @@ def test_from_a_thread(tmp_path):
     thread.start()
     thread.join()
     assert names(tmp_path) == {"new"}
+
+
+def test_a_refusal_clears_away_what_a_killed_run_left(tmp_path):
+    target = tmp_path / "new"
+    with new_folder(target, 10) as folder:
+        (folder / "file").write_text("x")
+    abandoned = tmp_path / ".new.partial-00000000"
+    abandoned.mkdir()
+    (abandoned / "unpacked").write_text("y")
+    with pytest.raises(CheckpointError, match="exists already"), new_folder(target, 10):
+        pass
+    assert names(tmp_path) == {"new"} and names(target) == {"file"}
