@@ -76,7 +76,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _chat(args: argparse.Namespace) -> None:
-
     model, tokenizer = command_line.load_model(args)
     chat = Chat(args, model, tokenizer)
     name = args.model or "the embedded model"

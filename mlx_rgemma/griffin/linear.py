@@ -128,8 +128,7 @@ def _dequantize(module: Any) -> mx.array:
 
 def _product(module: Any, x: mx.array) -> mx.array:
     if module.expanded is not None and on_linux_cpu():
-        expanded = module.expanded if not module.training else mx.stop_gradient(module.expanded)
-        return module.multiply(x.astype(mx.float32), expanded).astype(x.dtype)
+        return module.multiply(x.astype(mx.float32), module.expanded).astype(x.dtype)
     return quantized_linear(
         x,
         module["weight"],

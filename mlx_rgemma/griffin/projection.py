@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_rgemma.griffin.linear import Linear, QuantizedLinear
-from mlx_rgemma.ops.linear import FEW_ROWS
 
 KEYS = ("weight", "scales", "biases", "bias")
 
@@ -33,7 +32,7 @@ class FusedProjection:
         if isinstance(joint, nn.QuantizedLinear):
             first = layers[0]
             joint.group_size, joint.bits, joint.mode = first.group_size, first.bits, first.mode
-        joint.eval()
+        joint.eval()  # it serves decode steps alone
         self.joint = joint
         mx.eval(joint.parameters())
         for layer, start, width in zip(layers, [0, *self.cuts], widths, strict=True):
@@ -100,12 +99,11 @@ class SharedInputBlock(nn.Module):
     def project(self, x: mx.array) -> list[mx.array]:
         """Outputs of the layers named in `shared`; x is (B, L, width).
 
-        One product for one token a row, or few rows. For longer inputs one product saves nothing,
-        and its parts would have to be copied apart.
+        One product for one token a row. For longer inputs one product saves nothing, and its
+        parts would have to be copied apart.
         """
         layers = [self[name] for name in self.shared]
         fused = self.__dict__.get("_fused")
-        few = x.shape[1] == 1 or x.size <= FEW_ROWS * x.shape[-1]
-        if fused is not None and few and fused.serves(layers):
+        if fused is not None and x.shape[1] == 1 and fused.serves(layers):
             return fused(x)
         return [layer(x) for layer in layers]

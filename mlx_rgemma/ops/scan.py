@@ -137,8 +137,9 @@ def scan_reference(
     else:
         entering = mx.concatenate([edge, carry[:, :-1]], axis=1)
     entering = entering[:, :, None]
-    y = [pi * entering + hi for hi, pi in zip(reached, product, strict=True)]
-    y[last] = carry[:, :, None]
+    y = [
+        carry[:, :, None] if i == last else product[i] * entering + reached[i] for i in range(CHUNK)
+    ]
     return mx.concatenate(y, axis=2).reshape(batch, chunks * CHUNK, width)[:, :length]
 
 

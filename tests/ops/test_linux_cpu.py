@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 
@@ -156,6 +157,11 @@ def test_a_decode_step_wakes_no_second_thread(heads, width, keys):
         assert [first for first, _ in parts] == [0, *(end for _, end in parts[:-1])]
         assert parts[-1][1] == keys and all(first < end for first, end in parts)
         assert all(heads * width * (end - first) <= most for first, end in parts)
+    q, k = mx.zeros((1, heads, 1, width)), mx.zeros((1, 1, keys, width))
+    graph = io.StringIO()
+    mx.export_to_dot(graph, attend(q, k, k, 1.0, None))
+    expected = sum(len(list(_parts(rows, window, most))) for most in (ALONE, BLOCK_PRODUCTS))
+    assert graph.getvalue().count("Matmul") == expected
     chunk = mx.zeros((1, 128 * heads, width))
     assert list(_parts(chunk, window, ALONE)) == [(0, keys)]
 
