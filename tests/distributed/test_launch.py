@@ -69,6 +69,13 @@ def test_generate_writes_the_text_of_one_process(name, size, quantized, capsys):
     alone = capsys.readouterr().out
     launched = launch(size, *GENERATE[:2], *command)
     assert launched.text == alone and len(alone) > 20, launched.errors
+    assert launched.errors.count("held in float32") <= 1  # one process speaks
+
+
+def test_a_seed_draws_the_text_of_one_process(capsys):
+    command = [*GENERATE[2:], "--max-tokens", "20", "--temp", "0.9", "--seed", "5"]
+    assert generate_alone(command) == 0
+    assert launch(2, *GENERATE[:2], *command).text == capsys.readouterr().out
 
 
 def test_one_process_under_mlx_launch_is_by_itself(capsys):

@@ -97,6 +97,18 @@ def test_tiles_are_those_of_the_weights_that_a_layer_has():
 
 
 @ON_LINUX_CPU
+def test_decode_steps_read_joint_weights_in_tiles():
+    model = random_model()
+    model.fuse_projections()
+    model.eval()
+    read(model, STEPS)
+    joints = [layer.mlp_block._fused.joint for layer in model.layers]
+    assert all(joint.__dict__["_tiles"][0] is joint.weight for joint in joints)
+    apart = [layer.mlp_block.gate_proj for layer in model.layers]
+    assert not any("_tiles" in layer.__dict__ for layer in apart)  # once is enough
+
+
+@ON_LINUX_CPU
 @pytest.mark.parametrize("joined", [True, False], ids=["joined", "apart"])
 def test_expanded_weights_change_neither_results_nor_parameters(quantized, joined):
     before = {name: np.array(value) for name, value in tree_flatten(quantized.parameters())}

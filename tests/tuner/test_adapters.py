@@ -12,6 +12,7 @@ import pytest
 from conftest import golden_model, max_error
 from mlx.utils import tree_flatten
 
+from mlx_rgemma import load
 from mlx_rgemma.checkpoints.adapters import (
     AdapterConfig,
     add_adapters,
@@ -209,3 +210,8 @@ def test_full_training_leaves_what_is_quantized():
     gradients = dict(tree_flatten(nn.value_and_grad(model, loss)(model)[1]))
     assert set(gradients) == trained
     assert mx.abs(gradients["model.layers.0.temporal_pre_norm.weight"]).max().item() > 0
+
+
+def test_missing_adapters_are_told_before_a_model_is_looked_for(tmp_path):
+    with pytest.raises(UserError, match="no adapters: no such folder; adapters are what lora"):
+        load(tmp_path / "no model", adapter_path=tmp_path / "no adapters")
