@@ -44,8 +44,8 @@ def page_faults(**variables: str) -> int:
 def test_freed_memory_serves_the_next_array():
     if not hasattr(__import__("ctypes").CDLL(None), "mallopt"):
         pytest.skip("this Linux has no glibc")
-    given_back_at_once = page_faults(MALLOC_MMAP_THRESHOLD_="65536")
-    assert 3 * page_faults() < given_back_at_once
+    as_glibc_does = page_faults(GLIBC_TUNABLES="glibc.malloc.check=0")  # set up: left alone
+    assert 3 * page_faults() < as_glibc_does
 
 
 def test_settings_of_the_user_stay(monkeypatch):
