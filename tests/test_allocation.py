@@ -27,8 +27,7 @@ def faults():
 
 
 def several():
-    y = (x + 1.0) * (x + 2.0)
-    mx.eval(y * x)
+    mx.eval([x + float(i) for i in range(6)])
 
 
 for _ in range(3):
@@ -58,7 +57,7 @@ def test_freed_memory_serves_the_next_array():
     if not hasattr(__import__("ctypes").CDLL(None), "mallopt"):
         pytest.skip("this Linux has no glibc")
     as_glibc_does = page_faults(GLIBC_TUNABLES="glibc.malloc.check=0")  # set up: left alone
-    assert 3 * page_faults() < as_glibc_does and as_glibc_does > 4096  # one array
+    assert 10 * page_faults() < as_glibc_does  # which gives back most of the six
 
 
 def test_settings_of_the_user_stay(monkeypatch):
