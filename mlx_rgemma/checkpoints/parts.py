@@ -1,9 +1,10 @@
-"""Reading a process's part of a checkpoint, and no more than that, where several share a model."""
+"""Reading a process's part of a checkpoint, where several share a model."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from io import RawIOBase
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +12,9 @@ import numpy as np
 from mlx_rgemma.checkpoints.safetensors import ITEM_SIZE, MLX_NAME, TensorInfo
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.griffin.sharding import cut_axis, own_part, span
+
+ROWS_ASKED_FOR = 1024
+"""Of a matrix that is cut by columns, so many rows are asked for before the first is read."""
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
@@ -40,12 +44,44 @@ def read_parts(
 
 def _read(info: TensorInfo, axis: int, rank: int, size: int) -> mx.array:
     """Part of a matrix: MLX would read all of it first."""
-    kind = UNSIGNED[ITEM_SIZE[info.dtype]]
-    place: list[Any] = [slice(None), slice(None)]
-    place[axis] = span(info.shape[axis], rank, size)
+    kind = np.dtype(UNSIGNED[ITEM_SIZE[info.dtype]])
+    place = span(info.shape[axis], rank, size)
+    rows, columns = info.shape
     try:
-        matrix = np.memmap(info.file, kind, "r", info.start, info.shape)
+        with open(info.file, "rb", buffering=0) as file:
+            _advise(file, "RANDOM", 0, 0)  # or the kernel would read ahead, by megabytes
+            if axis == 0:
+                part = np.empty((place.stop - place.start, columns), kind)
+                _fill(part, file, info.start + place.start * columns * kind.itemsize)
+            else:
+                part = np.empty((rows, place.stop - place.start), kind)
+                offset = info.start + place.start * kind.itemsize
+                _fill_rows(part, file, offset, columns * kind.itemsize)
     except OSError as error:
         raise CheckpointError(f"{info.file}: cannot be read ({error}).") from error
-    part = mx.array(np.ascontiguousarray(matrix[tuple(place)]))
-    return part.view(getattr(mx, MLX_NAME[info.dtype]))
+    return mx.array(part).view(getattr(mx, MLX_NAME[info.dtype]))
+
+
+def _fill_rows(part: np.ndarray, file: RawIOBase, offset: int, stride: int) -> None:
+    """Read each row from its own place, `stride` bytes behind the one before."""
+    for first in range(0, len(part), ROWS_ASKED_FOR):
+        some = range(first, min(first + ROWS_ASKED_FOR, len(part)))
+        for row in some:  # all of them before the first is waited for
+            _advise(file, "WILLNEED", offset + row * stride, part.strides[0])
+        for row in some:
+            _fill(part[row], file, offset + row * stride)
+
+
+def _fill(array: np.ndarray, file: RawIOBase, offset: int) -> None:
+    file.seek(offset)
+    rest = array.data.cast("B")
+    while rest:
+        if not (count := file.readinto(rest)):
+            raise OSError("it has become shorter")
+        rest = rest[count:]
+
+
+def _advise(file: RawIOBase, how: str, offset: int, length: int) -> None:
+    """Tell the kernel how a file is about to be read, where it can be told."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), offset, length, getattr(os, f"POSIX_FADV_{how}"))
