@@ -50,7 +50,7 @@ def run(command: Callable[[], int | None]) -> int:
         raise
     finally:
         if (distributed := _distributed()) is not None:
-            distributed.leave(problem, status)
+            distributed.leave(problem, status, mistake=problem.startswith("stopped: "))
     return status
 
 

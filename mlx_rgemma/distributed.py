@@ -76,21 +76,23 @@ def speaks() -> bool:
     return rank() == 0 or _here.peers is None
 
 
-def leave(problem: str = "", status: int | None = None) -> None:
+def leave(problem: str = "", status: int | None = None, *, mistake: bool = False) -> None:
     """Part from the others: when all are done, or at once where this one has failed.
 
     Args:
         problem: Why this process cannot go on; the others end with it.
         status: End this process with it, unless an exception is on its way to tell the user more.
+        mistake: Whether the problem is the user's, so that the others will meet it, too.
     """
     line, _here.peers = _here.peers, None
     if line is None:
         return
     if problem:
-        line.lost(problem)
+        grace = peers.MISTAKE_GRACE_SECONDS if mistake else peers.GRACE_SECONDS
+        line.lost(problem, grace)
         if line.place.rank > 0:
             # The first process tells the user; mlx.launch ends it as soon as this one has ended.
-            time.sleep(2 * peers.GRACE_SECONDS)
+            time.sleep(2 * grace)
     else:
         if _here.group is not None:
             settle()

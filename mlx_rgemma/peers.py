@@ -32,8 +32,9 @@ TIMEOUT_SECONDS = 60.0
 PARTING_SECONDS = 10.0
 """How long a process that is done waits for the others to be."""
 
-GRACE_SECONDS = 0.5
-"""How long a process that is told of a failure may take to say that it has failed alike."""
+GRACE_SECONDS, MISTAKE_GRACE_SECONDS = 0.5, 5.0
+"""How long a process that is told of a failure may take to say that it has failed alike: most
+mistakes of a user are found by all of them, sooner or later."""
 
 
 class Peers:
@@ -74,12 +75,18 @@ class Peers:
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                     raise self._nobody(everybody - self._known["arrived"])
 
-    def lost(self, message: str) -> None:
-        """Tell the others that this process cannot go on; they end too, unless they are done."""
+    def lost(self, message: str, grace: float = GRACE_SECONDS) -> None:
+        """Tell the others that this process cannot go on; they end too, unless they are done.
+
+        Args:
+            message: Why.
+            grace: Seconds that they have to find that out themselves.
+        """
         self._over = True
         if len(self._known["bye"] - {self.place.rank}) == self.place.size - 1:
             return self._send({"bye": self.place.rank})
-        self._send({"lost": f"rank {self.place.rank} of {self.place.size} {message}"})
+        text = f"rank {self.place.rank} of {self.place.size} {message}"
+        self._send({"lost": text, "grace": grace})
 
     def part(self) -> None:
         """Tell the others that this process is done, and wait until they are."""
@@ -193,7 +200,7 @@ class Peers:
         line.patience = self.timeout
         for message in messages or ():
             if "lost" in message:
-                self._lose(str(message["lost"]), told=True)
+                self._lose(str(message["lost"]), told_grace=float(message.get("grace", 0)))
                 return False
             for kind, rank in message.items():
                 if kind in self._known:
@@ -206,12 +213,14 @@ class Peers:
                 return False
         return True
 
-    def _lose(self, message: str, *, told: bool = False) -> None:
+    def _lose(self, message: str, *, told_grace: float | None = None) -> None:
         if self._over:
             return
-        self._send({"lost": message})
+        told = told_grace is not None
+        grace = GRACE_SECONDS if told_grace is None else told_grace
+        self._send({"lost": message, "grace": grace})
         if told:
-            time.sleep(GRACE_SECONDS)
+            time.sleep(grace)
         # Among those that were told, the first one is enough to tell the user.
         self.end("" if told and self.place.rank > 0 else message)
 

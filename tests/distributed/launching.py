@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -29,9 +30,15 @@ main()
 """mlx.launch, which ends with all that it has started when the tests themselves are killed."""
 
 
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+"""Of tests that run side by side. Each has ports of its own: those found free are taken later."""
+_turn = itertools.count(os.getpid() % 100)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports in a row that nothing listens on, below those that the system gives out."""
-    for first in range(20000 + os.getpid() % 8000, 32000 - count, count):
+    for _ in range(100):
+        first = 20000 + 1200 * WORKER + 12 * (next(_turn) % 100)
         sockets = [socket.socket() for _ in range(count)]
         try:
             for port, probe in enumerate(sockets, start=first):
