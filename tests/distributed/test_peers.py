@@ -125,6 +125,17 @@ def test_a_failure_is_passed_on_with_its_reason(tmp_path):
     assert processes[1].wait_for_end() == ""  # the first one tells the user
 
 
+def test_all_have_time_to_meet_the_same_mistake(tmp_path, monkeypatch):
+    processes = started(places(tmp_path, 4, "ring"))
+    waited: list[float] = []
+    monkeypatch.setattr("mlx_rgemma.peers.time.sleep", waited.append)
+    processes[2].peers.lost("stopped: no such folder", grace=7.5)
+    for process in (processes[0], processes[1], processes[3]):
+        while not process.ended:
+            threading.Event().wait(0.01)
+    assert waited.count(7.5) == 3  # rank 0 hears of it from a neighbour
+
+
 def test_a_process_that_says_nothing_for_long_is_lost(tmp_path, monkeypatch):
     found = places(tmp_path, 2, "ring")
     processes = started(found, timeout=1.0)
