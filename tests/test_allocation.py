@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def page_faults(**variables: str) -> int:
 
 
 def test_freed_memory_serves_the_next_array():
-    if not hasattr(__import__("ctypes").CDLL(None), "mallopt"):
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("this Linux has no glibc")
     as_glibc_does = page_faults(GLIBC_TUNABLES="glibc.malloc.check=0")  # set up: left alone
     assert 10 * page_faults() < as_glibc_does  # which gives back most of the six
