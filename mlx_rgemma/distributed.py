@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import os
 import pickle
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -204,7 +205,7 @@ def settle() -> None:
 
 def _connect(place: Place | None) -> mx.distributed.Group:
     try:
-        with _deadline(None if place is None else peers.timeout_seconds()):
+        with _deadline(place):
             group = mx.distributed.init(strict=place is not None)
     except RuntimeError as error:
         raise UserError(f"MLX cannot connect the processes: {error}.") from error
@@ -217,13 +218,25 @@ def _connect(place: Place | None) -> mx.distributed.Group:
 
 
 @contextlib.contextmanager
-def _deadline(seconds: float | None) -> Iterator[None]:
-    """End the process if this takes longer. MLX connects without letting other threads run."""
-    if seconds is None:
+def _deadline(place: Place | None) -> Iterator[None]:
+    """End the process if this takes longer than one waits for another, with one line of the first.
+
+    MLX connects without letting other threads of Python run, so `faulthandler` ends the process,
+    and what that has to say makes another program speak, which waits for it.
+    """
+    if place is None:
         yield
         return
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+    seconds = peers.timeout_seconds()
+    message = (
+        f"MLX has not connected the {place.size} processes within {seconds:g} s: one was lost, or"
+        " cannot reach the next one's address in the hostfile; start them again"
+    )
+    speak = 'read -r _ && echo "error: $0." >&2' if place.rank == 0 else "read -r _"
+    with subprocess.Popen(["/bin/sh", "-c", speak, message], stdin=subprocess.PIPE) as speaker:
+        assert speaker.stdin is not None
+        faulthandler.dump_traceback_later(seconds, exit=True, file=speaker.stdin)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
