@@ -75,6 +75,8 @@ def tiled(weight: mx.array) -> mx.array:
 
 def tiles_pay(x: mx.array, weight: mx.array) -> bool:
     """Whether the product of these is faster with tiles."""
+    if not on_linux_cpu():
+        return False
     outputs, inputs = weight.shape
     return (
         x.size <= FEW_ROWS * inputs
@@ -82,7 +84,6 @@ def tiles_pay(x: mx.array, weight: mx.array) -> bool:
         and weight.size <= TILE_ELEMENTS
         and outputs % TILE_OUTPUTS == 0
         and weight.dtype == x.dtype == mx.float32
-        and on_linux_cpu()
     )
 
 
