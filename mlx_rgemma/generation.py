@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_rgemma.decoding import CONTEXT_LIMIT, LogitsProcessor, plain_steps
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
 Prompt = str | Sequence[int] | mx.array
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-
-CONTEXT_LIMIT = 4096
-"""Most recent tokens that logits processors are shown."""
 
 
 def stream_generate(
@@ -59,7 +56,7 @@ def stream_generate(
         num_draft_tokens: Tokens that it drafts at a time.
         prompt_lookup: Tokens to draft at a time from the text so far, without a draft model.
         speculation_stats: Filled in while speculating.
-        **kwargs: Passed on to `mlx_lm.generate.generate_step`: `sampler`, `prefill_step_size`,
+        **kwargs: Those of `mlx_lm.generate.generate_step`: `sampler`, `prefill_step_size`,
             `prompt_progress_callback`.
 
     Yields:
@@ -77,7 +74,7 @@ def stream_generate(
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     common: dict[str, Any] = {"max_tokens": max_tokens, "prompt_cache": cache, **kwargs}
     if draft_model is None and not prompt_lookup:
-        steps = _plain_steps(tokens, model, logits_processors, **common)
+        steps = plain_steps(tokens, model, logits_processors=logits_processors, **common)
     else:
         steps = speculative_steps(
             tokens,
@@ -97,19 +94,6 @@ def stream_generate(
             yield from text_responses(
                 steps, tokenizer, max_tokens, stop=stop, prompt_tokens=tokens.size, started=tic
             )
-
-
-def _plain_steps(
-    tokens: mx.array, model: Model, processors: Sequence[LogitsProcessor] | None, **kwargs: Any
-) -> Generator[tuple[int, mx.array, bool], None, None]:
-    """mlx-lm's loop: a token, its log-probabilities, and that it was not drafted."""
-    from mlx_lm.generate import generate_step
-
-    runner: Any = _WithProcessors(model, processors) if processors else model
-    steps: Any = generate_step(tokens, runner, **kwargs)
-    with closing(steps):
-        for token, logprobs in steps:
-            yield token, logprobs, False
 
 
 def generate(
@@ -228,26 +212,3 @@ def encode(tokenizer: Any, prompt: Prompt, vocab_size: int) -> mx.array:
         unknown = low if low < 0 else high
         raise UserError(f"the prompt holds token {unknown}; the model knows 0 to {vocab_size - 1}.")
     return tokens
-
-
-class _WithProcessors:
-    """A model whose last logits go through logits processors.
-
-    mlx-lm's loop would hand processors every token ever seen, an array that grows with each; here
-    they see the last `CONTEXT_LIMIT`.
-    """
-
-    def __init__(self, model: Model, processors: Sequence[LogitsProcessor]) -> None:
-        self.model = model
-        self.processors = processors
-        self.recent = mx.array([], mx.int32)
-
-    def __call__(self, tokens: mx.array, cache: list[GriffinCache]) -> mx.array:
-        recent = mx.concatenate([self.recent, tokens[0].astype(mx.int32)])
-        self.recent = recent[-CONTEXT_LIMIT:]
-        if tokens.shape[1] > 1:
-            mx.eval(self.recent)  # while a prompt is read, nothing else would
-        logits = self.model(tokens, cache=cache)[:, -1]
-        for process in self.processors:
-            logits = process(self.recent, logits)
-        return logits[:, None]

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_rgemma.decoding import CONTEXT_LIMIT, LogitsProcessor, Processors, Sampler
 from mlx_rgemma.errors import CheckpointError, UserError
-from mlx_rgemma.generation import CONTEXT_LIMIT, LogitsProcessor, encode
+from mlx_rgemma.generation import encode
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.prompt_cache import (
@@ -31,7 +32,7 @@ from mlx_rgemma.prompt_cache import (
 )
 from mlx_rgemma.text_pieces import TextFile, TextPieces
 from mlx_rgemma.text_responses import text_responses
-from mlx_rgemma.text_state import Processors, Sampler, TextState
+from mlx_rgemma.text_state import TextState
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_rgemma.decoding import Processors, Sampler, greedy
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation import CONTEXT_LIMIT, LogitsProcessor
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache
 from mlx_rgemma.griffin.model import Model
-
-Sampler = Callable[[mx.array], mx.array]
 
 
 class TextState:
@@ -104,6 +102,8 @@ class TextState:
             behind = self.cache = ahead
             self.pending = token
             processors.see(token)
+            if n == 1:
+                mx.eval(token)  # before the next one is begun, which would delay it
             if n != max_tokens:
                 ahead = handles(behind)
                 next_token, next_logprobs = step(ahead, token)
@@ -119,35 +119,6 @@ class TextState:
             token, logprobs = next_token, next_logprobs
             if n % 256 == 0:
                 mx.clear_cache()
-
-
-class Processors:
-    """Logits processors, and the last `CONTEXT_LIMIT` tokens, which they are shown.
-
-    Args:
-        processors: As for `stream_generate`.
-        recent: The tokens that came before.
-    """
-
-    def __init__(self, processors: Sequence[LogitsProcessor], recent: Sequence[int]) -> None:
-        self.processors = processors
-        self.recent = mx.array(list(recent[-CONTEXT_LIMIT:]), mx.int32)
-
-    def see(self, token: mx.array) -> None:
-        """Take note of a token."""
-        if self.processors:
-            recent = mx.concatenate([self.recent, token.astype(mx.int32)])
-            self.recent = recent[-CONTEXT_LIMIT:]
-
-    def __call__(self, logits: mx.array) -> mx.array:
-        for process in self.processors:
-            logits = process(self.recent, logits)
-        return logits
-
-
-def greedy(logprobs: mx.array) -> mx.array:
-    """The most probable token."""
-    return mx.argmax(logprobs, axis=-1)
 
 
 def handles(cache: Iterable[GriffinCache]) -> tuple[GriffinCache, ...]:

@@ -39,12 +39,15 @@ class Griffin(nn.Module):
         tokens: mx.array,
         cache: Sequence[GriffinCache] | None = None,
         segment_pos: mx.array | None = None,
+        *,
+        last_only: bool = False,
     ) -> mx.array:
         batch, length = tokens.shape
         layout = TokenLayout(batch, length, cache, segment_pos, self.window, self._frequencies)
         x = self.embed_tokens(tokens).astype(mx.float32) * self.embedding_scale
+        last = len(self.layers) - 1 if last_only else None
         for i, layer in enumerate(self.layers):
-            x = layer(x, layout, None if cache is None else cache[i])
+            x = layer(x, layout, None if cache is None else cache[i], last_only=i == last)
         for c in cache or ():
             c.advance(length, layout.next_positions)
         return self.final_norm(x)
@@ -86,14 +89,38 @@ class Model(nn.Module):
         Raises:
             ValueError: If the tokens, positions or cache have the wrong shape.
         """
+        return self.head(self._hidden(tokens, cache, segment_pos))
+
+    def next_logits(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> mx.array:
+        """Logits of the successor of the last token alone, computed for no other.
+
+        Args:
+            tokens: (B, L), int, without padding.
+            cache: As for a call; updated in place.
+
+        Returns:
+            (B, vocab_size), fp32, soft-capped.
+
+        Raises:
+            ValueError: If the tokens or the cache have the wrong shape.
+        """
+        return self.head(self._hidden(tokens, cache, None, last_only=True)[:, -1])
+
+    def _hidden(
+        self,
+        tokens: mx.array,
+        cache: Sequence[GriffinCache] | None,
+        segment_pos: mx.array | None,
+        *,
+        last_only: bool = False,
+    ) -> mx.array:
         if segment_pos is not None:
             segment_pos = mx.array(segment_pos)
         self._check(tokens, cache, segment_pos)
         # A model in evaluation mode that continues a state generates: no gradient is asked for.
         generating = cache is not None and not self.training
         with forward_only() if generating else nullcontext():
-            x = self.model(tokens, cache, segment_pos)
-        return self.head(x)
+            return self.model(tokens, cache, segment_pos, last_only=last_only)
 
     def head(self, x: mx.array) -> mx.array:
         """Logits of what `self.model` gives: (..., hidden_size) -> (..., vocab_size), fp32."""

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_rgemma.ops.attention_cpu import attend
 from mlx_rgemma.ops.exponential import on_linux_cpu
+from mlx_rgemma.ops.lanes import lane, worthwhile
 from mlx_rgemma.ops.rotary import apply_rotary
 
 QUERY_BLOCK = 512
@@ -77,13 +78,15 @@ def plain_window(
 
     outputs = []
     block = CPU_QUERY_BLOCK if on_linux_cpu() else QUERY_BLOCK
-    for first in range(0, length, block):
+    shared = worthwhile(q.shape[0] * q.shape[1] * length * block)
+    for number, first in enumerate(range(0, length, block)):
         last = min(first + block, length)
         oldest = max(0, past + first - window)
         block_reach = None if reach is None else reach[:, first:last]
         mask = _band(past + first, last - first, oldest, past + last, window, block_reach)
         keys = kv[:, :, oldest : past + last]
-        outputs.append(_attention(q[:, :, first:last], keys, mask))
+        with lane(number if shared else 0):
+            outputs.append(_attention(q[:, :, first:last], keys, mask))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

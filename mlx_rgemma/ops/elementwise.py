@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_rgemma.ops import kernels
 from mlx_rgemma.ops.exponential import LOG2_E, exp2, on_linux_cpu
 from mlx_rgemma.ops.fused import custom_function
+from mlx_rgemma.ops.lanes import in_halves
 
 marker: Callable[[str, Callable[..., mx.array]], Callable[..., mx.array]] | None = None
 """While launches are counted: what makes of a name and a function one node of the graph."""
@@ -52,9 +53,13 @@ SLOPE, CUBE = 2.0 * math.sqrt(2.0 / math.pi), 0.044715
 @custom_function
 def _gated_gelu_on_cpu(gate, x):
     """-> `gated_gelu`, and the sigmoid in it for the backward pass."""
-    g = gate.astype(mx.float32)
+    y, share = in_halves(_gelu_product, gate.astype(mx.float32), x.astype(mx.float32))
+    return y.astype(gate.dtype), share
+
+
+def _gelu_product(g: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
     share = mx.reciprocal(1.0 + exp2(g * (-SLOPE * LOG2_E - SLOPE * LOG2_E * CUBE * (g * g))))
-    return (g * share * x.astype(mx.float32)).astype(gate.dtype), share
+    return g * share * x, share
 
 
 @_gated_gelu_on_cpu.vjp

@@ -21,6 +21,7 @@ import mlx.core as mx
 from mlx_rgemma.ops import kernels
 from mlx_rgemma.ops.exponential import decay, sigmoid
 from mlx_rgemma.ops.fused import custom_function
+from mlx_rgemma.ops.lanes import in_halves
 from mlx_rgemma.ops.scan import (
     BACKWARD_STEPS,
     FORWARD_STEPS,
@@ -115,9 +116,15 @@ def step_kinds(reset: mx.array | None, mask: mx.array | None) -> mx.array:
 @custom_function
 def _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind):
     """-> the states, and what the backward pass needs of the way to them, each (B, L, D) fp32."""
-    i = sigmoid(input_gate.astype(mx.float32))
-    r = sigmoid(recurrent_gate.astype(mx.float32))
-    a, multiplier = decay((-C * _softplus(a_param)) * r)
+    log_a = -C * _softplus(a_param)
+
+    def gates(input_gate, recurrent_gate):
+        i, r = sigmoid(input_gate), sigmoid(recurrent_gate)
+        return i, r, *decay(log_a * r)
+
+    i, r, a, multiplier = in_halves(
+        gates, input_gate.astype(mx.float32), recurrent_gate.astype(mx.float32)
+    )
     if kind.ndim == 2:
         what = kind[..., None]
         a = mx.where(what == NORMAL, a, (what == PADDING).astype(mx.float32))

@@ -30,9 +30,11 @@ class _Checkpointed(ResidualBlock):
     has a seed, so that both times it computes the same.
     """
 
-    def __call__(self, x: mx.array, layout: TokenLayout, cache: Any = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, layout: TokenLayout, cache: Any = None, *, last_only: bool = False
+    ) -> mx.array:
         if not self.training:
-            return super().__call__(x, layout, cache)
+            return super().__call__(x, layout, cache, last_only=last_only)
         seed = _draw_seed()
         heads: list[int] = []
 

@@ -1,0 +1,125 @@
+"""The loop of plain decoding: what it reads, when it hands out a token, what the state has seen."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlx_rgemma import load
+from mlx_rgemma.decoding import plain_steps
+from mlx_rgemma.generation import stream_generate
+
+PROMPT = mx.array([2, *range(40, 80)])
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load()
+
+
+class Counted:
+    """A model that notes what it reads."""
+
+    def __init__(self, model) -> None:
+        self.model = model
+        self.read: list[int] = []
+
+    def __call__(self, tokens, cache):
+        self.read.append(tokens.shape[1])
+        return self.model(tokens, cache)
+
+    def next_logits(self, tokens, cache):
+        self.read.append(tokens.shape[1])
+        return self.model.next_logits(tokens, cache)
+
+
+@pytest.mark.parametrize(
+    "size, chunks", [(2048, [41]), (41, [41]), (40, [40, 1]), (15, [15, 15, 11])]
+)
+def test_the_first_token_comes_with_the_last_chunk(embedded, size, chunks):
+    counted, calls = Counted(embedded[0]), []
+    steps = plain_steps(
+        PROMPT,
+        counted,
+        prompt_cache=embedded[0].make_cache(),
+        max_tokens=3,
+        prefill_step_size=size,
+        prompt_progress_callback=lambda done, total: calls.append((done, total)),
+    )
+    next(steps)
+    assert counted.read == chunks
+    next(steps)
+    assert counted.read == [*chunks, 1, 1]
+    assert calls == [(sum(chunks[:i]), 41) for i in range(len(chunks) + 1)]
+
+
+@pytest.mark.parametrize("handed_out", [1, 2, 5])
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_state_has_read_what_was_handed_out(embedded, handed_out, closed):
+    model, _ = embedded
+    cache = model.make_cache()
+    most = 20 if closed else handed_out
+    steps = plain_steps(PROMPT, model, prompt_cache=cache, max_tokens=most)
+    tokens = [next(steps)[0] for _ in range(handed_out)]
+    steps.close() if closed else list(steps)
+    assert {layer.offset for layer in cache} == {PROMPT.size + handed_out}
+    going_on = [t for t, *_ in plain_steps(mx.array([5]), model, prompt_cache=cache, max_tokens=6)]
+    again = mx.concatenate([PROMPT, mx.array([*tokens, 5])])
+    at_once = plain_steps(again, model, prompt_cache=model.make_cache(), max_tokens=6)
+    assert going_on == [t for t, *_ in at_once]
+
+
+def test_tokens_and_probabilities_are_mlx_lms(embedded):
+    from mlx_lm.generate import generate_step
+
+    model, _ = embedded
+    theirs = list(generate_step(PROMPT, model, max_tokens=30, prefill_step_size=16))
+    ours = list(
+        plain_steps(
+            PROMPT, model, prompt_cache=model.make_cache(), max_tokens=30, prefill_step_size=16
+        )
+    )
+    assert [token for token, *_ in ours] == [token for token, _ in theirs]
+    for (_, found, drafted), (_, expected) in zip(ours, theirs, strict=True):
+        assert found.shape == expected.shape and not drafted
+        assert mx.allclose(found, expected, atol=5e-5)
+
+
+def test_processors_see_prompt_and_text(embedded):
+    seen = []
+
+    def note(tokens, logits):
+        seen.append(tokens.tolist())
+        return logits
+
+    model, tokenizer = embedded
+    answers = stream_generate(
+        model, tokenizer, PROMPT, 3, logits_processors=[note], prefill_step_size=16
+    )
+    tokens = [answer.token for answer in answers]
+    assert seen[0] == PROMPT.tolist()
+    assert seen[2] == PROMPT.tolist() + tokens[:2]
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 300])
+def test_logits_of_the_last_token_alone(embedded, length):
+    model, _ = embedded
+    tokens = mx.random.randint(3, 500, (2, length), key=mx.random.key(length))
+    one, other = model.make_cache(2), model.make_cache(2)
+    for _ in range(2):  # at the beginning, and with a state
+        expected = model(tokens, one)[:, -1]
+        assert mx.allclose(model.next_logits(tokens, other), expected, atol=5e-5)
+    for a, b in zip(one, other, strict=True):
+        pairs = list(zip(a.state, b.state, strict=True))
+        assert all(mx.allclose(x, y, atol=5e-5) for x, y in pairs)
+
+
+def test_no_logits_but_the_last_are_computed(embedded, monkeypatch):
+    model, _ = embedded
+    rows = []
+    head = type(model).head
+    monkeypatch.setattr(
+        type(model), "head", lambda self, x: (rows.append(x.shape), head(self, x))[1]
+    )
+    model.next_logits(PROMPT[None], model.make_cache())
+    assert rows == [(1, model.args.hidden_size)]
