@@ -35,6 +35,7 @@ FLOORS = [
     ("mlx_rgemma.request_checks", 5),
     ("mlx_rgemma.http_handler", 5),
     ("mlx_rgemma.serving", 5),
+    ("mlx_rgemma.decoding", 5),
     ("mlx_rgemma.generation", 5),
     ("mlx_rgemma.batch_generation", 5),
     ("mlx_rgemma.command_line", 5),
