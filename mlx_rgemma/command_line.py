@@ -54,6 +54,14 @@ def run(command: Callable[[], int | None]) -> int:
     return status
 
 
+def leave_out_pytorch() -> None:
+    """Have this process do without PyTorch, even where it is installed.
+
+    transformers, which reads the tokenizer, would import it: more than a second for nothing.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
 def _distributed() -> Any:
     """The module that joins processes, if it has been needed."""
     return sys.modules.get("mlx_rgemma.distributed")

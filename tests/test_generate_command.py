@@ -250,3 +250,23 @@ def test_a_folder_of_another_precision(tmp_path):
     result = run(*options)
     assert result.returncode == 1
     assert "tokenizer" in result.stderr
+
+
+def test_the_command_does_without_pytorch(tmp_path):
+    """transformers would import it, which takes longer than everything else together."""
+    package, distribution = tmp_path / "torch", tmp_path / "torch-2.13.0.dist-info"
+    package.mkdir()
+    distribution.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('PyTorch was imported')\n")
+    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = run("--max-tokens", "3", env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_within_another_program_pytorch_stays(capsys):
+    from mlx_rgemma.generate import main
+
+    assert main(["--max-tokens", "1"]) == 0
+    assert "Prompt: " in capsys.readouterr().out
+    assert sys.modules.get("torch", "absent") is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import mlx.core as mx
 import pytest
@@ -72,6 +73,22 @@ def test_attention(both, past):
     out = windowed_attention(q, k, v, window=150, ring=ring)
     gradient = mx.grad(lambda q: windowed_attention(q, k, v, window=150, ring=ring).sum())(q)
     same(f"attention {past}", [out, gradient])
+
+
+def test_in_other_threads():
+    gate = normal(1, 512, 512)
+    mx.eval(gate)  # what is not computed yet belongs to its thread
+    found = []
+
+    def work():
+        found.append(gated_gelu(gate, gate).sum().item())
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    work()
+    assert len(found) == 3 and len(set(found)) == 1
 
 
 def test_small_arrays_stay_where_they_are(monkeypatch):
