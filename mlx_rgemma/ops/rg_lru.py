@@ -116,11 +116,11 @@ def step_kinds(reset: mx.array | None, mask: mx.array | None) -> mx.array:
 @custom_function
 def _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind):
     """-> the states, and what the backward pass needs of the way to them, each (B, L, D) fp32."""
-    log_a = -C * _softplus(a_param)
+    log_a_at_open_gate = -C * _softplus(a_param)
 
     def gates(input_gate, recurrent_gate):
         i, r = sigmoid(input_gate), sigmoid(recurrent_gate)
-        return i, r, *decay(log_a * r)
+        return i, r, *decay(log_a_at_open_gate * r)
 
     i, r, a, multiplier = in_halves(
         gates, input_gate.astype(mx.float32), recurrent_gate.astype(mx.float32)
