@@ -71,15 +71,16 @@ def mlx_step(
         from mlx_rgemma.checkpoints.adapters import AdapterConfig, add_adapters
         from mlx_rgemma.tuner.batch import Batch
         from mlx_rgemma.tuner.loss import batch_loss
+        from mlx_rgemma.tuner.shared_updates import share_updates
 
         model: Any = load_model(folder, dtype="float32")[0]
         add_adapters(model, AdapterConfig(kind, -1, **LORA))
-        mask, positions = mx.ones((1, tokens), mx.bool_), mx.arange(tokens)[None]
-        batch = Batch(ids[:, :-1], ids[:, 1:], mask, positions)
+        batch = Batch(ids[:, :-1], ids[:, 1:], mx.ones((1, tokens), mx.bool_))
 
         def loss(model: Any) -> mx.array:
             return batch_loss(model, batch)[0] / tokens
 
+        optimizer = share_updates(optim.Adam(learning_rate=1e-5))
     else:
         import mlx_lm.models.recurrent_gemma as theirs
         from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -103,8 +104,9 @@ def mlx_step(
         def loss(model: Any) -> mx.array:
             return nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
 
+        optimizer = optim.Adam(learning_rate=1e-5)
+
     model.train()
-    optimizer = optim.Adam(learning_rate=1e-5)
     gradients = nn.value_and_grad(model, loss)
     mx.eval(model.parameters())
 
@@ -119,7 +121,7 @@ def mlx_step(
 
     def step() -> float:
         value = run()
-        mx.eval(value, state)
+        mx.async_eval(value, state)  # the next step is prepared while the weights are updated
         return float(value.item())
 
     return step

@@ -104,6 +104,15 @@ class SharedInputBlock(nn.Module):
         """
         layers = [self[name] for name in self.shared]
         fused = self.__dict__.get("_fused")
-        if fused is not None and x.shape[1] == 1 and fused.serves(layers):
+        one_step = x.shape[1] == 1
+        if fused is not None and one_step and fused.serves(layers):
             return fused(x)
+        if fused is not None and not one_step and self.training and any(map(_is_trained, layers)):
+            # The next update replaces the parts: the joint arrays would only take memory.
+            object.__delattr__(self, "_fused")
         return [layer(x) for layer in layers]
+
+
+def _is_trained(layer: nn.Module) -> bool:
+    """Whether a layer's own matrix is, rather than adapters beside it."""
+    return "weight" in layer.trainable_parameters()

@@ -64,7 +64,9 @@ class _MlxEngine(ABC):
 
     def train(self, rows: list[list[int]], kind: str) -> float:
         if self.training is None:
-            self.training = _Training(self.model, self._loss, kind, compiled=self._compiled())
+            self.training = _Training(
+                self.model, self._loss, self._optimizer(), kind, compiled=self._compiled()
+            )
         return self.training.step(mx.array(rows))
 
     def peak_memory(self) -> int | None:
@@ -128,6 +130,10 @@ class _MlxEngine(ABC):
     def _loss(self, model: Any, rows: mx.array) -> mx.array:
         """Mean cross entropy of rows of one token more than are read."""
 
+    def _optimizer(self) -> optim.Optimizer:
+        """What the library trains with."""
+        return optim.AdamW(LEARNING_RATE)
+
     @abstractmethod
     def _compiled(self) -> bool:
         """Whether the library compiles its training step."""
@@ -184,10 +190,14 @@ class Ours(_MlxEngine):
         from mlx_rgemma.tuner.loss import batch_loss
 
         tokens, targets = rows[:, :-1], rows[:, 1:]
-        positions = mx.broadcast_to(mx.arange(tokens.shape[1]), tokens.shape)
-        batch = Batch(tokens, targets, mx.ones(tokens.shape, mx.bool_), positions)
+        batch = Batch(tokens, targets, mx.ones(tokens.shape, mx.bool_))
         total, counted = batch_loss(model, batch)
         return total / counted
+
+    def _optimizer(self) -> optim.Optimizer:
+        from mlx_rgemma.tuner.shared_updates import share_updates
+
+        return share_updates(super()._optimizer())
 
     def _compiled(self) -> bool:
         return False
@@ -234,7 +244,9 @@ class MlxLm(_MlxEngine):
 class _Training:
     """A model with an optimizer, ready for one step after another."""
 
-    def __init__(self, model: Any, loss: Any, kind: str, *, compiled: bool) -> None:
+    def __init__(
+        self, model: Any, loss: Any, optimizer: optim.Optimizer, kind: str, *, compiled: bool
+    ) -> None:
         if kind == "lora":
             from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -243,7 +255,6 @@ class _Training:
         elif _bits(model) != UNQUANTIZED:
             raise Unsupported("trains quantized weights with LoRA only")
         model.train()
-        optimizer = optim.AdamW(LEARNING_RATE)
         optimizer.init(model.trainable_parameters())  # a compiled step keeps its shapes
         gradients = nn.value_and_grad(model, lambda rows: loss(model, rows))
 

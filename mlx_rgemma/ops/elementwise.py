@@ -13,7 +13,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_rgemma.ops import kernels
-from mlx_rgemma.ops.exponential import LOG2_E, exp2, on_linux_cpu
+from mlx_rgemma.ops.exponential import LOG2_E, exp2, on_linux_cpu, tanh
 from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.ops.lanes import in_halves
 
@@ -65,11 +65,17 @@ def _gelu_product(g: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
 @_gated_gelu_on_cpu.vjp
 def _gated_gelu_on_cpu_vjp(primals, cotangents, outputs):
     (gate, x), share = primals, outputs[1]
-    g, dy = gate.astype(mx.float32), cotangents[0].astype(mx.float32)
+    arrays = (z.astype(mx.float32) for z in (gate, x, cotangents[0]))
+    dg, dx = in_halves(_gelu_gradients, share, *arrays)
+    return dg.astype(gate.dtype), dx.astype(x.dtype)
+
+
+def _gelu_gradients(
+    share: mx.array, g: mx.array, x: mx.array, dy: mx.array
+) -> tuple[mx.array, mx.array]:
     gelu = g * share
     slope = share + gelu * (1.0 - share) * (SLOPE + 3.0 * SLOPE * CUBE * (g * g))
-    dg = dy * x.astype(mx.float32) * slope
-    return dg.astype(gate.dtype), (dy * gelu).astype(x.dtype)
+    return dy * x * slope, dy * gelu
 
 
 @joined_on_gpu(lambda gate, x: _gated_gelu_on_cpu(gate, x)[0])
@@ -89,7 +95,7 @@ def add_to_stream(x: mx.array, delta: mx.array) -> mx.array:
     return x + delta.astype(mx.float32)
 
 
-@joined_on_gpu()
+@joined_on_gpu(lambda logits, cap: tanh(logits.astype(mx.float32) / cap) * cap)
 def soft_cap(logits: mx.array, cap: mx.array) -> mx.array:
     """``cap * tanh(logits / cap)`` in fp32 (Gemma 2, arXiv:2408.00118, section 2).
 

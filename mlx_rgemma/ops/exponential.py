@@ -34,6 +34,8 @@ _TO_WHOLE = 1.5 * 2.0**23
 """Added to a float32, it leaves the nearest whole number in the lowest bits."""
 _MANTISSA_BITS, _BIAS = 23, 127
 _LEAST, _MOST = -125.0, 127.0
+_FLAT = 32.0
+"""tanh is 1 in float32 from an exponent of that size on."""
 
 
 def on_linux_cpu() -> bool:
@@ -59,6 +61,17 @@ def sigmoid(x: mx.array) -> mx.array:
     if not _worthwhile(x):
         return mx.sigmoid(x)
     return mx.reciprocal(1.0 + exp2(x * -LOG2_E))
+
+
+def tanh(x: mx.array) -> mx.array:
+    """Hyperbolic tangent of an fp32 array; accurate relative to the result, also near 0."""
+    if not _worthwhile(x, 1 << 14):
+        return mx.tanh(x)
+    # tanh(x) = e / (e + 2) with e = exp(2 x) - 1, which is `fraction` itself near 0.
+    n, fraction = _split(mx.minimum(x * (2.0 * LOG2_E), _FLAT))
+    power = (n + (_BIAS << _MANTISSA_BITS)).view(mx.float32)
+    e = (power - 1.0) + power * fraction
+    return e / (e + 2.0)
 
 
 def decay(log_a: mx.array) -> tuple[mx.array, mx.array]:

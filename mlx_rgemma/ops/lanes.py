@@ -27,22 +27,22 @@ def in_halves(
     """``function(*arrays)`` of a function that treats each row, along the last axis, by itself.
 
     Args:
-        function: (N, D) float32 arrays to (N, D) arrays, for any number of rows N.
-        arrays: (..., D), all of one shape.
+        function: (N, D) arrays to (N, E) arrays, for any number of rows N and any D and E.
+        arrays: (..., D), alike in all axes but the last.
 
     Returns:
-        What the function gives, in the shape of the arrays.
+        What the function gives, (..., E).
     """
-    shape = arrays[0].shape
-    if not worthwhile(arrays[0].size):
+    if not worthwhile(max(x.size for x in arrays)):
         return function(*arrays)
-    rows = [x.reshape(-1, shape[-1]) for x in arrays]
+    shape = arrays[0].shape[:-1]
+    rows = [x.reshape(-1, x.shape[-1]) for x in arrays]
     middle = rows[0].shape[0] // 2
     one = function(*(x[:middle] for x in rows))
     with lane(1):
         other = function(*(x[middle:] for x in rows))
     halves = zip(one, other, strict=True)
-    return tuple(mx.concatenate([a, b]).reshape(shape) for a, b in halves)
+    return tuple(mx.concatenate([a, b]).reshape(*shape, a.shape[-1]) for a, b in halves)
 
 
 def worthwhile(elements: int) -> bool:

@@ -118,17 +118,18 @@ def _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind):
     """-> the states, and what the backward pass needs of the way to them, each (B, L, D) fp32."""
     log_a_at_open_gate = -C * _softplus(a_param)
 
-    def gates(input_gate, recurrent_gate):
+    def gates(input_gate, recurrent_gate, *kinds):
         i, r = sigmoid(input_gate), sigmoid(recurrent_gate)
-        return i, r, *decay(log_a_at_open_gate * r)
+        a, multiplier = decay(log_a_at_open_gate * r)
+        if kinds:  # products in place of selections, which cost a CPU twenty times as much
+            normal, padding, reset = kinds
+            a, multiplier = a * normal + padding, multiplier * normal + reset
+        return i, r, a, multiplier
 
+    kinds = _indicators(kind, x.shape, NORMAL, PADDING, RESET)
     i, r, a, multiplier = in_halves(
-        gates, input_gate.astype(mx.float32), recurrent_gate.astype(mx.float32)
+        gates, input_gate.astype(mx.float32), recurrent_gate.astype(mx.float32), *kinds
     )
-    if kind.ndim == 2:
-        what = kind[..., None]
-        a = mx.where(what == NORMAL, a, (what == PADDING).astype(mx.float32))
-        multiplier = mx.where(what == NORMAL, multiplier, (what == RESET).astype(mx.float32))
     h = scan_reference(multiplier * i * x.astype(mx.float32), a, h0)
     return h, i, r, a, multiplier
 
@@ -137,21 +138,27 @@ def _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind):
 def _rg_lru_vjp(primals, cotangents, outputs):
     x, input_gate, recurrent_gate, a_param, h0, kind = primals
     h, i, r, a, multiplier = outputs
-    x32 = x.astype(mx.float32)
     dv, da, dh0 = scan_gradients(a, h0, h, cotangents[0])
+    log_a_at_open_gate = -C * _softplus(a_param)
 
-    dvi = dv * i
-    dx = dvi * multiplier
-    d_input_gate = dx * x32 * (1.0 - i)
+    def gradients(dv, da, x, i, r, a, multiplier, *normal):
+        dvi = dv * i
+        dx = dvi * multiplier
+        d_input_gate = dx * x * (1.0 - i)
 
-    # a reaches the state twice: as the coefficient, and in multiplier = sqrt(1 - a^2), where
-    # d multiplier / d log_a = -a^2 min(1 / multiplier, 2 * MAX_SQRT_GRADIENT).
-    slope = mx.minimum(1.0 / mx.maximum(multiplier, 1e-30), 2.0 * MAX_SQRT_GRADIENT)
-    d_log_a = a * (da - dvi * x32 * a * slope)
-    if kind.ndim == 2:
-        d_log_a = mx.where(kind[..., None] == NORMAL, d_log_a, 0.0)
-    d_log_a_r = d_log_a * r
-    d_recurrent_gate = d_log_a_r * (1.0 - r) * (-C * _softplus(a_param))
+        # a reaches the state twice: as the coefficient, and in multiplier = sqrt(1 - a^2), where
+        # d multiplier / d log_a = -a^2 min(1 / multiplier, 2 * MAX_SQRT_GRADIENT).
+        slope = mx.minimum(1.0 / mx.maximum(multiplier, 1e-30), 2.0 * MAX_SQRT_GRADIENT)
+        d_log_a = a * (da - dvi * x * a * slope)
+        for share in normal:
+            d_log_a = d_log_a * share
+        d_log_a_r = d_log_a * r
+        return dx, d_input_gate, d_log_a_r * (1.0 - r) * log_a_at_open_gate, d_log_a_r
+
+    normal = _indicators(kind, x.shape, NORMAL)
+    dx, d_input_gate, d_recurrent_gate, d_log_a_r = in_halves(
+        gradients, dv, da, x.astype(mx.float32), i, r, a, multiplier, *normal
+    )
     d_softplus = -C * d_log_a_r.sum(axis=(0, 1))
     d_a_param = d_softplus * mx.sigmoid(a_param.astype(mx.float32))
 
@@ -163,6 +170,14 @@ def _rg_lru_vjp(primals, cotangents, outputs):
         dh0,
         mx.zeros_like(kind),
     )
+
+
+def _indicators(kind: mx.array, shape: tuple[int, ...], *kinds: int) -> list[mx.array]:
+    """For each of some kinds, 1 where a step is of it, else 0: (B, L, 1); none if all are alike."""
+    if kind.ndim == 1:
+        return []
+    steps = mx.broadcast_to(kind[..., None], (*shape[:2], 1))
+    return [(steps == what).astype(mx.float32) for what in kinds]
 
 
 def _softplus(a_param: mx.array) -> mx.array:

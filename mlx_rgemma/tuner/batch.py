@@ -16,13 +16,14 @@ class Batch:
         targets: (B, L), int32. The token after each.
         mask: (B, L), bool. Which targets count.
         segment_pos: (B, L), int32. Position of each token in its document: 0 wherever a document
-            (or a piece of one, or a row's padding) begins.
+            (or a piece of one, or a row's padding) begins. None: every row is one document, from
+            its beginning; padding behind it needs no positions.
     """
 
     tokens: mx.array
     targets: mx.array
     mask: mx.array
-    segment_pos: mx.array
+    segment_pos: mx.array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -40,5 +41,6 @@ class Batch:
             raise ValueError(f"[batch] {self.shape[0]} rows cannot be shared by {size} processes.")
         if size == 1:
             return self
-        parts = (self.tokens, self.targets, self.mask, self.segment_pos)
-        return Batch(*(part[rank::size] for part in parts))
+        rows = slice(rank, None, size)
+        positions = None if self.segment_pos is None else self.segment_pos[rows]
+        return Batch(self.tokens[rows], self.targets[rows], self.mask[rows], positions)

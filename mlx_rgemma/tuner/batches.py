@@ -19,6 +19,7 @@ from mlx_rgemma.tuner.packing import (
     cut_row,
     fit_pieces,
     lay_row,
+    stack_documents,
     stack_rows,
 )
 
@@ -179,4 +180,4 @@ class PaddedBatches:
         steps = np.minimum(self.documents.steps[chosen], self.max_steps)
         length = min(self.PAD_TO * -(-int(steps.max()) // self.PAD_TO), self.max_steps)
         pieces = [Piece(int(d), 0, int(n)) for d, n in zip(chosen, steps, strict=True)]
-        return stack_rows([lay_row(self.documents, [piece], length) for piece in pieces])
+        return stack_documents([lay_row(self.documents, [piece], length) for piece in pieces])

@@ -33,7 +33,7 @@ from mlx_rgemma.tuner.checkpointing import checkpoint_layers
 from mlx_rgemma.tuner.loop import LoopSettings, TrainingCallback, fit
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.optimizers import make_optimizer
-from mlx_rgemma.tuner.packing import Documents, Piece, lay_row, stack_rows
+from mlx_rgemma.tuner.packing import Documents, Piece, lay_row, stack_documents
 from mlx_rgemma.tuner.processes import begin_alike, check_rows
 
 STATE_FILE = "training_state.safetensors"
@@ -286,6 +286,6 @@ def _in_order(documents: Documents, batch_size: int, max_length: int) -> Iterato
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         length = max(int(steps[rows].max()), 1)
-        yield stack_rows(
+        yield stack_documents(
             [lay_row(documents, [Piece(int(d), 0, int(steps[d]))], length) for d in rows]
         )

@@ -217,7 +217,7 @@ class Loop:
         state.progress.updates += 1
         if state.average is not None:
             state.average.update(state.model, state.progress.updates)
-        mx.eval(state.arrays())
+        mx.async_eval(state.arrays())  # the next batch is prepared meanwhile
         self.update_tokens = 0.0
 
     def _evaluate(

@@ -17,15 +17,19 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.ops.elementwise import soft_cap
+from mlx_rgemma.ops import forward_only, on_linux_cpu
+from mlx_rgemma.ops.cross_entropy import cross_entropies
 from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.tuner.batch import Batch
 
-CHUNK_LOGITS = 1 << 24
-"""Logits of one chunk, at most: 67 MB in float32. About a dozen such arrays live at a time."""
+CHUNK_LOGITS, MIN_CHUNK = 1 << 24, 16
+"""Logits of one chunk, at most: 67 MB in float32; tokens of one, at least, for any vocabulary.
 
-MIN_CHUNK = 16
-"""Tokens of one chunk, at least, however large the vocabulary."""
+Up to `tuner.memory.HEAD_CHUNKS` arrays of that size live at a time.
+"""
+
+CPU_CHUNK_LOGITS, CPU_MIN_CHUNK = 1 << 19, 64
+"""Where a Linux CPU needs no more: products are as fast from 64 tokens on, and caches are small."""
 
 
 def batch_loss(
@@ -85,7 +89,7 @@ def head_loss(
         cap: Soft cap of the logits; 0 for none.
         training: Compute gradients along with the loss. Otherwise they are computed when asked for,
             with the logits a second time.
-        chunk: Tokens whose logits are held at once; by default what `CHUNK_LOGITS` allows.
+        chunk: Tokens whose logits are held at once; by default `chunk_tokens`.
 
     Returns:
         A fp32 scalar.
@@ -97,7 +101,7 @@ def head_loss(
         raise ValueError(
             f"[head_loss] x has shape {x.shape}, targets {targets.shape}; expected (N, D) and (N,)."
         )
-    size = chunk or max(CHUNK_LOGITS // vocabulary_size(embedding), MIN_CHUNK)
+    size = chunk or chunk_tokens(vocabulary_size(embedding))
     flat: Any = tree_flatten(embedding.trainable_parameters())
     names, parameters = [name for name, _ in flat], [value for _, value in flat]
 
@@ -105,13 +109,14 @@ def head_loss(
         embedding.update(tree_unflatten(list(zip(names, arrays, strict=True))))
         scores = embedding.as_linear(part)
         embedding.update(tree_unflatten(flat))
-        return _cross_entropies(scores, wanted, cap).sum()
+        return cross_entropies(scores, wanted, cap).sum()
 
     def loss_alone(x: mx.array, *arrays: mx.array) -> list[mx.array]:
         total = mx.array(0.0)
         for part, wanted in _chunks(x, targets, size):
             (part,) = mx.depends([part], [total])
-            total = total + chunk_loss(part, wanted, arrays)
+            with forward_only():  # nothing is kept for a gradient
+                total = total + chunk_loss(part, wanted, arrays)
         return [total]
 
     def loss_and_gradients(x: mx.array, *arrays: mx.array) -> list[mx.array]:
@@ -146,6 +151,14 @@ def head_loss(
     return loss
 
 
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are held at once."""
+    most = max(CHUNK_LOGITS // vocabulary, MIN_CHUNK)
+    if not on_linux_cpu():
+        return most
+    return min(most, max(CPU_CHUNK_LOGITS // vocabulary, CPU_MIN_CHUNK))
+
+
 def vocabulary_size(embedding: nn.Module) -> int:
     """Rows of an embedding's matrix, which adapters keep in a module of their own."""
     rows: int = embedding.get("embedding", embedding)["weight"].shape[0]
@@ -154,48 +167,3 @@ def vocabulary_size(embedding: nn.Module) -> int:
 
 def _chunks(x: mx.array, targets: mx.array, size: int) -> list[tuple[mx.array, mx.array]]:
     return [(x[i : i + size], targets[i : i + size]) for i in range(0, x.shape[0], size)]
-
-
-def _cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
-    """(n, V) any float, before the soft cap; (n,) int -> (n,) fp32.
-
-    Its gradient makes one array of the size of the logits; automatic ones make several.
-    """
-
-    def forward(scores: mx.array) -> list[mx.array]:
-        logits = soft_cap(scores, mx.array(cap)) if cap else scores.astype(mx.float32)
-        normalizers = mx.logsumexp(logits, axis=-1)
-        chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return [normalizers - chosen, normalizers, logits]
-
-    losses = custom_function(forward)
-
-    @losses.vjp
-    def gradient(primals, cotangents, outputs):
-        dtype = (primals if isinstance(primals, mx.array) else primals[0]).dtype
-        _, normalizers, logits = outputs
-        columns = mx.arange(logits.shape[1], dtype=targets.dtype)
-        factors = cotangents[0][:, None]
-        arrays = (logits, normalizers[:, None], columns, targets[:, None], factors)
-        # One launch on a GPU. On a Linux CPU compiling calls the system's C++ compiler.
-        slopes = _compiled_slopes if mx.default_device().type == mx.gpu else _slopes
-        return (slopes(*arrays, *([mx.array(cap)] if cap else [])).astype(dtype),)
-
-    result: mx.array = losses(scores)[0]
-    return result
-
-
-def _slopes(
-    logits: mx.array,
-    normalizers: mx.array,
-    columns: mx.array,
-    targets: mx.array,
-    factors: mx.array,
-    cap: mx.array | None = None,
-) -> mx.array:
-    """``(softmax - one-hot) * factor``, and the slope of the soft cap, ``1 - (logits / cap)^2``."""
-    slopes = (mx.exp(logits - normalizers) - (columns == targets).astype(mx.float32)) * factors
-    return slopes if cap is None else slopes * (1.0 - mx.square(logits / cap))
-
-
-_compiled_slopes = mx.compile(_slopes, shapeless=True)

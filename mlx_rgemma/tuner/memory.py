@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
-from mlx_rgemma.tuner.loss import CHUNK_LOGITS, MIN_CHUNK
+from mlx_rgemma.tuner.loss import chunk_tokens
 
 ROW = 4
 """Bytes of a channel of a token: the residual stream is float32."""
@@ -18,7 +18,7 @@ WORKING = 100
 again; two thirds of them are of the MLP, three times as wide. Measured on a CPU, where MLX runs up
 to 100 operations ahead of what it frees."""
 
-HEAD_CHUNKS = 14
+HEAD_CHUNKS = 18
 """Arrays of one chunk of logits that exist at once, at most; measured on a CPU, too."""
 
 OF_ADAPTERS = 4 * 4
@@ -59,13 +59,13 @@ def lora_step(config: GriffinConfig, tokens: int, weights: int, *, rank: int = 8
         rank: Of the adapters.
     """
     row = tokens * config.hidden_size * ROW
-    chunk = max(CHUNK_LOGITS // config.vocab_size, MIN_CHUNK)
+    chunk = min(chunk_tokens(config.vocab_size), tokens)
     return StepMemory(
         weights=weights,
         adapters=OF_ADAPTERS * rank * _inputs_and_outputs(config),
         kept=int(KEPT * len(config.layer_types) * row),
         layer=WORKING * row,
-        head=HEAD_CHUNKS * min(chunk, tokens) * config.vocab_size * 4,
+        head=HEAD_CHUNKS * chunk * config.vocab_size * 4,
     )
 
 

@@ -9,7 +9,7 @@ sum of the losses of its pieces alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -150,3 +150,8 @@ def stack_rows(rows: Sequence[np.ndarray]) -> Batch:
     return Batch(
         mx.array(tokens), mx.array(targets), mx.array(mask.astype(bool)), mx.array(positions)
     )
+
+
+def stack_documents(rows: Sequence[np.ndarray]) -> Batch:
+    """A batch of rows of one length, each of which holds one document, from its beginning."""
+    return replace(stack_rows(rows), segment_pos=None)

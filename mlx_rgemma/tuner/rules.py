@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from mlx_rgemma.tuner.shared_updates import share_updates
+
 DECAYS = ("cosine", "linear", "constant")
 
 
@@ -77,4 +79,4 @@ def adamw(
             learning_rate, betas=list(betas), weight_decay=decay, bias_correction=True
         )
 
-    return optim.MultiOptimizer([group(weight_decay), group(0.0)], [decays])
+    return share_updates(optim.MultiOptimizer([group(weight_decay), group(0.0)], [decays]))

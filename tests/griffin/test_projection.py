@@ -88,6 +88,20 @@ def test_a_replaced_layer_is_heard(products):
     assert max_error(new, decode(unfused, tokens)) < LOGITS_ATOL
 
 
+def test_training_frees_the_joint_arrays():
+    """Only where their parts are trained; adapters go on with the joined ones."""
+    for trained in (False, True):
+        model = golden_model("tiny-2b")
+        model.train()
+        if not trained:
+            model.freeze()
+        model(mx.array([[5, 6, 7]]))
+        blocks = [b for layer in model.layers for b in (layer.temporal_block, layer.mlp_block)]
+        assert all(("_fused" in vars(block)) != trained for block in blocks)
+        model.eval()
+        decode(model, mx.array([[5, 6]]))
+
+
 def test_layers_that_differ_are_left_alone(products):
     model = golden_model("tiny-sharded", fuse=False)
     nn.quantize(model, 32, 8, class_predicate=lambda path, _: path.endswith(("q_proj", "up_proj")))

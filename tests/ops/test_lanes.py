@@ -6,10 +6,14 @@ import sys
 import threading
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import pytest
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_rgemma.ops import gated_gelu, lanes, rg_lru, windowed_attention
 from mlx_rgemma.ops.attention_plain import Ring
+from mlx_rgemma.ops.cross_entropy import cross_entropies
+from mlx_rgemma.tuner.shared_updates import share_updates
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="work is shared on a Linux CPU only"
@@ -57,6 +61,32 @@ def test_rg_lru(same, shape):
 
     gradients = mx.grad(loss, (0, 1, 2, 3))
     same(lambda: [*rg_lru(*arguments, a_param, reset=reset), *gradients(*arguments, a_param)])
+
+
+@pytest.mark.parametrize("cap", [30.0, 0.0])
+def test_cross_entropy(same, cap):
+    scores, targets = 9.0 * normal(21, 5000), mx.arange(21) * 7
+
+    def total(scores):
+        return cross_entropies(scores, targets, cap).sum()
+
+    same(lambda: [cross_entropies(scores, targets, cap), mx.grad(total)(scores)])
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adafactor", "Lion"])
+def test_updates(same, name):
+    """Three updates of matrices and vectors, with moments where there are some."""
+
+    def update():
+        optimizer = share_updates(getattr(optim, name)(learning_rate=0.1))
+        parameters = {"a": normal(40, 30), "b": {"c": normal(7), "d": normal(9, 90, seed=1)}}
+        for seed in range(3):
+            gradients = tree_map(lambda x, s=seed: normal(*x.shape, seed=2 + s), parameters)
+            parameters = optimizer.apply_gradients(gradients, parameters)
+            mx.eval(parameters, optimizer.state)
+        return [x for _, x in tree_flatten([parameters, optimizer.state])]
+
+    same(update)
 
 
 @pytest.mark.parametrize("past", [0, 200])

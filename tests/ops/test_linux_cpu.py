@@ -13,6 +13,7 @@ from conftest import ON_GPU, max_error, relative_error
 
 from mlx_rgemma.ops import elementwise, exponential, linear, quantized_linear
 from mlx_rgemma.ops.attention_cpu import ALONE, _parts, attend
+from mlx_rgemma.ops.cross_entropy import cross_entropies
 from mlx_rgemma.ops.linear import (
     BLOCK_OUTPUTS,
     BLOCK_PRODUCTS,
@@ -51,6 +52,48 @@ def test_sigmoid_is_accurate_relative_to_itself():
     got = np.array(exponential.sigmoid(mx.array(X)), np.float64)
     assert np.abs(got / exact - 1.0).max() < 6e-6
     assert max_error(exponential.sigmoid(mx.array(X)), exact) < 1.5e-7
+
+
+@pytest.mark.parametrize("limit", [1e-6, 0.3, 12.0, 200.0])
+def test_tanh_is_accurate_relative_to_itself(limit):
+    x = np.linspace(-limit, limit, 1 << 16).astype(np.float32)
+    exact = np.tanh(x.astype(np.float64))
+    got = np.array(exponential.tanh(mx.array(x)), np.float64)
+    assert not np.array_equal(got, np.array(mx.tanh(mx.array(x))))  # one's own
+    assert np.abs(got / exact - 1.0).max() < 3e-7
+
+
+def test_tanh_ends_where_float32_does():
+    x = np.zeros(1 << 15, np.float32)
+    x[:5] = [-np.inf, np.inf, -1e30, 1e30, np.nan]
+    got = np.array(exponential.tanh(mx.array(x)))
+    assert (got[:4] == [-1.0, 1.0, -1.0, 1.0]).all() and np.isnan(got[4]) and (got[5:] == 0.0).all()
+
+
+@pytest.mark.parametrize("cap", [30.0, 1000.0, 0.0])
+def test_cross_entropy_and_its_gradient(cap):
+    """Rows of more than 2^15 scores go through the powers of two; beside float64."""
+    rng = np.random.default_rng(0)
+    scores = 20.0 * rng.standard_normal((5, 40_000))
+    targets, weights = rng.integers(0, 40_000, 5), np.array([1.0, -2.0, 0.0, 3.0, 0.5])
+    scores[0, targets[0]] = 300.0  # all but certain
+
+    curve = np.tanh(scores / cap) if cap else None
+    logits = scores if curve is None else cap * curve
+    top = logits.max(axis=1, keepdims=True)
+    powers = np.exp(logits - top)
+    total = powers.sum(axis=1, keepdims=True)
+    losses = (np.log(total) + top)[:, 0] - logits[np.arange(5), targets]
+    slopes = powers / total
+    slopes[np.arange(5), targets] -= 1.0
+    slopes *= weights[:, None] * (1.0 if curve is None else 1.0 - curve**2)
+
+    def weighted(scores):
+        return (cross_entropies(scores, mx.array(targets), cap) * mx.array(weights)).sum()
+
+    arrays = mx.array(scores)
+    assert max_error(cross_entropies(arrays, mx.array(targets), cap), losses) < 3e-5
+    assert max_error(mx.grad(weighted)(arrays), slopes) < 3e-6
 
 
 @pytest.mark.parametrize("size", [100, 1 << 16], ids=["small", "large"])
