@@ -10,19 +10,16 @@ algorithm 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import mlx.core as mx
 
 from mlx_rgemma.ops.exponential import LOG2_E, exp2
 from mlx_rgemma.ops.fused import custom_function
-from mlx_rgemma.ops.linear import BLOCK_OUTPUTS, BLOCK_PRODUCTS
+from mlx_rgemma.ops.linear import BLOCK_PRODUCTS
 
 HIDDEN = -1e30
 MOST_ROWS = 32
 """Queries of all heads up to which the keys are read in place."""
-ALONE = 1 << 18
-"""Products up to which OpenBLAS wakes no second thread, which would then spin for a while."""
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
@@ -52,29 +49,61 @@ def _attend(q, k, v, bias):
 
     -> (B, H L, N), and the base-2 logarithm of each row's sum of powers (B, H L, 1).
     """
-    scores = _scores(q, k, bias)
+    if q.shape[1] <= MOST_ROWS:
+        return _attend_few(q, k, v, bias)
+    scores = _biased(q @ k.swapaxes(1, 2), bias)
     top = scores.max(axis=-1, keepdims=True)
-    powers = exp2(scores - top)
-    if q.shape[1] < v.shape[2]:
-        sums, total = _weighted(powers, v), powers.sum(axis=-1, keepdims=True)
-    else:
-        sums = powers @ mx.concatenate([v, mx.ones((*v.shape[:2], 1))], axis=-1)
-        sums, total = sums[..., :-1], sums[..., -1:]
+    sums = exp2(scores - top) @ mx.concatenate([v, mx.ones((*v.shape[:2], 1))], axis=-1)
+    sums, total = sums[..., :-1], sums[..., -1:]
     return sums / total, top + mx.log(total) * LOG2_E
+
+
+def _attend_few(q, k, v, bias):
+    """The same for a decode step: a column of scores each, from keys that are read as they lie.
+
+    The keys are cut into equal blocks, and a rest, for products that the BLAS computes in place and
+    on one thread: a second one would spin until the next token.
+    """
+    batch, number, _ = k.shape
+    size, even = _blocks(number, q.shape[1] * q.shape[2])
+
+    def cut(z: mx.array) -> mx.array:
+        return z[:, :even].reshape(batch, -1, size, z.shape[2])
+
+    columns = mx.contiguous(q.swapaxes(1, 2))
+    scores = (cut(k) @ columns[:, None]).reshape(batch, even, -1)
+    if even < number:
+        scores = mx.concatenate([scores, k[:, even:] @ columns], axis=1)
+    scores = _biased_columns(scores, bias)
+    top = scores.max(axis=1, keepdims=True)
+    powers = exp2(scores - top)
+    sums = (cut(powers).swapaxes(2, 3) @ cut(v)).sum(axis=1)
+    if even < number:
+        sums = sums + powers[:, even:].swapaxes(1, 2) @ v[:, even:]
+    total = powers.sum(axis=1, keepdims=True)
+    log_total = top + mx.log(total) * LOG2_E
+    return sums / total.swapaxes(1, 2), log_total.swapaxes(1, 2)
+
+
+def _blocks(keys: int, products: int) -> tuple[int, int]:
+    """Keys of a block, so many products each, and of all blocks together: all but a small rest."""
+    least = -(-keys * products // BLOCK_PRODUCTS)
+    without_rest = (number for number in range(least, 2 * least) if keys % number == 0)
+    size = max(keys // next(without_rest, least), 1)
+    return size, keys // size * size
 
 
 @_attend.vjp
 def _attend_vjp(primals, cotangents, outputs):
     (q, k, v, bias), (out, log_total), dy = primals, outputs, cotangents[0]
-    shares = exp2(_scores(q, k, bias) - log_total)
+    shares = exp2(_biased(q @ k.swapaxes(1, 2), bias) - log_total)
     dv = shares.swapaxes(1, 2) @ dy
     delta = (dy * out).sum(axis=-1, keepdims=True)
     d_scores = shares * ((dy @ v.swapaxes(1, 2) - delta) * math.log(2.0))
     return d_scores @ k, d_scores.swapaxes(1, 2) @ q, dv, mx.zeros_like(bias)
 
 
-def _scores(q: mx.array, k: mx.array, bias: mx.array) -> mx.array:
-    scores = _products(q, k)
+def _biased(scores: mx.array, bias: mx.array) -> mx.array:
     if bias.size == 1:
         return scores
     batch, rows, keys = scores.shape
@@ -82,25 +111,9 @@ def _scores(q: mx.array, k: mx.array, bias: mx.array) -> mx.array:
     return (scores.reshape(batch, heads, -1, keys) + bias).reshape(scores.shape)
 
 
-def _products(q: mx.array, k: mx.array) -> mx.array:
-    """``q @ k^T``, for a decode step in parts that the BLAS multiplies in place, by one thread."""
-    parts = [q @ k[:, first:end].swapaxes(1, 2) for first, end in _parts(q, k, ALONE)]
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-
-
-def _weighted(powers: mx.array, v: mx.array) -> mx.array:
-    """``powers @ v``, in such parts."""
-    parts = _parts(powers, v, BLOCK_PRODUCTS)
-    first, *others = [powers[..., first:end] @ v[:, first:end] for first, end in parts]
-    for part in others:
-        first = first + part
-    return first
-
-
-def _parts(rows: mx.array, keys: mx.array, products: int) -> Iterator[tuple[int, int]]:
-    number, width = keys.shape[1:]
-    few = rows.shape[1] <= MOST_ROWS
-    most = min(BLOCK_OUTPUTS, products // (rows.shape[1] * width)) if few else number
-    step = -(-number // -(-number // max(most, 1)))
-    for first in range(0, number, step):
-        yield first, min(first + step, number)
+def _biased_columns(scores: mx.array, bias: mx.array) -> mx.array:
+    if bias.size == 1:
+        return scores
+    batch, keys, rows = scores.shape
+    heads = rows // bias.shape[2]
+    return (scores.reshape(batch, keys, heads, -1) + bias.moveaxis(3, 1)).reshape(scores.shape)

@@ -12,7 +12,8 @@ import pytest
 from conftest import ON_GPU, max_error, relative_error
 
 from mlx_rgemma.ops import elementwise, exponential, linear, quantized_linear
-from mlx_rgemma.ops.attention_cpu import ALONE, _parts, attend
+from mlx_rgemma.ops.attention_cpu import _blocks as attention_blocks
+from mlx_rgemma.ops.attention_cpu import attend
 from mlx_rgemma.ops.cross_entropy import cross_entropies
 from mlx_rgemma.ops.linear import (
     BLOCK_OUTPUTS,
@@ -192,21 +193,19 @@ def test_linear_multiplies(shape, outputs):
         assert relative_error(one, np.array(other)) < 3e-6
 
 
-@pytest.mark.parametrize("heads, width, keys", [(8, 64, 2049), (10, 256, 2049), (16, 256, 1)])
-def test_a_decode_step_wakes_no_second_thread(heads, width, keys):
-    rows, window = mx.zeros((1, heads, width)), mx.zeros((1, keys, width))
-    for most in (ALONE, BLOCK_PRODUCTS):
-        parts = list(_parts(rows, window, most))
-        assert [first for first, _ in parts] == [0, *(end for _, end in parts[:-1])]
-        assert parts[-1][1] == keys and all(first < end for first, end in parts)
-        assert all(heads * width * (end - first) <= most for first, end in parts)
+@pytest.mark.parametrize(
+    "heads, width, keys, products",
+    [(8, 64, 2049, 2), (10, 256, 2049, 4), (16, 256, 2049, 4), (16, 256, 1, 2), (8, 64, 1900, 2)],
+)
+def test_a_decode_step_wakes_no_second_thread(heads, width, keys, products):
+    """Blocks that the BLAS multiplies in place, all of one product of keys and one of values."""
+    size, even = attention_blocks(keys, heads * width)
+    assert size * heads * width <= BLOCK_PRODUCTS
+    assert even % size == 0 and 0 <= keys - even < size
     q, k = mx.zeros((1, heads, 1, width)), mx.zeros((1, 1, keys, width))
     graph = io.StringIO()
     mx.export_to_dot(graph, attend(q, k, k, 1.0, None))
-    expected = sum(len(list(_parts(rows, window, most))) for most in (ALONE, BLOCK_PRODUCTS))
-    assert graph.getvalue().count("Matmul") == expected
-    chunk = mx.zeros((1, 128 * heads, width))
-    assert list(_parts(chunk, window, ALONE)) == [(0, keys)]
+    assert graph.getvalue().count("Matmul") == products
 
 
 @pytest.mark.parametrize("shape", [(1, 512), (2, 4, 64), (1, 1, 1024)], ids=str)
