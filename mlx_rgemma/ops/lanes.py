@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_rgemma.ops.exponential import on_linux_cpu
 
-LEAST = 1 << 17
+LEAST = 1 << 18
 """Elements from which on half of an array is worth the way to another thread."""
 
 
