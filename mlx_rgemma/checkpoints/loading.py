@@ -67,8 +67,8 @@ def load(
     if adapter_path is not None:
         load_adapters(model, adapter_path)
         if not lazy:
+            model.fuse_projections()  # first, so that memory of the parts serves the next layer's
             mx.eval(model.parameters())
-            model.fuse_projections()
             model.expand_quantized()
     return model, tokenizer
 
@@ -155,7 +155,7 @@ def _load_model(
     del weights
     model.eval()
     if not lazy:
+        model.fuse_projections()  # first, so that memory of the parts serves the next layer's
         mx.eval(model.parameters())
-        model.fuse_projections()
         model.expand_quantized()
     return model, config

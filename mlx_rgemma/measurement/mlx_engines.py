@@ -153,8 +153,8 @@ class Ours(_MlxEngine):
         if config.quantization is not None and quantization != UNQUANTIZED:
             raise UserError(f"--quantize {quantization}: the model is quantized already.")
         quantize(loaded, quantization)
-        mx.eval(loaded.parameters())
         loaded.fuse_projections()
+        mx.eval(loaded.parameters())
         loaded.expand_quantized()
         return loaded
 

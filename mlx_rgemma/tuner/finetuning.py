@@ -83,8 +83,8 @@ def make_ready(model: Model, *, expand: bool) -> None:
         model: From `load`.
         expand: On a CPU, hold quantized weights in float32 too, if there is room.
     """
+    model.fuse_projections()  # first, so that memory of the parts serves the next layer's
     mx.eval(model.parameters())
-    model.fuse_projections()
     if expand:
         model.expand_quantized()
 

@@ -13,9 +13,10 @@ from conftest import GOLDEN, LOGITS_ATOL, golden, max_error
 from measure_embedded import measure
 from mlx.utils import tree_flatten
 
-from mlx_rgemma import load, load_model
+from mlx_rgemma import GriffinConfig, Model, load, load_model
 from mlx_rgemma.checkpoints import convert
 from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.checkpoints.writing import save_model
 from mlx_rgemma.errors import CheckpointError, ConfigError, UserError
 
 CPU = mx.default_device() == mx.Device(mx.cpu)
@@ -33,6 +34,33 @@ def test_golden(model_name, window):
     tokens, logits = longest(model_name)
     assert config.window == window
     assert max_error(model(mx.array(tokens)), logits[window]) < LOGITS_ATOL
+
+
+def test_loading_takes_the_memory_of_the_weights(tmp_path):
+    """Parts of joined projections are let go of before the next layer's are read."""
+    values = {
+        "model_type": "recurrent_gemma",
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "lru_width": 256,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "attention_window_size": 64,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    }
+    made = Model(GriffinConfig.from_dict(values))
+    mx.eval(made.parameters())
+    save_model(tmp_path / "model", made, dtype=mx.float32)
+    parameters: list = tree_flatten(made.parameters())
+    own = sum(value.nbytes for _, value in parameters)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model, _ = load_model(tmp_path / "model", dtype="float32")
+    assert model.layers[0].mlp_block.__dict__["_fused"] is not None
+    assert mx.get_peak_memory() - before < 1.05 * own
 
 
 def test_window_of_the_file_is_kept(tmp_path):
