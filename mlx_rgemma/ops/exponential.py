@@ -17,6 +17,8 @@ import sys
 
 import mlx.core as mx
 
+from mlx_rgemma.ops.fused import custom_function
+
 LOG2_E = 1.0 / math.log(2.0)
 
 _LINUX = sys.platform.startswith("linux")
@@ -64,14 +66,25 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def tanh(x: mx.array) -> mx.array:
-    """Hyperbolic tangent of an fp32 array; accurate relative to the result, also near 0."""
-    if not _worthwhile(x, 1 << 14):
-        return mx.tanh(x)
+    """Hyperbolic tangent of an fp32 array; accurate relative to the result, also near 0.
+
+    The only function here that has a gradient.
+    """
+    return _tanh(x) if _worthwhile(x, 1 << 14) else mx.tanh(x)
+
+
+@custom_function
+def _tanh(x: mx.array) -> mx.array:
     # tanh(x) = e / (e + 2) with e = exp(2 x) - 1, which is `fraction` itself near 0.
     n, fraction = _split(mx.minimum(x * (2.0 * LOG2_E), _FLAT))
     power = (n + (_BIAS << _MANTISSA_BITS)).view(mx.float32)
     e = (power - 1.0) + power * fraction
     return e / (e + 2.0)
+
+
+@_tanh.vjp
+def _tanh_vjp(_x, cotangent, y):
+    return cotangent * (1.0 - mx.square(y))
 
 
 def decay(log_a: mx.array) -> tuple[mx.array, mx.array]:

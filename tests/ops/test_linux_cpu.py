@@ -64,6 +64,16 @@ def test_tanh_is_accurate_relative_to_itself(limit):
     assert np.abs(got / exact - 1.0).max() < 3e-7
 
 
+def test_tanh_and_the_soft_cap_have_gradients():
+    """mlx-lm's learned quantizations go through the logits."""
+    x = mx.linspace(-90.0, 90.0, 1 << 15)
+    slopes = mx.grad(lambda x: exponential.tanh(x).sum())(x)
+    assert max_error(slopes, 1.0 - np.tanh(np.array(x, np.float64)) ** 2) < 1e-6
+    cap = mx.array(30.0)
+    slopes = mx.grad(lambda x: elementwise.soft_cap(x, cap).sum())(x)
+    assert max_error(slopes, 1.0 - np.tanh(np.array(x, np.float64) / 30.0) ** 2) < 1e-6
+
+
 def test_tanh_ends_where_float32_does():
     x = np.zeros(1 << 15, np.float32)
     x[:5] = [-np.inf, np.inf, -1e30, 1e30, np.nan]
