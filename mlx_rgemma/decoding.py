@@ -22,23 +22,33 @@ class Processors:
 
     Args:
         processors: Functions of (the last tokens, logits (1, V)) to logits.
-        recent: The tokens that came before.
+        recent: The tokens that came before, (L,), int.
+
+    Attributes:
+        recent: The last of them, int32. To be evaluated with every token: a processor that does not
+            look at it would leave a graph that grows.
     """
 
-    def __init__(self, processors: Sequence[LogitsProcessor], recent: Sequence[int]) -> None:
+    def __init__(self, processors: Sequence[LogitsProcessor], recent: list[int] | mx.array) -> None:
         self.processors = processors
-        self.recent = mx.array(list(recent[-CONTEXT_LIMIT:]), mx.int32)
+        last = recent[-CONTEXT_LIMIT:] if processors else []
+        self.recent = mx.array(last).astype(mx.int32)
 
-    def see(self, token: mx.array) -> None:
-        """Take note of a token."""
+    def see(self, tokens: mx.array) -> None:
+        """Take note of tokens."""
         if self.processors:
-            recent = mx.concatenate([self.recent, token.astype(mx.int32)])
-            self.recent = recent[-CONTEXT_LIMIT:]
+            self.recent = self._with(tokens)
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        for process in self.processors:
-            logits = process(self.recent, logits)
+    def __call__(self, logits: mx.array, drafted: mx.array | None = None) -> mx.array:
+        """Logits (1, V) behind the tokens seen, and those that have only been drafted."""
+        if self.processors:
+            recent = self.recent if drafted is None else self._with(drafted)
+            for process in self.processors:
+                logits = process(recent, logits)
         return logits
+
+    def _with(self, tokens: mx.array) -> mx.array:
+        return mx.concatenate([self.recent, tokens.astype(mx.int32)])[-CONTEXT_LIMIT:]
 
 
 def greedy(logprobs: mx.array) -> mx.array:
@@ -81,8 +91,7 @@ def plain_steps(
 
     choose = sampler or greedy
     progress = prompt_progress_callback or (lambda done, total: None)
-    recent: Any = prompt[-CONTEXT_LIMIT:].tolist() if logits_processors else []
-    processors = Processors(logits_processors or (), recent)
+    processors = Processors(logits_processors or (), prompt)
 
     def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
         with mx.stream(generation_stream):
@@ -90,7 +99,7 @@ def plain_steps(
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             token = choose(logprobs)
             processors.see(token)
-            mx.async_eval(token, logprobs)
+            mx.async_eval(token, logprobs, processors.recent)
         return token, logprobs.squeeze(0)
 
     done, total = 0, prompt.size

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_rgemma.decoding import CONTEXT_LIMIT, LogitsProcessor, plain_steps
+from mlx_rgemma.decoding import LogitsProcessor, plain_steps
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
@@ -84,7 +84,6 @@ def stream_generate(
             prompt_lookup=prompt_lookup,
             stats=speculation_stats,
             logits_processors=logits_processors,
-            context_limit=CONTEXT_LIMIT,
             **common,
         )
     streams: Any = [generation_stream]

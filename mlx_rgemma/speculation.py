@@ -15,13 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rgemma.decoding import LogitsProcessor, Processors
 from mlx_rgemma.drafts import Draft, Drafter, DraftModel, PromptLookup
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.sampling import Sampler, log_softmax
-
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 DRAFT_TOKENS = 3
 """Tokens of a draft, unless asked otherwise."""
@@ -55,28 +54,6 @@ class SpeculationStats:
         )
 
 
-class _Context:
-    """The last tokens, for logits processors."""
-
-    def __init__(self, processors: Sequence[LogitsProcessor], limit: int) -> None:
-        self.processors = list(processors)
-        self.limit = limit
-        self.recent = mx.array([], mx.int32)
-
-    def add(self, tokens: mx.array) -> None:
-        if self.processors:
-            self.recent = mx.concatenate([self.recent, tokens.astype(mx.int32)])[-self.limit :]
-            mx.eval(self.recent)
-
-    def process(self, logits: mx.array, drafted: mx.array) -> mx.array:
-        """Logits (1, V) behind the last tokens and the tokens drafted so far."""
-        if self.processors:
-            recent = mx.concatenate([self.recent, drafted])[-self.limit :]
-            for process in self.processors:
-                logits = process(recent, logits)
-        return logits
-
-
 def speculative_steps(
     prompt: mx.array,
     model: Model,
@@ -88,7 +65,6 @@ def speculative_steps(
     max_tokens: int = 256,
     sampler: Any = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
-    context_limit: int = 4096,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     stats: SpeculationStats | None = None,
@@ -108,7 +84,6 @@ def speculative_steps(
         sampler: A `Sampler`, or any function of (1, V) log-probabilities to (1,) tokens. Without
             known probabilities fewer drafted tokens are kept; the distribution is the same.
         logits_processors: Functions of (the last tokens, logits) to logits.
-        context_limit: Most recent tokens that logits processors are shown.
         prefill_step_size: Prompt tokens to read at a time.
         prompt_progress_callback: Called with the tokens read so far and their number.
         stats: Filled in as tokens are handed out.
@@ -137,7 +112,7 @@ def speculative_steps(
         draft_cache = draft_cache or draft_model.make_cache()
         drafter = DraftModel(draft_model, draft_cache, sampler, limit)
     stats = SpeculationStats() if stats is None else stats
-    context = _Context(logits_processors or (), context_limit)
+    processors = Processors(logits_processors or (), prompt[:-1])
 
     progress = prompt_progress_callback or (lambda done, total: None)
     progress(0, prompt.size)
@@ -146,7 +121,6 @@ def speculative_steps(
         model(chunk[None], cache=cache)  # lazy: only the state is ever computed
         mx.eval([layer.state for layer in cache])
         drafter.read(chunk)
-        context.add(chunk)
         progress(first + chunk.size, prompt.size)
         mx.clear_cache()
 
@@ -158,13 +132,14 @@ def speculative_steps(
     try:
         while written != max_tokens:
             unread = None
-            context.add(mx.array([last]))
+            processors.see(mx.array([last]))
             n = limit if max_tokens == -1 else min(limit, max_tokens - written - 1)
-            draft = drafter.draft(last, n, context.process)
+            draft = drafter.draft(last, n, processors)
             fed = mx.concatenate([mx.array([last], mx.int32), draft.tokens])
             logits = model(fed[None], cache=cache)[0]
-            rows = [context.process(logits[i : i + 1], fed[1 : i + 1]) for i in range(fed.size)]
+            rows = [processors(logits[i : i + 1], fed[1 : i + 1]) for i in range(fed.size)]
             logprobs = log_softmax(mx.concatenate(rows))
+            mx.eval(processors.recent)
             tokens, agreed = verify(draft, logprobs, sampler)
             if written == 0:
                 progress(prompt.size, prompt.size)
@@ -182,7 +157,7 @@ def speculative_steps(
                 for layer in cache:
                     layer.trim(draft.tokens.size - kept)
                 drafter.settle(kept)
-                context.add(draft.tokens[:kept])
+                processors.see(draft.tokens[:kept])
                 if handed_out > agreed:
                     unread = last = tokens[agreed]
             written += len(tokens)

@@ -108,7 +108,7 @@ class TextState:
                 ahead = handles(behind)
                 next_token, next_logprobs = step(ahead, token)
                 _share_rings(behind, ahead)
-                mx.async_eval(next_token, next_logprobs, _arrays(ahead))
+                mx.async_eval(next_token, next_logprobs, processors.recent, _arrays(ahead))
             value = self.last_token
             assert value is not None  # it has just been set
             yield value, logprobs

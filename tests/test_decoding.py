@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import mlx.core as mx
 import pytest
 
-from mlx_rgemma import load
-from mlx_rgemma.decoding import plain_steps
+from mlx_rgemma import Session, decoding, load, session, speculation
+from mlx_rgemma.decoding import Processors, plain_steps
 from mlx_rgemma.generation import stream_generate
 
 PROMPT = mx.array([2, *range(40, 80)])
@@ -99,6 +101,30 @@ def test_processors_see_prompt_and_text(embedded):
     tokens = [answer.token for answer in answers]
     assert seen[0] == PROMPT.tolist()
     assert seen[2] == PROMPT.tolist() + tokens[:2]
+
+
+@pytest.mark.parametrize("loop", ["plain", "session", "speculation"])
+def test_a_processor_that_looks_at_no_tokens_leaves_no_graph(embedded, monkeypatch, loop):
+    made = []
+
+    class Noted(Processors):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    modules = {"plain": decoding, "session": session, "speculation": speculation}
+    monkeypatch.setattr(modules[loop], "Processors", Noted)
+    options = {"max_tokens": 40, "logits_processors": [lambda tokens, logits: logits]}
+    if loop == "session":
+        answers = Session(*embedded).stream(PROMPT, **options)
+    else:
+        lookup = 2 if loop == "speculation" else 0
+        answers = stream_generate(*embedded, PROMPT, prompt_lookup=lookup, **options)
+    written = sum(1 for _ in answers)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, made[0].recent)
+    assert graph.getvalue().count("label") < 12
+    assert written > 30 and made[0].recent.size >= PROMPT.size + written - 2
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 300])

@@ -1,18 +1,16 @@
 """Cross entropy of soft-capped scores, and its gradient as one array of the size of the scores.
 
-Automatic gradients make several such arrays. On a Linux CPU the softmax is kept from the forward
-pass, where exp costs more than memory, and both passes share their rows between two threads.
+Automatic gradients make several such arrays. On a Linux CPU the gradient is computed along with the
+loss, out of the same powers, and rows are shared between two threads.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import mlx.core as mx
 
 from mlx_rgemma.ops.elementwise import soft_cap
 from mlx_rgemma.ops.exponential import LOG2_E, exp2, on_linux_cpu, tanh
-from mlx_rgemma.ops.fused import custom_function
+from mlx_rgemma.ops.fused import custom_function, forward_only
 from mlx_rgemma.ops.lanes import in_halves
 
 
@@ -29,23 +27,11 @@ def cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array
     Returns:
         (N,), fp32, in nats.
     """
-    forward, backward = (_on_cpu if on_linux_cpu() else _anywhere)(targets, cap)
-    losses = custom_function(forward)
-
-    @losses.vjp
-    def gradient(primals, cotangents, outputs):
-        dtype = (primals if isinstance(primals, mx.array) else primals[0]).dtype
-        return (backward(cotangents[0], *outputs[1:]).astype(dtype),)
-
-    result: mx.array = losses(scores)[0]
-    return result
+    return (_on_cpu if on_linux_cpu() else _anywhere)(scores, targets, cap)
 
 
-_Pass = Callable[..., mx.array | list[mx.array]]
-
-
-def _anywhere(targets: mx.array, cap: float) -> tuple[_Pass, _Pass]:
-    """The passes of MLX's own operations: scores to losses and more, from these to a gradient."""
+def _anywhere(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
+    """By MLX's own operations."""
 
     def forward(scores):
         logits = soft_cap(scores, mx.array(cap)) if cap else scores.astype(mx.float32)
@@ -53,13 +39,18 @@ def _anywhere(targets: mx.array, cap: float) -> tuple[_Pass, _Pass]:
         chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return [normalizers - chosen, normalizers, logits]
 
-    def backward(factors, normalizers, logits):
-        columns = mx.arange(logits.shape[1], dtype=targets.dtype)
-        arrays = (logits, normalizers[:, None], columns, targets[:, None], factors[:, None])
-        slopes = _compiled_slopes if mx.default_device().type == mx.gpu else _slopes
-        return slopes(*arrays, *([mx.array(cap)] if cap else []))
+    losses = custom_function(forward)
 
-    return forward, backward
+    @losses.vjp
+    def gradient(scores, cotangents, outputs):
+        _, normalizers, logits = outputs
+        columns = mx.arange(logits.shape[1], dtype=targets.dtype)
+        arrays = (logits, normalizers[:, None], columns, targets[:, None], cotangents[0][:, None])
+        slopes = _compiled_slopes if mx.default_device().type == mx.gpu else _slopes
+        return (slopes(*arrays, *([mx.array(cap)] if cap else [])).astype(scores.dtype),)
+
+    result: mx.array = losses(scores)[0]
+    return result
 
 
 def _slopes(
@@ -78,32 +69,30 @@ def _slopes(
 _compiled_slopes = mx.compile(_slopes, shapeless=True)
 
 
-def _on_cpu(targets: mx.array, cap: float) -> tuple[_Pass, _Pass]:
-    """The same out of `exponential`, for a Linux CPU."""
-    wanted = targets[:, None]
+def _on_cpu(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
+    """Out of `exponential`, for a Linux CPU."""
 
-    def losses(scores, wanted):
-        curve = tanh(scores * (1.0 / cap)) if cap else scores
-        logits = curve * cap if cap else scores
+    def rows(scores, wanted):
+        logits = tanh(scores * (1.0 / cap)) * cap if cap else scores
         top = logits.max(axis=-1, keepdims=True)
         powers = exp2((logits - top) * LOG2_E)
         total = powers.sum(axis=-1, keepdims=True)
         loss = mx.log(total) + top - mx.take_along_axis(logits, wanted, axis=-1)
-        return (loss, powers * mx.reciprocal(total), *([curve] if cap else []))
+        # softmax - one-hot, times the slope of the soft cap
+        slopes = powers * mx.reciprocal(total)
+        at_target = mx.take_along_axis(slopes, wanted, axis=-1) - 1.0
+        slopes = mx.put_along_axis(slopes, wanted, at_target, axis=-1)
+        return loss, slopes * (1.0 - mx.square(logits * (1.0 / cap))) if cap else slopes
 
-    def forward(scores):
-        loss, *kept = in_halves(losses, scores.astype(mx.float32), wanted)
-        return [loss[:, 0], *kept]
+    @custom_function
+    def losses(scores):
+        with forward_only():  # what has a gradient of its own in there need not keep for it
+            loss, slopes = in_halves(rows, scores.astype(mx.float32), targets[:, None])
+        return [loss[:, 0], slopes]
 
-    def slopes(factors, wanted, shares, *curve):
-        slopes, own = shares * factors, factors
-        for z in curve:
-            slopes = slopes * (1.0 - mx.square(z))
-            own = own * (1.0 - mx.square(mx.take_along_axis(z, wanted, axis=-1)))
-        own = mx.take_along_axis(slopes, wanted, axis=-1) - own
-        return (mx.put_along_axis(slopes, wanted, own, axis=-1),)
+    @losses.vjp
+    def gradient(scores, cotangents, outputs):
+        return ((outputs[1] * cotangents[0][:, None]).astype(scores.dtype),)
 
-    def backward(factors, *kept):
-        return in_halves(slopes, factors[:, None], wanted, *kept)[0]
-
-    return forward, backward
+    result: mx.array = losses(scores)[0]
+    return result

@@ -143,7 +143,11 @@ def head_loss(
     @run.vjp
     def gradient(primals, cotangents, outputs):
         inputs = [primals] if isinstance(primals, mx.array) else primals  # one comes bare
-        gradients = outputs[1:] if training else loss_and_gradients(*inputs)[1:]
+        if training:
+            gradients = outputs[1:]
+        else:  # one after the other: each keeps some chunks of logits
+            x, *arrays = inputs
+            gradients = loss_and_gradients(*mx.depends([x], outputs), *arrays)[1:]
         # Of the outputs, the loss alone is handed out.
         return [(g * cotangents[0]).astype(g.dtype) for g in gradients]
 
