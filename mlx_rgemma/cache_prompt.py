@@ -36,9 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    if argv is None:  # as a command, not within another program
-        command_line.leave_out_pytorch()
-    return command_line.run(lambda: _cache_prompt(args))
+    return command_line.run(lambda: _cache_prompt(args), pytorch=argv is not None)
 
 
 def _cache_prompt(args: argparse.Namespace) -> None:

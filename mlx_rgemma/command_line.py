@@ -14,16 +14,24 @@ if TYPE_CHECKING:
     from mlx_rgemma.griffin.model import Model
 
 
-def run(command: Callable[[], int | None]) -> int:
+def run(command: Callable[[], int | None], *, pytorch: bool = True) -> int:
     """Run a command and turn what stopped it into an exit status.
 
     Under `mlx.launch`, the other processes end when this one has failed, and are waited for when
     it has not.
 
+    Args:
+        command: What to run.
+        pytorch: Whether this process may import PyTorch, where it is installed. transformers, which
+            reads the tokenizer, would, which takes more than a second; a command that generates can
+            do without, but another program that calls it may not.
+
     Returns:
         The command's own status (None counts as 0), 1 after a `UserError` or an operating system
         error (told in one line on stderr), 130 after Ctrl-C, 0 when the reader of a pipe left.
     """
+    if not pytorch:
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     status, problem = 1, "stopped"
     try:
         status = command() or 0
@@ -52,14 +60,6 @@ def run(command: Callable[[], int | None]) -> int:
         if (distributed := _distributed()) is not None:
             distributed.leave(problem, status, mistake=problem.startswith("stopped: "))
     return status
-
-
-def leave_out_pytorch() -> None:
-    """Have this process do without PyTorch, even where it is installed.
-
-    transformers, which reads the tokenizer, would import it: more than a second for nothing.
-    """
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
 def _distributed() -> Any:

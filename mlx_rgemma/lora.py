@@ -150,7 +150,7 @@ def _run(args: SimpleNamespace) -> None:
     services = service_names(args.report_to) if args.train and distributed.rank() == 0 else []
     print("Loading pretrained model")
     model, tokenizer = load(args.model, dtype=args.dtype, window=args.window, lazy=True)
-    finetuning.make_ready(model, expand=not args.grad_checkpoint)
+    model.lay_out(expand=not args.grad_checkpoint)
     if model.expanded_nbytes:
         print(
             f"Quantized weights are held in float32 too, {model.expanded_nbytes / 1e9:.3f} GB:"

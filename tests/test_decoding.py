@@ -103,6 +103,22 @@ def test_processors_see_prompt_and_text(embedded):
     assert seen[2] == PROMPT.tolist() + tokens[:2]
 
 
+def test_a_session_hands_out_the_first_token_before_it_begins_the_next(embedded, monkeypatch):
+    """Evaluating both at once would double the time to the first token."""
+    model, tokenizer = embedded
+    going_on = Session(model, tokenizer)
+    going_on.feed(PROMPT)
+    events = []
+    read, evaluate = type(model).__call__, mx.eval
+    monkeypatch.setattr(
+        type(model), "__call__", lambda *a, **k: (events.append("step"), read(*a, **k))[1]
+    )
+    monkeypatch.setattr(mx, "eval", lambda *a: (events.append("eval"), evaluate(*a))[1])
+    next(going_on.stream(max_tokens=5))
+    first = events.index("step")
+    assert events[first : first + 3] == ["step", "eval", "step"]
+
+
 @pytest.mark.parametrize("loop", ["plain", "session", "speculation"])
 def test_a_processor_that_looks_at_no_tokens_leaves_no_graph(embedded, monkeypatch, loop):
     made = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -262,6 +263,22 @@ def test_the_command_does_without_pytorch(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = run("--max-tokens", "3", env=environment)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "cache_prompt", "server"])
+def test_commands_that_generate_do_without_pytorch(name, monkeypatch):
+    """Unless another program calls them."""
+    command, asked = importlib.import_module(f"mlx_rgemma.{name}"), []
+
+    def run(_, *, pytorch=True):
+        asked.append(pytorch)
+        return 0
+
+    monkeypatch.setattr(command.command_line, "run", run)
+    needed = {"cache_prompt": ["--prompt", "x", "--prompt-cache-file", "y"]}.get(name, [])
+    monkeypatch.setattr(sys, "argv", [name, *needed])
+    assert command.main() == command.main(needed) == 0
+    assert asked == [False, True]
 
 
 def test_within_another_program_pytorch_stays(capsys):

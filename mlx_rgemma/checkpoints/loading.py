@@ -67,9 +67,7 @@ def load(
     if adapter_path is not None:
         load_adapters(model, adapter_path)
         if not lazy:
-            model.fuse_projections()  # first, so that memory of the parts serves the next layer's
-            mx.eval(model.parameters())
-            model.expand_quantized()
+            model.lay_out()
     return model, tokenizer
 
 
@@ -155,7 +153,5 @@ def _load_model(
     del weights
     model.eval()
     if not lazy:
-        model.fuse_projections()  # first, so that memory of the parts serves the next layer's
-        mx.eval(model.parameters())
-        model.expand_quantized()
+        model.lay_out()
     return model, config

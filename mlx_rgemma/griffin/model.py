@@ -196,6 +196,19 @@ class Model(nn.Module):
         self._expanded_nbytes = expand_quantized(self)
         return self._expanded_nbytes
 
+    def lay_out(self, *, expand: bool = True) -> None:
+        """Compute the weights of a model that was just loaded, laid out for speed.
+
+        Joining comes first: the memory of a layer's parts then serves those of the next.
+
+        Args:
+            expand: Hold quantized weights in float32 too, where that is faster and there is room.
+        """
+        self.fuse_projections()
+        mx.eval(self.parameters())
+        if expand:
+            self.expand_quantized()
+
     @property
     def expanded_nbytes(self) -> int:
         """Bytes of float32 weights that stand beside quantized ones."""

@@ -153,9 +153,7 @@ class Ours(_MlxEngine):
         if config.quantization is not None and quantization != UNQUANTIZED:
             raise UserError(f"--quantize {quantization}: the model is quantized already.")
         quantize(loaded, quantization)
-        loaded.fuse_projections()
-        mx.eval(loaded.parameters())
-        loaded.expand_quantized()
+        loaded.lay_out()
         return loaded
 
     def _more_to_read(self) -> int:

@@ -76,19 +76,6 @@ def check(args: SimpleNamespace) -> None:
             raise UserError("--adapter-path is empty; training writes into that folder.")
 
 
-def make_ready(model: Model, *, expand: bool) -> None:
-    """Load the weights of a lazy model, laid out for speed.
-
-    Args:
-        model: From `load`.
-        expand: On a CPU, hold quantized weights in float32 too, if there is room.
-    """
-    model.fuse_projections()  # first, so that memory of the parts serves the next layer's
-    mx.eval(model.parameters())
-    if expand:
-        model.expand_quantized()
-
-
 def prepare(model: Model, args: SimpleNamespace) -> AdapterConfig:
     """Freeze a model but for what the arguments say is to be trained.
 

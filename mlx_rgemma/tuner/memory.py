@@ -18,7 +18,7 @@ WORKING = 100
 again; two thirds of them are of the MLP, three times as wide. Measured on a CPU, where MLX runs up
 to 100 operations ahead of what it frees."""
 
-HEAD_CHUNKS = 18
+HEAD_CHUNKS = 16
 """Arrays of one chunk of logits that exist at once, at most; measured on a CPU, too."""
 
 OF_ADAPTERS = 4 * 4

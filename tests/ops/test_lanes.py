@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -13,6 +14,8 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_rgemma.ops import gated_gelu, lanes, rg_lru, windowed_attention
 from mlx_rgemma.ops.attention_plain import Ring
 from mlx_rgemma.ops.cross_entropy import cross_entropies
+from mlx_rgemma.tuner.optimizers import make_optimizer
+from mlx_rgemma.tuner.rules import adamw
 from mlx_rgemma.tuner.shared_updates import share_updates
 
 pytestmark = pytest.mark.skipif(
@@ -36,6 +39,7 @@ def same(monkeypatch):
             assert bool(used) == (cores == 2)
         assert all(mx.array_equal(x, y).item() for x, y in zip(*results, strict=True))
 
+    check.forget = used.clear
     return check
 
 
@@ -87,6 +91,23 @@ def test_updates(same, name):
         return [x for _, x in tree_flatten([parameters, optimizer.state])]
 
     same(update)
+
+
+def test_trainers_share_updates(same):
+    """The optimizers of both trainers are those that do."""
+    settings = SimpleNamespace(
+        optimizer="adamw", optimizer_config={}, learning_rate=0.1, lr_schedule=None
+    )
+    for make in (lambda: make_optimizer(settings), lambda: adamw(0.1, weight_decay=0.1)):
+        same.forget()
+
+        def update(make=make):
+            parameters = {"a": {"weight": normal(40, 30)}, "b": {"weight": normal(30, 20)}}
+            gradients = tree_map(lambda x: normal(*x.shape, seed=1), parameters)
+            found = make().apply_gradients(gradients, parameters)
+            return [x for _, x in tree_flatten(found)]
+
+        same(update)
 
 
 @pytest.mark.parametrize("past", [0, 200])

@@ -216,6 +216,9 @@ def test_a_decode_step_wakes_no_second_thread(heads, width, keys, products):
     graph = io.StringIO()
     mx.export_to_dot(graph, attend(q, k, k, 1.0, None))
     assert graph.getvalue().count("Matmul") == products
+    graph = io.StringIO()
+    mx.export_to_dot(graph, attend(mx.zeros((1, heads, 128, width)), k, k, 1.0, None))
+    assert graph.getvalue().count("Matmul") == 2  # a chunk is not cut
 
 
 @pytest.mark.parametrize("shape", [(1, 512), (2, 4, 64), (1, 1, 1024)], ids=str)

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
 
+from mlx_rgemma.tuner import loss
 from mlx_rgemma.tuner.batch import Batch
 from mlx_rgemma.tuner.checkpointing import checkpoint_layers
 from mlx_rgemma.tuner.dropout import add_dropout
@@ -129,6 +130,16 @@ def test_memory_of_the_head_is_that_of_a_few_chunks(training, trained):
     own = 8 * 4 * vocabulary * width * trained
     assert peaks[1] < 16 * of_chunk + own
     assert peaks[1] < peaks[0] + 2 * of_chunk
+
+
+@pytest.mark.parametrize(
+    "vocabulary, on_a_cpu, elsewhere",
+    [(512, 1024, 32768), (8192, 64, 2048), (256_000, 64, 65), (10**7, 16, 16)],
+)
+def test_chunks(monkeypatch, vocabulary, on_a_cpu, elsewhere):
+    for cpu, expected in ((True, on_a_cpu), (False, elsewhere)):
+        monkeypatch.setattr(loss, "on_linux_cpu", lambda cpu=cpu: cpu)
+        assert loss.chunk_tokens(vocabulary) == expected
 
 
 def test_a_frozen_head_has_no_gradient_of_its_size():

@@ -156,6 +156,7 @@ def test_padded_batches_hold_like_lengths():
     batches = PaddedBatches(Documents.of(texts), 4, max_length=150, seed=0)
     read = [batches[i] for i in range(batches.batches_per_epoch)]
     assert {batch.shape[1] % 32 for batch in read} <= {0, 149 % 32}
+    assert all(batch.segment_pos is None for batch in read)  # one document a row
     longest = max(batch.shape[1] for batch in read)
     assert longest == 149
     lengths = [np.array(batch.mask).sum(axis=1) for batch in read]
