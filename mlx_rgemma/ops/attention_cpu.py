@@ -18,6 +18,7 @@ from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.ops.linear import BLOCK_PRODUCTS
 
 HIDDEN = -1e30
+_ALL_SEEN = mx.array([[[[0.0]]]])
 MOST_ROWS = 32
 """Queries of all heads up to which the keys are read in place."""
 
@@ -35,8 +36,10 @@ def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array |
         (B, H, L, head_dim), dtype of `q`.
     """
     batch, heads, length, _ = q.shape
-    bias = mx.zeros((1, 1, 1, 1)) if mask is None else (mask.astype(mx.float32) - 1.0) * -HIDDEN
-    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    bias = _ALL_SEEN
+    if mask is not None:
+        bias = (mask.astype(mx.float32) - 1.0) * -HIDDEN
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     scaled = (q.astype(mx.float32) * (scale * LOG2_E)).reshape(batch, heads * length, -1)
     k, v = k[:, 0].astype(mx.float32), v[:, 0].astype(mx.float32)
     out = _attend(scaled, k, v, bias)[0]
