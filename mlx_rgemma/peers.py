@@ -149,13 +149,17 @@ class Peers:
         self._wake.send(b".")
 
     def _spread(self, kind: str, rank: int) -> None:
-        """Note something, and pass it on if it is new."""
+        """Note something, and pass it on if it is new.
+
+        Nobody here may go on before it is passed on: MLX, once it connects, lets no thread run, and
+        the next process would not hear of it.
+        """
         with self._changed:
             if rank in self._known[kind]:
                 return
             self._known[kind].add(rank)
+            self._send({kind: rank})
             self._changed.notify_all()
-        self._send({kind: rank})
 
     def _send(self, message: Mapping[str, Any]) -> None:
         for line in list(self._lines.values()):

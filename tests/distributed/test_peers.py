@@ -13,7 +13,7 @@ from launching import free_ports
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.launch_place import Place
-from mlx_rgemma.peers import Peers, timeout_seconds
+from mlx_rgemma.peers import Peers, _Line, timeout_seconds
 
 
 def places(tmp_path, size: int, kind: str) -> list[Place]:
@@ -92,6 +92,36 @@ def test_addresses_are_free_for_mlx_once_all_have_met(tmp_path):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(place.listen)
             listener.listen()
+
+
+@pytest.mark.parametrize("kind", ["ring", "jaccl"])
+def test_whoever_has_met_all_has_passed_on_all(tmp_path, kind, monkeypatch):
+    """MLX, which comes next, lets no thread run that could do it later."""
+    passed_on: dict[_Line, set[int]] = {}
+    send = _Line.send
+
+    def slowly(line, message):
+        if "ready" in message:
+            time.sleep(0.05)  # a thread that others keep from running
+        send(line, message)
+        if "ready" in message:
+            passed_on.setdefault(line, set()).add(message["ready"])
+
+    monkeypatch.setattr(_Line, "send", slowly)
+    seen: dict[int, list[set[int]]] = {}
+
+    class Watched(Process):
+        def _meet(self) -> None:
+            super()._meet()
+            lines = self.peers._lines.values()
+            seen[self.peers.place.rank] = [set(passed_on.get(line, ())) for line in lines]
+
+    processes = [Watched(place) for place in places(tmp_path, 4, kind)]
+    for process in processes:
+        process.thread.join()
+    assert [process.problem for process in processes] == [None] * 4
+    for lines in seen.values():
+        assert lines and all(ready == {0, 1, 2, 3} for ready in lines), seen
 
 
 @pytest.mark.parametrize("kind", ["ring", "jaccl"])
