@@ -13,6 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
+
+# isort: split
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import sys
 
+import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
+
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten

@@ -15,6 +15,9 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
+
+# isort: split
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
