@@ -17,7 +17,7 @@ from pathlib import Path
 from mlx_rgemma import Session, load
 from mlx_rgemma.conversation import OPEN, TURN, Conversation, open_turn
 from mlx_rgemma.session import Reading
-from mlx_rgemma.texts import DEFAULT_TEXT
+from mlx_rgemma.text.files import DEFAULT_TEXT
 
 QUESTIONS = ["\nThe little girl", "\nThe dog"]
 

@@ -24,9 +24,9 @@ _HOMES = {
     "load": "mlx_rgemma.checkpoints",
     "load_model": "mlx_rgemma.checkpoints",
     "convert": "mlx_rgemma.checkpoints",
-    "generate": "mlx_rgemma.generation",
-    "stream_generate": "mlx_rgemma.generation",
-    "batch_generate": "mlx_rgemma.batch_generation",
+    "generate": "mlx_rgemma.generation.single",
+    "stream_generate": "mlx_rgemma.generation.single",
+    "batch_generate": "mlx_rgemma.generation.batch",
     "Session": "mlx_rgemma.session",
     "load_prompt_cache": "mlx_rgemma.prompt_cache",
     "save_prompt_cache": "mlx_rgemma.prompt_cache",
@@ -54,9 +54,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mlx_rgemma import ops
-    from mlx_rgemma.batch_generation import batch_generate
     from mlx_rgemma.checkpoints import convert, load, load_model
-    from mlx_rgemma.generation import generate, stream_generate
+    from mlx_rgemma.generation.batch import batch_generate
+    from mlx_rgemma.generation.single import generate, stream_generate
     from mlx_rgemma.griffin.config import GriffinConfig
     from mlx_rgemma.griffin.model import Model
     from mlx_rgemma.prompt_cache import load_prompt_cache, save_prompt_cache

@@ -124,7 +124,7 @@ class Chat:
     def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-        from mlx_rgemma.distributed import agreed
+        from mlx_rgemma.distributed.membership import agreed
 
         self.args, self.model, self.tokenizer = args, model, tokenizer
         sampler = make_sampler(
@@ -251,7 +251,7 @@ class Chat:
 
     def _converse(self, session: Session, system_prompt: str | None = None) -> Conversation:
         from mlx_rgemma.conversation import Conversation
-        from mlx_rgemma.generation import template_options
+        from mlx_rgemma.generation.single import template_options
 
         return Conversation(
             session,

@@ -64,7 +64,7 @@ def run(command: Callable[[], int | None], *, pytorch: bool = True) -> int:
 
 def _distributed() -> Any:
     """The module that joins processes, if it has been needed."""
-    return sys.modules.get("mlx_rgemma.distributed")
+    return sys.modules.get("mlx_rgemma.distributed.membership")
 
 
 def _fail(message: str) -> int:

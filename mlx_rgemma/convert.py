@@ -97,13 +97,13 @@ def _convert(args: argparse.Namespace) -> None:
     from mlx_rgemma.checkpoints.folder import shortened
     from mlx_rgemma.checkpoints.output import gigabytes
     from mlx_rgemma.checkpoints.upload import check_repository, upload
-    from mlx_rgemma.conversion_report import (
+    from mlx_rgemma.quality.conversion_report import (
         check_reportable,
         report_conversion,
         write_report,
     )
-    from mlx_rgemma.quality_report import table
-    from mlx_rgemma.texts import read_documents
+    from mlx_rgemma.quality.report import table
+    from mlx_rgemma.text.files import read_documents
 
     options = vars(args)
     text, repository = options.pop("report"), options.pop("upload_repo")

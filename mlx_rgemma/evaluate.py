@@ -88,7 +88,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     from mlx_rgemma.checkpoints import load
     from mlx_rgemma.checkpoints.source import locate
-    from mlx_rgemma.evaluation import evaluate, results_table, write_results
+    from mlx_rgemma.quality.harness import evaluate, results_table, write_results
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it would warn when the harness forks
     mx.random.seed(args.seed)

@@ -143,7 +143,7 @@ def _encode(
     vocab_size: int,
 ) -> list[int]:
     """Token ids of a prompt, in the chat template where the model has one."""
-    from mlx_rgemma.generation import apply_chat_template, encode
+    from mlx_rgemma.generation.single import apply_chat_template, encode
 
     if tokenizer.has_chat_template and not args.ignore_chat_template:
         prompt = apply_chat_template(
@@ -160,7 +160,7 @@ def _encode(
 def _encode_next(session: Session, prompt: str, args: argparse.Namespace) -> list[int]:
     """Token ids of a prompt that goes on from a state, in the chat template as its next turn."""
     from mlx_rgemma.conversation import Conversation
-    from mlx_rgemma.generation import template_options
+    from mlx_rgemma.generation.single import template_options
 
     conversation = Conversation(
         session,
@@ -177,7 +177,7 @@ def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[st
     """What speculative decoding needs; nothing where it is not asked for."""
     from mlx_rgemma.checkpoints import load
     from mlx_rgemma.errors import UserError
-    from mlx_rgemma.speculation import SpeculationStats, check_vocabulary
+    from mlx_rgemma.generation.speculation import SpeculationStats, check_vocabulary
 
     if args.draft_model is None:
         if not args.prompt_lookup:
@@ -197,8 +197,8 @@ def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[st
 def _sampling(args: argparse.Namespace, *, drafting: bool = False) -> tuple[Any, list[Any]]:
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-    from mlx_rgemma.distributed import agreed
-    from mlx_rgemma.sampling import Sampler
+    from mlx_rgemma.distributed.membership import agreed
+    from mlx_rgemma.generation.sampling import Sampler
 
     make: Any = Sampler if drafting else make_sampler
     sampler = make(args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, top_k=args.top_k)
@@ -221,7 +221,7 @@ def _generate_one(
 ) -> int:
     import json
 
-    from mlx_rgemma.generation import generate, stream_generate
+    from mlx_rgemma.generation.single import generate, stream_generate
     from mlx_rgemma.griffin.cache import state_nbytes
 
     sampler, processors = _sampling(args, drafting=bool(drafting))
@@ -270,8 +270,8 @@ def _generate_batch(
 ) -> int:
     import json
 
-    from mlx_rgemma.batch_generation import batch_generate
     from mlx_rgemma.errors import UserError
+    from mlx_rgemma.generation.batch import batch_generate
     from mlx_rgemma.griffin.cache import state_nbytes
 
     if args.max_tokens == -1:

@@ -71,9 +71,9 @@ def _perplexity(args: argparse.Namespace) -> None:
 
     from mlx_rgemma.checkpoints.source import locate
     from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
-    from mlx_rgemma.quality import encode_rows
-    from mlx_rgemma.quality_report import as_json, measure_folder, reference_of, table
-    from mlx_rgemma.texts import read_documents
+    from mlx_rgemma.quality.measures import encode_rows
+    from mlx_rgemma.quality.report import as_json, measure_folder, reference_of, table
+    from mlx_rgemma.text.files import read_documents
 
     source = locate(args.model)
     tokenizer = load_tokenizer(source.folder, name=source.name)

@@ -92,9 +92,9 @@ def main(argv: list[str] | None = None) -> int:
 def _compare(args: argparse.Namespace) -> None:
     from mlx_rgemma.checkpoints.source import locate
     from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
-    from mlx_rgemma.quality import encode_rows
-    from mlx_rgemma.quality_report import as_json, survey, table
-    from mlx_rgemma.texts import read_documents
+    from mlx_rgemma.quality.measures import encode_rows
+    from mlx_rgemma.quality.report import as_json, survey, table
+    from mlx_rgemma.text.files import read_documents
 
     source = locate(args.model)
     settings = {flags: _options(flags) for flags in args.setting or ALL_SETTINGS}
@@ -132,10 +132,10 @@ def _options(flags: str) -> dict[str, Any]:
 
 
 def _learn(args: argparse.Namespace, rest: list[str]) -> None:
-    from mlx_rgemma.calibration import run_quantizer
     from mlx_rgemma.checkpoints.output import refuse_existing
     from mlx_rgemma.checkpoints.source import locate
-    from mlx_rgemma.texts import read_documents
+    from mlx_rgemma.quality.calibration import run_quantizer
+    from mlx_rgemma.text.files import read_documents
 
     refuse_existing(Path(args.mlx_path).expanduser())
     model = locate(args.model).folder

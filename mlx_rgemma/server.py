@@ -100,7 +100,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     if args.kv_bits is not None or args.max_kv_size is not None:
         raise UserError("--kv-bits and --max-kv-size are not needed: the state is bounded already.")
-    from mlx_rgemma.serving import serve
+    from mlx_rgemma.serving.model_server import serve
 
     serve(args)
 

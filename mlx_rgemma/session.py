@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_rgemma.decoding import CONTEXT_LIMIT, LogitsProcessor, Processors, Sampler
 from mlx_rgemma.errors import CheckpointError, UserError
-from mlx_rgemma.generation import encode
+from mlx_rgemma.generation.decoding import CONTEXT_LIMIT, LogitsProcessor, Processors, Sampler
+from mlx_rgemma.generation.single import encode
+from mlx_rgemma.generation.text_state import TextState
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.prompt_cache import (
@@ -30,9 +31,8 @@ from mlx_rgemma.prompt_cache import (
     read_prompt_cache,
     save_prompt_cache,
 )
-from mlx_rgemma.text_pieces import TextFile, TextPieces
-from mlx_rgemma.text_responses import text_responses
-from mlx_rgemma.text_state import TextState
+from mlx_rgemma.text.pieces import TextFile, TextPieces
+from mlx_rgemma.text.responses import text_responses
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse

@@ -13,7 +13,7 @@ from conftest import LOGITS_ATOL
 from test_chat import answers, chat, chat_model  # noqa: F401
 
 from mlx_rgemma import Session, generate, load, load_prompt_cache
-from mlx_rgemma.texts import DEFAULT_TEXT
+from mlx_rgemma.text.files import DEFAULT_TEXT
 
 COMMAND = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mlx_rgemma.cache_prompt"]
 STORY = DEFAULT_TEXT.read_text(encoding="utf-8")[:1500]

@@ -9,7 +9,12 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mlx_rgemma.launch_count import count_launches, count_layer, count_model, small_model
+from mlx_rgemma.measurement.launch_count import (
+    count_launches,
+    count_layer,
+    count_model,
+    small_model,
+)
 
 CYCLE = ("recurrent", "recurrent", "attention")
 

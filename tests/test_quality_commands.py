@@ -23,7 +23,7 @@ from mlx_rgemma.convert import main as convert_main
 from mlx_rgemma.perplexity import main as perplexity_main
 from mlx_rgemma.quantize import ALL_SETTINGS
 from mlx_rgemma.quantize import main as quantize_main
-from mlx_rgemma.texts import DEFAULT_TEXT, read_documents
+from mlx_rgemma.text.files import DEFAULT_TEXT, read_documents
 
 TEXT = "The cat sat on the mat. The dog ran to the park."
 

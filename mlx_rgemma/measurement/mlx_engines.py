@@ -170,7 +170,7 @@ class Ours(_MlxEngine):
     def _tokens(
         self, prompt: mx.array, cache: list[Any], tokens: int, step_size: int
     ) -> Iterator[int]:
-        from mlx_rgemma.generation import stream_generate
+        from mlx_rgemma.generation.single import stream_generate
 
         answers = stream_generate(
             self.model,

@@ -50,7 +50,7 @@ class Server:
         return copy_bandwidth()
 
     def do_launches(self, layers: int, block_types: list[str], theirs: bool) -> int:
-        from mlx_rgemma.launch_count import count_model, small_model
+        from mlx_rgemma.measurement.launch_count import count_model, small_model
 
         return count_model(small_model(layers, tuple(block_types)), 1, theirs=theirs).total
 

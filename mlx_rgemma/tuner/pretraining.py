@@ -195,7 +195,7 @@ class Pretraining:
 
     def sample(self) -> str:
         """What the model writes, greedily."""
-        from mlx_rgemma.generation import generate
+        from mlx_rgemma.generation.single import generate
 
         return generate(
             self.model,

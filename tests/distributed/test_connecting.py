@@ -11,8 +11,8 @@ import pytest
 CONNECT = """
 import ctypes, sys
 import mlx.core as mx
-from mlx_rgemma import distributed
-from mlx_rgemma.launch_place import Place
+from mlx_rgemma.distributed import membership
+from mlx_rgemma.distributed.launch_place import Place
 
 def init(strict):
     if sys.argv[2] == "waits":
@@ -26,7 +26,7 @@ class Group:
     size = staticmethod(lambda: 3)
 
 mx.distributed.init = init
-distributed._connect(Place(int(sys.argv[1]), 3, None, frozenset(), {}))
+membership._connect(Place(int(sys.argv[1]), 3, None, frozenset(), {}))
 print("connected")
 """
 

@@ -13,7 +13,7 @@ from mlx_rgemma import Model, convert
 from mlx_rgemma.benchmark import main
 from mlx_rgemma.checkpoints.source import EMBEDDED
 from mlx_rgemma.griffin.cache import state_nbytes
-from mlx_rgemma.launch_count import count_model, small_model
+from mlx_rgemma.measurement.launch_count import count_model, small_model
 from mlx_rgemma.measurement.shapes import SHAPES
 
 TINY = SHAPES["tiny"]

@@ -17,9 +17,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma import peers
+from mlx_rgemma.distributed import peers
+from mlx_rgemma.distributed.launch_place import Place
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.launch_place import Place
 
 
 class _Membership:

@@ -24,8 +24,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mlx_rgemma.distributed.launch_place import Address, Place
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.launch_place import Address, Place
 
 TIMEOUT_VARIABLE = "MLX_RGEMMA_PEER_TIMEOUT"
 TIMEOUT_SECONDS = 60.0

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.registration import register
-from mlx_rgemma.texts import read_documents
+from mlx_rgemma.text.files import read_documents
 
 QUANTIZERS = ("dwq", "gptq", "dynamic_quant")
 

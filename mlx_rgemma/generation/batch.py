@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation import Prompt, encode
+from mlx_rgemma.generation.single import Prompt, encode
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.text_stream import StopMatcher, TextStream
+from mlx_rgemma.text.stream import StopMatcher, TextStream
 
 if TYPE_CHECKING:
     from mlx_lm.generate_utils import BatchStats

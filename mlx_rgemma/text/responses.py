@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_rgemma.text_stream import StopMatcher, TextStream
+from mlx_rgemma.text.stream import StopMatcher, TextStream
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse

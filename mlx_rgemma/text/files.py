@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_rgemma.errors import UserError
 
-DEFAULT_TEXT = Path(__file__).parent / "assets" / "stories.txt"
+DEFAULT_TEXT = Path(__file__).parents[1] / "assets" / "stories.txt"
 """Short stories, written for measurements with this package; no model was trained on them."""
 
 

@@ -20,7 +20,7 @@ from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import state_nbytes
 from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.quality import Quality, Reference, Rows, measure
+from mlx_rgemma.quality.measures import Quality, Reference, Rows, measure
 
 PLAIN_DTYPE = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
 

@@ -15,8 +15,8 @@ from mlx_rgemma.checkpoints.model_card import MODEL_CARD
 from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.quality import Reference, encode_rows, measure
-from mlx_rgemma.quality_report import Entry, Size, as_json, measure_folder, table
+from mlx_rgemma.quality.measures import Reference, encode_rows, measure
+from mlx_rgemma.quality.report import Entry, Size, as_json, measure_folder, table
 
 PLAIN = {
     "quantize": False,

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from conftest import golden_model, max_error
 
-from mlx_rgemma import GriffinConfig, Model, generate, load, speculation, stream_generate
-from mlx_rgemma.drafts import PromptLookup
+from mlx_rgemma import GriffinConfig, Model, generate, load, stream_generate
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.generation import speculation
+from mlx_rgemma.generation.drafts import PromptLookup
+from mlx_rgemma.generation.sampling import Sampler
+from mlx_rgemma.generation.speculation import SpeculationStats, speculative_steps
 from mlx_rgemma.griffin.cache import state_nbytes
-from mlx_rgemma.sampling import Sampler
-from mlx_rgemma.speculation import SpeculationStats, speculative_steps
 
 STATE_ATOL = 1e-4
 """float32 logits behind a state that has read the same tokens in other calls."""

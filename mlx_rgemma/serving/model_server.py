@@ -25,11 +25,11 @@ from mlx_lm.models.cache import LRUPromptCache
 from mlx_rgemma import distributed
 from mlx_rgemma.checkpoints import load
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation import stream_generate
+from mlx_rgemma.generation.single import stream_generate
+from mlx_rgemma.generation.speculation import check_vocabulary
 from mlx_rgemma.griffin.cache import state_nbytes
-from mlx_rgemma.http_handler import Handler, Server
-from mlx_rgemma.request_checks import DEFAULT_MODEL
-from mlx_rgemma.speculation import check_vocabulary
+from mlx_rgemma.serving.http_handler import Handler, Server
+from mlx_rgemma.serving.request_checks import DEFAULT_MODEL
 
 STOP = "stop"
 """What processes that share a model are sent in place of a request, in the end."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_lm.server import APIHandler
 
-from mlx_rgemma.request_checks import BadRequest, check_request, parse_body
+from mlx_rgemma.serving.request_checks import BadRequest, check_request, parse_body
 
 BODY_LIMIT = 64 * 2**20
 """Bytes of a request."""

@@ -7,9 +7,10 @@ import io
 import mlx.core as mx
 import pytest
 
-from mlx_rgemma import Session, decoding, load, session, speculation
-from mlx_rgemma.decoding import Processors, plain_steps
-from mlx_rgemma.generation import stream_generate
+from mlx_rgemma import Session, load, session
+from mlx_rgemma.generation import decoding, speculation
+from mlx_rgemma.generation.decoding import Processors, plain_steps
+from mlx_rgemma.generation.single import stream_generate
 
 PROMPT = mx.array([2, *range(40, 80)])
 

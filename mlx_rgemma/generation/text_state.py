@@ -8,8 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.decoding import Processors, Sampler, greedy
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.generation.decoding import Processors, Sampler, greedy
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache
 from mlx_rgemma.griffin.model import Model
 

@@ -188,7 +188,7 @@ def test_a_draft_model_changes_no_answer(server, tmp_path):
 
 
 def test_the_chat_client_of_the_examples(server):
-    script = Path(__file__).parents[1] / "examples" / "chat_client.py"
+    script = Path(__file__).parents[2] / "examples" / "chat_client.py"
     messages = [{"role": "user", "content": "Tell me a story."}]
     expected = server.post(CHAT, messages=messages, max_tokens=8)[1]["choices"][0]["message"]
     url = f"http://127.0.0.1:{server.port}/v1"
@@ -226,9 +226,9 @@ def test_the_openai_client(server):
 def test_an_error_in_a_batch_ends_its_requests_and_not_the_server(monkeypatch):
     from mlx_lm import server as mlx_lm_server
 
-    from mlx_rgemma.http_handler import Handler, Server
     from mlx_rgemma.server import build_parser
-    from mlx_rgemma.serving import Generator, Provider, States
+    from mlx_rgemma.serving.http_handler import Handler, Server
+    from mlx_rgemma.serving.model_server import Generator, Provider, States
 
     provider = Provider(build_parser().parse_args([]))
     generator = Generator(provider, States(4), 4)

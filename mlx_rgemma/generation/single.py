@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_rgemma.decoding import LogitsProcessor, plain_steps
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.generation.decoding import LogitsProcessor, plain_steps
+from mlx_rgemma.generation.speculation import DRAFT_TOKENS, SpeculationStats, speculative_steps
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.speculation import DRAFT_TOKENS, SpeculationStats, speculative_steps
-from mlx_rgemma.text_responses import text_responses
+from mlx_rgemma.text.responses import text_responses
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -52,7 +52,7 @@ def stream_generate(
         logits_processors: Functions of (the last tokens, logits) to logits, from
             `mlx_lm.sample_utils.make_logits_processors`. They see at most `CONTEXT_LIMIT` tokens.
         draft_model: A smaller model with the same vocabulary, for speculative decoding. A
-            `mlx_rgemma.sampling.Sampler` as `sampler` keeps most of its drafts.
+            `mlx_rgemma.generation.sampling.Sampler` as `sampler` keeps most of its drafts.
         num_draft_tokens: Tokens that it drafts at a time.
         prompt_lookup: Tokens to draft at a time from the text so far, without a draft model.
         speculation_stats: Filled in while speculating.

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from conftest import golden_model
 
-from mlx_rgemma import GriffinConfig, convert, load, quality
+from mlx_rgemma import GriffinConfig, convert, load
 from mlx_rgemma.checkpoints import save_model
 from mlx_rgemma.checkpoints.source import EMBEDDED, Source
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import state_nbytes
-from mlx_rgemma.quality import Reference, Rows, encode_rows, measure
-from mlx_rgemma.quality_report import (
+from mlx_rgemma.quality import measures
+from mlx_rgemma.quality.measures import Reference, Rows, encode_rows, measure
+from mlx_rgemma.quality.report import (
     Entry,
     Size,
     measure_folder,
@@ -24,7 +25,7 @@ from mlx_rgemma.quality_report import (
     survey,
     table,
 )
-from mlx_rgemma.texts import read_documents
+from mlx_rgemma.text.files import read_documents
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def log_softmax64(model, row):
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("tokens_at_once", [4, 256])
 def test_against_whole_rows(monkeypatch, rows, models, batch_size, tokens_at_once):
-    monkeypatch.setattr(quality, "TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(measures, "TOKENS_AT_ONCE", tokens_at_once)
     rows = Rows(rows.tokens, rows.nbytes, batch_size)
     found = measure(models[0], rows, Reference(models[1], rows))
     perplexity, error, kl, same = directly(*models[:1], rows, models[1])

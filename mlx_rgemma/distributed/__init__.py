@@ -1,0 +1,31 @@
+"""Several processes under `mlx.launch`: joining them, agreeing, and noticing one that is lost."""
+
+from mlx_rgemma.distributed.membership import (
+    abandon,
+    agreed,
+    group,
+    join,
+    leave,
+    lost_by_others,
+    outcome,
+    rank,
+    settle,
+    share,
+    share_arrays,
+    speaks,
+)
+
+__all__ = [
+    "abandon",
+    "agreed",
+    "group",
+    "join",
+    "leave",
+    "lost_by_others",
+    "outcome",
+    "rank",
+    "settle",
+    "share",
+    "share_arrays",
+    "speaks",
+]

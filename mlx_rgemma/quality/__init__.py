@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, distance from another model, benchmarks of the field."""
