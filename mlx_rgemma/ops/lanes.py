@@ -47,7 +47,7 @@ def in_halves(
 
 def worthwhile(elements: int) -> bool:
     """Whether work on so many elements is to be shared."""
-    return elements >= LEAST and on_linux_cpu() and _cores() > 1
+    return elements >= LEAST and on_linux_cpu() and cores() > 1
 
 
 def lane(number: int) -> AbstractContextManager[Any]:
@@ -56,7 +56,8 @@ def lane(number: int) -> AbstractContextManager[Any]:
 
 
 @cache
-def _cores() -> int:
+def cores() -> int:
+    """How many this process may use."""
     return len(os.sched_getaffinity(0))
 
 
