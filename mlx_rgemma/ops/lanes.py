@@ -47,7 +47,7 @@ def in_halves(
 
 def worthwhile(elements: int) -> bool:
     """Whether work on so many elements is to be shared."""
-    return elements >= LEAST and on_linux_cpu() and cores() > 1
+    return elements >= LEAST and on_linux_cpu() and _cores() > 1
 
 
 def lane(number: int) -> AbstractContextManager[Any]:
@@ -56,8 +56,7 @@ def lane(number: int) -> AbstractContextManager[Any]:
 
 
 @cache
-def cores() -> int:
-    """How many this process may use."""
+def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 

@@ -1,4 +1,8 @@
-"""Updates of large parameters on more than the one thread that MLX has for them on a Linux CPU."""
+"""Updates of large parameters by turns on two threads of a Linux CPU.
+
+An optimizer computes a dozen elementwise operations a parameter, which MLX runs on one thread: for
+short rows they take a third of a step of training in full.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,13 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_rgemma.ops.lanes import lane, worthwhile
-from mlx_rgemma.tuner.adam import update_in_pieces
 
 
 def share_updates(optimizer: optim.Optimizer) -> optim.Optimizer:
-    """Have large parameters updated on several cores: Adam's and AdamW's in pieces, by `adam`;
-    any other's by turns, each by the thread that has had less to do.
+    """Have each large parameter updated by the thread that has had less to do.
 
     Args:
-        optimizer: Any of MLX's; what it computes stays the same, bit for bit. Gradients that it is
-            given may be used up.
+        optimizer: Any of MLX's; what it computes stays the same, bit for bit.
 
     Returns:
         The optimizer itself.
@@ -25,9 +26,6 @@ def share_updates(optimizer: optim.Optimizer) -> optim.Optimizer:
     if isinstance(optimizer, optim.MultiOptimizer):
         for part in optimizer.optimizers:
             share_updates(part)
-        return optimizer
-    if isinstance(optimizer, optim.Adam) and type(optimizer) in (optim.Adam, optim.AdamW):
-        update_in_pieces(optimizer)
         return optimizer
     update = optimizer.apply_single
     done = [0, 0]
