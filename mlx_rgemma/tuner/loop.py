@@ -187,6 +187,7 @@ class Loop:
             # Sums of many bfloat16 gradients would lose the small ones.
             gradients = tree_map(lambda g: g.astype(mx.float32), gradients)
         self.sums = gradients
+        del parameters, gradients  # what an update replaces is held by nobody else
         mx.eval(self.sums, loss, tokens)
         sums = mx.stack([loss.astype(mx.float32), tokens.astype(mx.float32)])
         if self.size > 1:
@@ -214,6 +215,7 @@ class Loop:
         if self.settings.max_grad_norm:
             gradients, _ = optim.clip_grad_norm(gradients, self.settings.max_grad_norm)
         state.optimizer.update(state.model, gradients)
+        del gradients  # their memory serves the update
         state.progress.updates += 1
         if state.average is not None:
             state.average.update(state.model, state.progress.updates)
