@@ -88,14 +88,15 @@ def test_memory_does_not_grow_with_the_document(documents):
     model.train()
     batches, loss = CarriedBatches(documents, 1, 16, 0), CarriedLoss(model, 1)
     held = []
-    for step in range(30):
+    for step in range(130):
         batch = batches[step]
         found = nn.value_and_grad(model, lambda m, b=batch: loss(m, b)[0])(model)
         mx.eval(found)
         del found
         mx.synchronize()  # MLX's thread lets go of what it has used a moment after
         held.append(mx.get_active_memory())
-    assert max(held[10:]) <= max(held[2:10]), held
+    # malloc gives an array some bytes more at one time than at another; a scalar a step is 24.
+    assert max(held[10:]) < max(held[2:10]) + 2048, held
 
 
 def test_order(documents):
