@@ -88,22 +88,22 @@ def test_memory_does_not_grow_with_the_document(documents):
     model.train()
     batches, loss = CarriedBatches(documents, 1, 16, 0), CarriedLoss(model, 1)
     held = []
-    for step in range(130):
+    for step in range(150):
         batch = batches[step]
         found = nn.value_and_grad(model, lambda m, b=batch: loss(m, b)[0])(model)
         mx.eval(found)
-        del found
+        del found, batch
         mx.synchronize()  # MLX's thread lets go of what it has used a moment after
         held.append(mx.get_active_memory())
-    # malloc gives an array some bytes more at one time than at another; a scalar a step is 24.
-    assert max(held[10:]) < max(held[2:10]) + 2048, held
+    # It goes up and down by some small arrays; a scalar more at every step would be 360 bytes.
+    assert min(held[100:]) <= max(held[2:10]), held
 
 
 def test_order(documents):
     """Each row reads whole documents one behind the other; the order follows from seed and step."""
     batches = CarriedBatches(documents, 2, 16, 5)
-    streams = np.concatenate([np.array(batches[i].tokens) for i in range(60)], axis=1)
-    positions = np.concatenate([np.array(batches[i].segment_pos) for i in range(60)], axis=1)
+    streams = np.concatenate([np.array(batches[i].tokens) for i in range(150)], axis=1)
+    positions = np.concatenate([np.array(batches[i].segment_pos) for i in range(150)], axis=1)
     texts = {tuple(document(documents, n)[0, :-1].tolist()) for n in range(len(LENGTHS))}
     for row, at in zip(streams, positions, strict=True):
         starts = np.flatnonzero(at == 0)
