@@ -32,6 +32,17 @@ SHAPE: dict[str, Any] = {
     "attention_bias": True,
 }
 CONFIG = GriffinConfig(vocab_size=96, **SHAPE)
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "lru_width": 32,
+}
+"""Where one process is enough: no vocabulary and no window yet."""
+
 TOKENS = mx.array(
     [[2, 5, 9, 17, 33, 4, 60, 7, 8, 91, 12, 13], [2, 6, 1, 44, 3, 3, 9, 70, 2, 5, 8, 1]]
 )

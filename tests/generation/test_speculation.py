@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import golden_model, max_error
+from random_models import SMALL
 
 from mlx_rgemma import GriffinConfig, Model, generate, load, stream_generate
 from mlx_rgemma.errors import UserError
@@ -27,17 +28,8 @@ STATE_ATOL = 1e-4
 def random_model(vocab_size: int = 97, seed: int = 0, sharpness: float = 1.0) -> Model:
     """A model whose logits are multiplied by `sharpness`."""
     mx.random.seed(seed)
-    values = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "head_dim": 16,
-        "lru_width": 32,
-        "attention_window_size": 12,
-    }
-    model = Model(GriffinConfig(**values))
+    config = GriffinConfig(vocab_size=vocab_size, attention_window_size=12, **SMALL)
+    model = Model(config)
     model.model.embed_tokens.weight = mx.random.normal((vocab_size, 32)) * 0.25
     model.model.final_norm.weight = mx.full((32,), sharpness - 1.0)
     mx.eval(model.parameters())

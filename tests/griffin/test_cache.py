@@ -8,22 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import LOGITS_ATOL, golden_model, max_error
+from random_models import SMALL
 
 from mlx_rgemma import GriffinConfig, Model
 from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache, state_nbytes
 
 
 def small_model(**changes) -> Model:
-    values = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "head_dim": 16,
-        "lru_width": 32,
-        "attention_window_size": 6,
-    }
+    values = {"vocab_size": 50, "attention_window_size": 6, **SMALL}
     model = Model(GriffinConfig(**{**values, **changes}))
     mx.eval(model.parameters())
     return model
