@@ -69,9 +69,9 @@ def mlx_step(
     if engine == "mlx_rgemma":
         from mlx_rgemma import load_model
         from mlx_rgemma.checkpoints.adapters import AdapterConfig, add_adapters
+        from mlx_rgemma.tuner.adam import in_one_pass
         from mlx_rgemma.tuner.batch import Batch
         from mlx_rgemma.tuner.loss import batch_loss
-        from mlx_rgemma.tuner.shared_updates import share_updates
 
         model: Any = load_model(folder, dtype="float32")[0]
         add_adapters(model, AdapterConfig(kind, -1, **LORA))
@@ -80,7 +80,7 @@ def mlx_step(
         def loss(model: Any) -> mx.array:
             return batch_loss(model, batch)[0] / tokens
 
-        optimizer = share_updates(optim.Adam(learning_rate=1e-5))
+        optimizer = in_one_pass(optim.Adam(learning_rate=1e-5))
     else:
         import mlx_lm.models.recurrent_gemma as theirs
         from mlx_lm.tuner.utils import linear_to_lora_layers

@@ -115,10 +115,6 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
     Raises:
         UserError: If the model has fewer layers, or none of the names, or cannot be trained so.
     """
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    from mlx_rgemma.griffin.gate_adapters import add_gate_adapters
-
     _check_layers(model, config, "num-layers", "; -1 stands for all.")
     model.freeze()
     if config.fine_tune_type == "full":
@@ -128,6 +124,10 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
                 if "scales" in module:  # quantized: there is no gradient of whole numbers
                     module.freeze(recurse=False)
         return
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    from mlx_rgemma.griffin.gate_adapters import add_gate_adapters
+
     _check_keys(model, config)
     if config.fine_tune_type == "dora":
         _check_dora(model)

@@ -195,9 +195,9 @@ class Ours(_MlxEngine):
         return total / counted
 
     def _optimizer(self) -> optim.Optimizer:
-        from mlx_rgemma.tuner.shared_updates import share_updates
+        from mlx_rgemma.tuner.adam import in_one_pass
 
-        return share_updates(super()._optimizer())
+        return in_one_pass(super()._optimizer())
 
     def _compiled(self) -> bool:
         return False

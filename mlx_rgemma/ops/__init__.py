@@ -12,11 +12,11 @@ from mlx_rgemma.ops.attention import (
 )
 from mlx_rgemma.ops.conv import causal_conv1d
 from mlx_rgemma.ops.elementwise import add_to_stream, gated_gelu, soft_cap
-from mlx_rgemma.ops.exponential import on_linux_cpu
 from mlx_rgemma.ops.fused import forward_only
 from mlx_rgemma.ops.gates import block_diagonal
 from mlx_rgemma.ops.linear import linear, quantized_linear
 from mlx_rgemma.ops.norm import add_rms_norm, rms_norm
+from mlx_rgemma.ops.processor import on_linux_cpu
 from mlx_rgemma.ops.rg_lru import rg_lru, step_kinds
 from mlx_rgemma.ops.rotary import apply_rotary, rotary_angles, rotary_frequencies
 from mlx_rgemma.ops.scan import linear_scan

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_rgemma.ops import loops
 from mlx_rgemma.ops.attention_cpu import attend
-from mlx_rgemma.ops.exponential import on_linux_cpu
+from mlx_rgemma.ops.attention_loops import attend_band
 from mlx_rgemma.ops.lanes import lane, worthwhile
+from mlx_rgemma.ops.processor import on_linux_cpu
 from mlx_rgemma.ops.rotary import apply_rotary
 
 QUERY_BLOCK = 512
@@ -75,6 +77,11 @@ def plain_window(
     if ring is not None:
         past = min(ring.kv.shape[2], window if held is None else min(held, window))
         kv = mx.concatenate([ring.newest(past), kv], axis=2)
+
+    if loops.worthwhile(q):
+        out = attend_band(q, kv, window, reach, q.shape[-1] ** -0.5)
+        if out is not None:
+            return out
 
     outputs = []
     block = CPU_QUERY_BLOCK if on_linux_cpu() else QUERY_BLOCK

@@ -1,7 +1,7 @@
 """The causal depthwise convolution before the recurrence, with its state.
 
 Two forms: the kernels ``metal/causal_conv1d.metal`` and ``metal/causal_conv1d_backward.metal``
-where `kernels` lets them run, and plain MLX operations.
+where `kernels` lets them run, and plain MLX operations; for a prompt on a Linux CPU, a loop.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops import kernels, loops
 from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.ops.scan import token_strides
 
@@ -82,8 +83,33 @@ def _plain(
     inputs = mx.concatenate([state, x], axis=1)
     if segment_pos is not None:
         segment_pos = mx.broadcast_to(segment_pos, x.shape[:2])
-    y = _convolve(inputs, weight, bias, segment_pos, x.shape[1])
+    y = _by_loop(inputs, weight, bias, segment_pos, x) if loops.worthwhile(x) else None
+    if y is None:
+        y = _convolve(inputs, weight, bias, segment_pos, x.shape[1])
     return y.astype(x.dtype), _last_inputs(inputs, state.shape[1], segment_pos, lengths)
+
+
+def _by_loop(
+    inputs: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    segment_pos: mx.array | None,
+    x: mx.array,
+) -> mx.array | None:
+    """As `_convolve`, without a gradient; None where arrays have no values."""
+    batch, length, width = x.shape
+    pos = mx.array(weight.shape[1]) if segment_pos is None else segment_pos
+    ready = loops.ready(
+        inputs,
+        weight[..., 0].T,
+        mx.zeros((width,)) if bias is None else bias,
+        mx.broadcast_to(pos, (batch, length)).astype(mx.int32),
+    )
+    if ready is None:
+        return None
+    y = np.empty(x.shape, np.float32)
+    loops.run("causal_conv1d", batch * length, *ready, y)
+    return mx.array(y)
 
 
 def _convolve(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_rgemma.ops.elementwise import soft_cap
-from mlx_rgemma.ops.exponential import LOG2_E, exp2, on_linux_cpu, tanh
+from mlx_rgemma.ops.exponential import LOG2_E, exp2, tanh
 from mlx_rgemma.ops.fused import custom_function, forward_only
 from mlx_rgemma.ops.lanes import in_halves
+from mlx_rgemma.ops.processor import on_linux_cpu
 
 
 def cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array:

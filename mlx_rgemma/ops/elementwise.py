@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_rgemma.ops import kernels
-from mlx_rgemma.ops.exponential import LOG2_E, exp2, on_linux_cpu, tanh
+from mlx_rgemma.ops import kernels, loops
+from mlx_rgemma.ops.exponential import LOG2_E, exp2, tanh
 from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.ops.lanes import in_halves
+from mlx_rgemma.ops.processor import on_linux_cpu
 
 marker: Callable[[str, Callable[..., mx.array]], Callable[..., mx.array]] | None = None
 """While launches are counted: what makes of a name and a function one node of the graph."""
@@ -50,8 +52,18 @@ SLOPE, CUBE = 2.0 * math.sqrt(2.0 / math.pi), 0.044715
 """GELU is approximately ``x sigmoid(SLOPE (x + CUBE x^3))``, which its paper writes with tanh."""
 
 
+def _gated_gelu_on_cpu(gate: mx.array, x: mx.array) -> mx.array:
+    ready = loops.ready(gate, x) if loops.worthwhile(gate) else None
+    if ready is None:
+        y: mx.array = _gated_gelu_by_powers(gate, x)[0]
+        return y
+    product = np.empty(gate.size, np.float32)
+    loops.run("gated_gelu", gate.size, *(z.reshape(-1) for z in ready), product)
+    return mx.array(product).reshape(gate.shape).astype(gate.dtype)
+
+
 @custom_function
-def _gated_gelu_on_cpu(gate, x):
+def _gated_gelu_by_powers(gate, x):
     """-> `gated_gelu`, and the sigmoid in it for the backward pass."""
     y, share = in_halves(_gelu_product, gate.astype(mx.float32), x.astype(mx.float32))
     return y.astype(gate.dtype), share
@@ -62,8 +74,8 @@ def _gelu_product(g: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
     return g * share * x, share
 
 
-@_gated_gelu_on_cpu.vjp
-def _gated_gelu_on_cpu_vjp(primals, cotangents, outputs):
+@_gated_gelu_by_powers.vjp
+def _gated_gelu_by_powers_vjp(primals, cotangents, outputs):
     (gate, x), share = primals, outputs[1]
     arrays = (z.astype(mx.float32) for z in (gate, x, cotangents[0]))
     dg, dx = in_halves(_gelu_gradients, share, *arrays)
@@ -78,7 +90,7 @@ def _gelu_gradients(
     return dy * x * slope, dy * gelu
 
 
-@joined_on_gpu(lambda gate, x: _gated_gelu_on_cpu(gate, x)[0])
+@joined_on_gpu(_gated_gelu_on_cpu)
 def gated_gelu(gate: mx.array, x: mx.array) -> mx.array:
     """``gelu(gate) * x`` with GELU's tanh approximation, in fp32, returned in the dtype of `gate`.
 

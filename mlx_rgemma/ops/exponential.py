@@ -13,17 +13,15 @@ Everywhere else, MLX's own operations are the fast ones.
 from __future__ import annotations
 
 import math
-import sys
 
 import mlx.core as mx
 
 from mlx_rgemma.ops.fused import custom_function
+from mlx_rgemma.ops.processor import on_linux_cpu
 
 LOG2_E = 1.0 / math.log(2.0)
 
-_LINUX = sys.platform.startswith("linux")
-
-_COEFFICIENTS = (
+COEFFICIENTS = (
     0.00015403512783294178,
     0.001339073550427363,
     0.009618237493776657,
@@ -32,17 +30,12 @@ _COEFFICIENTS = (
     0.6931471879267019,
 )
 """q, highest power first: 2^f - 1 = f q(f) for \\|f\\| <= 1/2, relative error 1.1e-8 (minimax)."""
-_TO_WHOLE = 1.5 * 2.0**23
+TO_WHOLE = 1.5 * 2.0**23
 """Added to a float32, it leaves the nearest whole number in the lowest bits."""
-_MANTISSA_BITS, _BIAS = 23, 127
-_LEAST, _MOST = -125.0, 127.0
-_FLAT = 32.0
+MANTISSA_BITS, BIAS = 23, 127
+LEAST, MOST = -125.0, 127.0
+FLAT = 32.0
 """tanh is 1 in float32 from an exponent of that size on."""
-
-
-def on_linux_cpu() -> bool:
-    """Whether operations run on a Linux CPU."""
-    return _LINUX and mx.default_device().type == mx.cpu
 
 
 def _worthwhile(x: mx.array, least: int = 1 << 12) -> bool:
@@ -54,7 +47,7 @@ def exp2(x: mx.array) -> mx.array:
     """``2^x``, in the dtype of `x`; not below 2^-125."""
     if not _worthwhile(x, 1 << 15):
         return mx.power(2.0, x)
-    n, fraction = _split(mx.minimum(x, _MOST))
+    n, fraction = _split(mx.minimum(x, MOST))
     return ((fraction + 1.0).view(mx.int32) + n).view(mx.float32)
 
 
@@ -76,8 +69,8 @@ def tanh(x: mx.array) -> mx.array:
 @custom_function
 def _tanh(x: mx.array) -> mx.array:
     # tanh(x) = e / (e + 2) with e = exp(2 x) - 1, which is `fraction` itself near 0.
-    n, fraction = _split(mx.minimum(x * (2.0 * LOG2_E), _FLAT))
-    power = (n + (_BIAS << _MANTISSA_BITS)).view(mx.float32)
+    n, fraction = _split(mx.minimum(x * (2.0 * LOG2_E), FLAT))
+    power = (n + (BIAS << MANTISSA_BITS)).view(mx.float32)
     e = (power - 1.0) + power * fraction
     return e / (e + 2.0)
 
@@ -96,7 +89,7 @@ def decay(log_a: mx.array) -> tuple[mx.array, mx.array]:
     if not _worthwhile(log_a):
         return mx.exp(log_a), mx.sqrt(-mx.expm1(2.0 * log_a))
     n, fraction = _split(log_a * LOG2_E)
-    power = (n + (_BIAS << _MANTISSA_BITS)).view(mx.float32)
+    power = (n + (BIAS << MANTISSA_BITS)).view(mx.float32)
     rest = power * fraction
     a = power + rest
     # 1 - a is -fraction, to the last bit, wherever a is near 1: there the power is 1.
@@ -105,10 +98,10 @@ def decay(log_a: mx.array) -> tuple[mx.array, mx.array]:
 
 def _split(x: mx.array) -> tuple[mx.array, mx.array]:
     """The nearest whole number of an fp32 x, as bits of an exponent, and ``2^(the rest) - 1``."""
-    x = mx.maximum(x, _LEAST)
-    whole = x + _TO_WHOLE
-    f = x - (whole - _TO_WHOLE)
-    q = f * _COEFFICIENTS[0] + _COEFFICIENTS[1]
-    for coefficient in _COEFFICIENTS[2:]:
+    x = mx.maximum(x, LEAST)
+    whole = x + TO_WHOLE
+    f = x - (whole - TO_WHOLE)
+    q = f * COEFFICIENTS[0] + COEFFICIENTS[1]
+    for coefficient in COEFFICIENTS[2:]:
         q = q * f + coefficient
-    return whole.view(mx.int32) << _MANTISSA_BITS, q * f
+    return whole.view(mx.int32) << MANTISSA_BITS, q * f

@@ -39,6 +39,11 @@ def forward_only() -> Iterator[None]:
         _State.forward_only = before
 
 
+def is_forward_only() -> bool:
+    """Whether the operations have no gradients at the moment."""
+    return _State.forward_only
+
+
 def run_fused(launch: ArrayFunction, plain: ArrayFunction, *arrays: mx.array) -> list[mx.array]:
     """``launch(*arrays)``, with the gradient and the vectorized form of ``plain(*arrays)``.
 

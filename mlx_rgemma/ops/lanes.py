@@ -7,7 +7,6 @@ so both halves must be alike, operation by operation, for them to run at the sam
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -15,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.ops.exponential import on_linux_cpu
+from mlx_rgemma.ops.processor import cores, on_linux_cpu
 
 LEAST = 1 << 18
 """Elements from which on half of an array is worth the way to another thread."""
@@ -47,17 +46,12 @@ def in_halves(
 
 def worthwhile(elements: int) -> bool:
     """Whether work on so many elements is to be shared."""
-    return elements >= LEAST and on_linux_cpu() and _cores() > 1
+    return elements >= LEAST and on_linux_cpu() and cores() > 1
 
 
 def lane(number: int) -> AbstractContextManager[Any]:
     """Where operations of this number run: even ones where they would anyhow, odd ones beside."""
     return mx.stream(_beside()) if number % 2 else nullcontext()
-
-
-@cache
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 @cache

@@ -6,7 +6,8 @@ Three things that MLX leaves on the table there, measured on a 2.6 GHz x86-64 wi
   Cut into blocks of which each is small enough for its direct kernel, the products of a decode
   step of 40 million parameters take 13 ms for 19. That kernel reads short rows slowly (13 GB/s of
   512 inputs, 26 of 7,680): a narrow matrix is read at 22 GB/s from a copy in tiles, which lie as
-  the kernel goes through them.
+  the kernel goes through them. OpenBLAS has such kernels for AVX-512. Without it, a narrow matrix
+  is one tile, its transpose: that is copied into panels at 9 GB/s, the matrix itself at 6.
 * The gradient of a weight comes out transposed, and every operation of an optimizer on it takes
   several times as long. Here it lies as the weight does.
 * Multiplying with quantized weights takes 0.9 ns an element and row, expanding them 3.3 ns an
@@ -22,8 +23,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_rgemma.ops.exponential import on_linux_cpu
 from mlx_rgemma.ops.fused import custom_function
+from mlx_rgemma.ops.processor import has_avx512, on_linux_cpu
 
 FEW_ROWS = 8
 """Most rows that are multiplied block by block."""
@@ -31,7 +32,7 @@ BLOCK_OUTPUTS, BLOCK_PRODUCTS = 1200, 10**6
 """Limits of OpenBLAS's kernels for small matrices, which read them in place."""
 
 TILE_OUTPUTS = 64
-"""Outputs of a tile: what OpenBLAS's kernel for small matrices computes at once."""
+"""Outputs of a tile: what OpenBLAS's kernel for small matrices, for AVX-512, computes at once."""
 TILE_INPUTS, TILE_ELEMENTS = 1024, 1 << 23
 """Most inputs and elements of a matrix that is laid out in tiles: with more inputs its rows are so
 long that they are read nearly as fast, and the copy would be large."""
@@ -55,7 +56,7 @@ def linear(
         x: (..., in), any float.
         weight: (out, in).
         bias: (out,).
-        tiles: (out / 64, in, 64), fp32. From `tiled`, instead of the weight; without a gradient.
+        tiles: From `tiled`, instead of the weight; without a gradient.
 
     Returns:
         (..., out), dtype of the product.
@@ -69,8 +70,10 @@ def linear(
 
 
 def tiled(weight: mx.array) -> mx.array:
-    """A copy of a weight for products of few rows: (out, in) -> (out / 64, in, 64)."""
-    return mx.contiguous(weight.reshape(-1, TILE_OUTPUTS, weight.shape[1]).swapaxes(1, 2))
+    """A copy of a weight for products of few rows: (out, in) -> (tiles, in, outputs of a tile)."""
+    outputs, inputs = weight.shape
+    size = TILE_OUTPUTS if has_avx512() else outputs
+    return mx.contiguous(weight.reshape(-1, size, inputs).swapaxes(1, 2))
 
 
 def tiles_pay(x: mx.array, weight: mx.array) -> bool:
@@ -82,7 +85,7 @@ def tiles_pay(x: mx.array, weight: mx.array) -> bool:
         x.size <= FEW_ROWS * inputs
         and inputs <= TILE_INPUTS
         and weight.size <= TILE_ELEMENTS
-        and outputs % TILE_OUTPUTS == 0
+        and (outputs % TILE_OUTPUTS == 0 or not has_avx512())
         and weight.dtype == x.dtype == mx.float32
     )
 

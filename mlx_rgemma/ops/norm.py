@@ -1,14 +1,16 @@
 """RMSNorm with the factor 1 + weight, and the addition to the residual stream before it.
 
-Where `kernels` allows it, either is one launch; elsewhere it is `mx.fast.rms_norm` in fp32.
+Where `kernels` allows it, either is one launch, and for a prompt on a Linux CPU one loop; elsewhere
+it is `mx.fast.rms_norm` in fp32.
 Gradients are those of the plain operations.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops import kernels, loops
 from mlx_rgemma.ops.fused import run_fused
 from mlx_rgemma.ops.kernels import SIMD, ceil_div, sample
 
@@ -88,10 +90,23 @@ def add_rms_norm(
 
 def _plain(x, weight, eps, dtype):
     scale = 1.0 + weight.astype(mx.float32)
+    if loops.worthwhile(x) and (ready := loops.ready(x, scale)) is not None:
+        rows = ready[0].reshape(-1, x.shape[-1])
+        y = np.empty(rows.shape, np.float32)
+        loops.run("rms_norm", rows.shape[0], rows, ready[1], np.float32(eps), y)
+        return mx.array(y).reshape(x.shape).astype(dtype)
     return mx.fast.rms_norm(x.astype(mx.float32), scale, eps).astype(dtype)
 
 
 def _plain_add(x, delta, weight, eps, dtype):
+    if x.dtype == mx.float32 and loops.worthwhile(x):
+        ready = loops.ready(x, delta, 1.0 + weight.astype(mx.float32))
+        if ready is not None:
+            rows, deltas = (z.reshape(-1, x.shape[-1]) for z in ready[:2])
+            total, y = np.empty(rows.shape, np.float32), np.empty(rows.shape, np.float32)
+            arrays = (rows, deltas, ready[2], np.float32(eps), total, y)
+            loops.run("add_rms_norm", rows.shape[0], *arrays)
+            return mx.array(total).reshape(x.shape), mx.array(y).reshape(x.shape).astype(dtype)
     total = (x.astype(mx.float32) + delta.astype(mx.float32)).astype(x.dtype)
     return total, _plain(total, weight, eps, dtype)
 

@@ -8,8 +8,8 @@
 At a reset ``a_t = 0`` and the multiplier of the input is 1, as DeepMind's code has it. Everything
 after the gates' matrix products is float32: in bfloat16 a coefficient of 0.999 becomes 1.
 
-Two forms: the kernels ``metal/rg_lru.metal`` and ``metal/rg_lru_backward.metal`` where `kernels`
-lets them run, and plain MLX operations around `scan_reference`.
+Three forms: the kernels ``metal/rg_lru.metal`` and ``metal/rg_lru_backward.metal`` where `kernels`
+lets them run, a loop for a prompt on a Linux CPU, and plain MLX operations around `scan_reference`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from __future__ import annotations
 from functools import partial
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_rgemma.ops import kernels
-from mlx_rgemma.ops.exponential import decay, sigmoid
+from mlx_rgemma.ops import kernels, loops
+from mlx_rgemma.ops.exponential import LOG2_E, decay, sigmoid
 from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.ops.lanes import in_halves
 from mlx_rgemma.ops.scan import (
@@ -90,9 +91,14 @@ def rg_lru(
         biases = _both(input_gate_bias, recurrent_gate_bias)
         fused = _fused(x, input_gate, recurrent_gate, a_param, h0, kind, *biases)
         return fused[0], fused[1]
-    input_gate = _biased(input_gate, input_gate_bias)
-    recurrent_gate = _biased(recurrent_gate, recurrent_gate_bias)
-    h = _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind)[0]
+    h = None
+    if loops.worthwhile(x):
+        given = input_gate_bias, recurrent_gate_bias
+        h = _by_loop(x, input_gate, recurrent_gate, a_param, h0, kind, *given)
+    if h is None:
+        input_gate = _biased(input_gate, input_gate_bias)
+        recurrent_gate = _biased(recurrent_gate, recurrent_gate_bias)
+        h = _rg_lru(x, input_gate, recurrent_gate, a_param, h0, kind)[0]
     return h.astype(x.dtype), h[:, -1]
 
 
@@ -184,6 +190,11 @@ def _softplus(a_param: mx.array) -> mx.array:
     return mx.logaddexp(a_param.astype(mx.float32), 0.0)
 
 
+def log2_a_at_open_gate(a_param: mx.array) -> mx.array:
+    """``log2 a`` where the recurrence gate is open, r = 1: (D,) -> (D,), fp32."""
+    return -C * LOG2_E * _softplus(a_param)
+
+
 def _biased(gate: mx.array, bias: mx.array | None) -> mx.array:
     return gate if bias is None else gate.astype(mx.float32) + bias.astype(mx.float32)
 
@@ -195,6 +206,20 @@ def _check(x: mx.array, **expected: tuple[mx.array | None, tuple[int, ...]]) -> 
         allowed = [shape, (1, *shape[1:])] if name in ("reset", "mask") else [shape]
         if array is not None and array.shape not in allowed:
             raise ValueError(f"[rg_lru] {name} has shape {array.shape}, expected {shape}.")
+
+
+def _by_loop(x, input_gate, recurrent_gate, a_param, h0, kind, *biases):
+    """The states, (B, L, D) fp32, without a gradient; None where arrays have no values."""
+    given = [mx.zeros(a_param.shape) if bias is None else bias for bias in biases]
+    kinds = mx.broadcast_to(kind.astype(mx.uint8), x.shape[:2])
+    ready = loops.ready(
+        x, input_gate, recurrent_gate, *given, log2_a_at_open_gate(a_param), h0, kinds
+    )
+    if ready is None:
+        return None
+    h = np.empty(x.shape, np.float32)
+    loops.run("rg_lru", x.shape[2], *ready, h)
+    return mx.array(h)
 
 
 # The fused form.

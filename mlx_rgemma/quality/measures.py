@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.model import Model, tied_head
+from mlx_rgemma.ops import forward_only
 
 TOKENS_AT_ONCE = 256
 """Tokens that go through a model together: the logits of no more are ever held."""
@@ -206,7 +207,8 @@ def _predictions(model: Model, rows: Rows) -> Iterator[tuple[mx.array, mx.array]
         step = max(TOKENS_AT_ONCE // len(batch), 1)
         for start in range(0, int(lengths.max()), step):
             stop = min(start + step, int(lengths.max()))
-            x = model.model(mx.array(padded[:, start:stop]), cache)
+            with forward_only():
+                x = model.model(mx.array(padded[:, start:stop]), cache)
             # What is behind the end of a row was computed for nothing, and is dropped.
             counts = np.arange(start, stop)[None] < lengths[:, None]
             places = mx.array(np.flatnonzero(counts).astype(np.int32))

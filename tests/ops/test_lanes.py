@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from types import SimpleNamespace
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import pytest
-from mlx.utils import tree_flatten, tree_map
 
 from mlx_rgemma.ops import gated_gelu, lanes, rg_lru, windowed_attention
 from mlx_rgemma.ops.attention_plain import Ring
 from mlx_rgemma.ops.cross_entropy import cross_entropies
-from mlx_rgemma.tuner.optimizers import make_optimizer
-from mlx_rgemma.tuner.rules import adamw
-from mlx_rgemma.tuner.shared_updates import share_updates
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="work is shared on a Linux CPU only"
@@ -33,13 +27,12 @@ def same(monkeypatch):
     def check(compute):
         results = []
         for cores in (1, 2):
-            monkeypatch.setattr(lanes, "_cores", lambda cores=cores: cores)
+            monkeypatch.setattr(lanes, "cores", lambda cores=cores: cores)
             results.append(compute())
             mx.eval(results[-1])
             assert bool(used) == (cores == 2)
         assert all(mx.array_equal(x, y).item() for x, y in zip(*results, strict=True))
 
-    check.forget = used.clear
     return check
 
 
@@ -77,39 +70,6 @@ def test_cross_entropy(same, cap):
     same(lambda: [cross_entropies(scores, targets, cap), mx.grad(total)(scores)])
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adafactor", "Lion"])
-def test_updates(same, name):
-    """Three updates of matrices and vectors, with moments where there are some."""
-
-    def update():
-        optimizer = share_updates(getattr(optim, name)(learning_rate=0.1))
-        parameters = {"a": normal(40, 30), "b": {"c": normal(7), "d": normal(9, 90, seed=1)}}
-        for seed in range(3):
-            gradients = tree_map(lambda x, s=seed: normal(*x.shape, seed=2 + s), parameters)
-            parameters = optimizer.apply_gradients(gradients, parameters)
-            mx.eval(parameters, optimizer.state)
-        return [x for _, x in tree_flatten([parameters, optimizer.state])]
-
-    same(update)
-
-
-def test_trainers_share_updates(same):
-    """The optimizers of both trainers are those that do."""
-    settings = SimpleNamespace(
-        optimizer="adamw", optimizer_config={}, learning_rate=0.1, lr_schedule=None
-    )
-    for make in (lambda: make_optimizer(settings), lambda: adamw(0.1, weight_decay=0.1)):
-        same.forget()
-
-        def update(make=make):
-            parameters = {"a": {"weight": normal(40, 30)}, "b": {"weight": normal(30, 20)}}
-            gradients = tree_map(lambda x: normal(*x.shape, seed=1), parameters)
-            found = make().apply_gradients(gradients, parameters)
-            return [x for _, x in tree_flatten(found)]
-
-        same(update)
-
-
 @pytest.mark.parametrize("past", [0, 200])
 def test_attention(same, past):
     q, k, v = (normal(2, heads, 400, 16, seed=heads) for heads in (3, 1, 1))
@@ -138,6 +98,6 @@ def test_in_other_threads():
 
 
 def test_small_arrays_stay_where_they_are(monkeypatch):
-    monkeypatch.setattr(lanes, "_cores", lambda: 2)
+    monkeypatch.setattr(lanes, "cores", lambda: 2)
     assert not lanes.worthwhile(lanes.LEAST - 1)
     assert lanes.worthwhile(lanes.LEAST) == (mx.default_device().type == mx.cpu)

@@ -21,6 +21,7 @@ from mlx_rgemma.ops.linear import (
     FEW_ROWS,
     TILE_ELEMENTS,
     TILE_INPUTS,
+    TILE_OUTPUTS,
     _blocks,
     tiled,
     tiles_pay,
@@ -221,15 +222,19 @@ def test_a_decode_step_wakes_no_second_thread(heads, width, keys, products):
     assert graph.getvalue().count("Matmul") == 2  # a chunk is not cut
 
 
+@pytest.mark.parametrize("avx512", [True, False], ids=["AVX-512", "without"])
 @pytest.mark.parametrize("shape", [(1, 512), (2, 4, 64), (1, 1, 1024)], ids=str)
 @pytest.mark.parametrize("outputs", [64, 1536])
-def test_tiles_multiply_as_the_weight_does(shape, outputs):
+def test_tiles_multiply_as_the_weight_does(monkeypatch, shape, outputs, avx512):
+    monkeypatch.setattr(linear_ops, "has_avx512", lambda: avx512)
     x = mx.random.normal(shape, key=mx.random.key(0))
     weight = mx.random.normal((outputs, shape[-1]), key=mx.random.key(1))
     bias = mx.random.normal((outputs,), key=mx.random.key(2))
     assert tiles_pay(x, weight)
     exact = np.array(x, np.float64) @ np.array(weight, np.float64).T + np.array(bias)
-    got = linear(x, weight, bias, tiled(weight))
+    tiles = tiled(weight)
+    assert tiles.shape[0] == (outputs // TILE_OUTPUTS if avx512 else 1)
+    got = linear(x, weight, bias, tiles)
     assert got.shape == exact.shape and relative_error(got, exact) < 3e-6
 
 
@@ -243,8 +248,16 @@ def test_tiles_multiply_as_the_weight_does(shape, outputs):
         (1, 512, 512, mx.bfloat16),
     ],
 )
-def test_no_tiles_where_they_do_not_pay(rows, outputs, inputs, dtype):
+def test_no_tiles_where_they_do_not_pay(monkeypatch, rows, outputs, inputs, dtype):
+    monkeypatch.setattr(linear_ops, "has_avx512", lambda: True)
     assert not tiles_pay(mx.zeros((rows, inputs), dtype), mx.zeros((outputs, inputs), dtype))
+
+
+def test_any_number_of_outputs_is_one_tile_without_avx512(monkeypatch):
+    monkeypatch.setattr(linear_ops, "has_avx512", lambda: False)
+    x, weight = mx.random.normal((3, 40)), mx.random.normal((501, 40))
+    assert tiles_pay(x, weight)
+    assert relative_error(linear(x, weight, None, tiled(weight)), np.array(x @ weight.T)) < 3e-6
 
 
 def test_few_rows_go_in_blocks_that_the_blas_reads_in_place():

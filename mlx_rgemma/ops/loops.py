@@ -1,0 +1,102 @@
+"""Compiled loops over the memory of MLX's arrays, in place of chains of operations on a Linux CPU.
+
+MLX computes each elementwise operation there by itself and on one thread: GELU is thirty operations
+that go through memory thirty times. A loop that Numba compiles (`loops_numba`) goes through it
+once, on all cores. The price is that its inputs must be there: they are computed before it runs,
+not when somebody asks for its result. So loops serve long pieces of a prompt, where nothing is
+gained by putting work off; a decode step knows none of them. Nor does a model that is trained:
+computed early, all that its forward pass makes would be held until its gradient is known.
+
+Within `mx.compile` and `mx.vmap`, where arrays have no values yet, plain operations take over; with
+``MLX_RGEMMA_KERNELS=off``, everywhere.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops.fused import is_forward_only
+from mlx_rgemma.ops.processor import cores, on_linux_cpu
+
+View = np.ndarray[Any, Any]
+
+LEAST = 1 << 16
+"""Elements from which on a loop is worth computing its inputs at once."""
+FEWEST_TOKENS = 16
+"""Tokens from which on a call is more than the steps of a decode loop."""
+
+
+def worthwhile(x: mx.array) -> bool:
+    """Whether loops are to run over activations like these, (..., L, channels)."""
+    return is_forward_only() and x.ndim > 1 and x.shape[-2] >= FEWEST_TOKENS and many(x.size)
+
+
+def many(elements: int) -> bool:
+    """Whether so many elements are worth a loop here: not where kernels run, or are off."""
+    if elements < LEAST or not on_linux_cpu():
+        return False
+    return kernels.mode() == "auto" and not kernels.stand_in() and _installed()
+
+
+def ready(*arrays: mx.array) -> list[mx.array] | None:
+    """The arrays, computed now, as loops take them: contiguous, floats as fp32.
+
+    None within `mx.compile` and `mx.vmap`.
+    """
+    found = [
+        mx.contiguous(x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
+        for x in arrays
+    ]
+    try:
+        mx.eval(found)
+    except ValueError:  # "not allowed" where arrays stand for others
+        return None
+    return found
+
+
+def run(name: str, units: int, *arguments: Any) -> None:
+    """Run a loop of `loops_numba` over all units of its work, a share on each core.
+
+    Args:
+        name: The loop's.
+        units: Of its work.
+        arguments: MLX's arrays as `ready` gives them, NumPy's for what the loop makes, numbers.
+    """
+    loop = getattr(_loops(), name)
+    memory = [np.asarray(x) if isinstance(x, mx.array) else x for x in arguments]
+    shares = max(min(cores(), units), 1)
+    cuts = [units * i // shares for i in range(shares + 1)]
+    own, *rest = pairwise(cuts)
+    others = [_threads().submit(loop, *cut, *memory) for cut in rest]  # type: ignore[arg-type]
+    loop(*own, *memory)
+    for other in others:
+        other.result()
+
+
+def alone(name: str, *arguments: Any) -> None:
+    """Run a loop of `loops_numba` on this thread, with these arguments and no others."""
+    getattr(_loops(), name)(*arguments)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("numba") is not None
+
+
+@cache
+def _loops() -> Any:
+    return import_module("mlx_rgemma.ops.loops_numba")  # half a second: not before it is needed
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(cores() - 1, 1), "mlx_rgemma loops")

@@ -1,0 +1,434 @@
+"""The loops of `loops`, in Python that Numba compiles for the processor at hand.
+
+Each goes through its arrays once, in registers. All have the form
+``loop(first, last, *inputs, *outputs)`` and do the units `first` to `last` of their work, of which
+threads get a share each: rows, channels or elements. Arrays are contiguous, fp32 unless said
+otherwise. A share is cut out first: an index that counts from 0 needs no look at its sign, which
+would keep the compiler from working on several numbers at a time.
+
+A file of its own, and a single one: Numba keeps what it compiled beside it, and compiles anew when
+this file changes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from mlx_rgemma.ops.exponential import (
+    BIAS,
+    COEFFICIENTS,
+    FLAT,
+    LEAST,
+    MANTISSA_BITS,
+    MOST,
+    TO_WHOLE,
+)
+
+
+def _compiled(**flags: Any) -> Any:
+    """Compile a function: without the interpreter's lock, kept on disk if there is a place."""
+
+    def decorate(function: Any) -> Any:
+        options = {"nogil": True, "error_model": "numpy", **flags}
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder that can be written to
+            return njit(**options)(function)
+
+    return decorate
+
+
+loop = _compiled(fastmath={"contract"})
+"""Products and sums may be contracted; their order stays, on which `split` relies."""
+exact_loop = _compiled()
+reduction = _compiled(fastmath={"contract", "reassoc", "nsz"})
+"""Sums in any order: several at a time."""
+
+f32, i32 = np.float32, np.int32
+ZERO, ONE, TWO = f32(0), f32(1), f32(2)
+Q0, Q1, Q2, Q3, Q4, Q5 = (f32(c) for c in COEFFICIENTS)
+WHOLE, LOW, HIGH, END = f32(TO_WHOLE), f32(LEAST), f32(MOST), f32(FLAT)
+SHIFT, ONE_BITS = i32(MANTISSA_BITS), i32(BIAS << MANTISSA_BITS)
+LOG2_E = f32(1.0 / math.log(2.0))
+SLOPE, CUBE = f32(2.0 * math.sqrt(2.0 / math.pi)), f32(0.044715)
+NORMAL, RESET, PADDING = 0, 1, 2
+
+
+# What `exponential` does with whole arrays, for one number.
+
+
+@loop
+def split(x):
+    """The nearest whole number of x, as bits of an exponent, and ``2^(the rest) - 1``."""
+    whole = x + WHOLE
+    f = x - (whole - WHOLE)
+    q = ((((Q0 * f + Q1) * f + Q2) * f + Q3) * f + Q4) * f + Q5
+    return i32(f32(whole).view(np.int32) << SHIFT), q * f
+
+
+@loop
+def exp2(x):
+    n, fraction = split(min(max(x, LOW), HIGH))
+    return i32(f32(fraction + ONE).view(np.int32) + n).view(np.float32)
+
+
+@loop
+def sigmoid(x):
+    return ONE / (ONE + exp2(x * -LOG2_E))
+
+
+@loop
+def tanh(x):
+    n, fraction = split(min(max(x * (TWO * LOG2_E), LOW), END))
+    power = i32(n + ONE_BITS).view(np.float32)
+    e = (power - ONE) + power * fraction
+    return e / (e + TWO)
+
+
+@loop
+def decay(log2_a):
+    """-> ``a`` and ``sqrt(1 - a^2)``; log2_a is not above 0."""
+    n, fraction = split(max(log2_a, LOW))
+    power = i32(n + ONE_BITS).view(np.float32)
+    rest = power * fraction
+    a = power + rest
+    return a, np.sqrt(((ONE - power) - rest) * (ONE + a))
+
+
+@reduction
+def total(row):
+    found = ZERO
+    for i in range(row.size):
+        found += row[i]
+    return found
+
+
+@reduction
+def highest(row):
+    found = row[0]
+    for i in range(row.size):
+        found = max(found, row[i])
+    return found
+
+
+@reduction
+def dot(one, other):
+    found = ZERO
+    for i in range(one.size):
+        found += one[i] * other[i]
+    return found
+
+
+# RMSNorm, and the addition before it. Units: rows.
+
+
+@reduction
+def mean_square(row):
+    found = ZERO
+    for i in range(row.size):
+        found += row[i] * row[i]
+    return found / f32(row.size)
+
+
+@loop
+def normalize(row, scale, eps, out):
+    factor = ONE / np.sqrt(mean_square(row) + eps)
+    for d in range(row.size):
+        out[d] = row[d] * factor * scale[d]
+
+
+@loop
+def rms_norm(first, last, x, scale, eps, y):
+    """x, y: (rows, N); scale: (N,), what a normalized row is multiplied by."""
+    for n in range(first, last):
+        normalize(x[n], scale, eps, y[n])
+
+
+@loop
+def add_rms_norm(first, last, x, delta, scale, eps, sums, y):
+    """sums: x + delta; all but scale (rows, N)."""
+    for n in range(first, last):
+        one, other, row = x[n], delta[n], sums[n]
+        for d in range(row.size):
+            row[d] = one[d] + other[d]
+    rms_norm(first, last, sums, scale, eps, y)
+
+
+# The causal convolution. Units: tokens of all rows.
+
+
+@loop
+def causal_conv1d(first, last, inputs, weight, bias, segment_pos, y):
+    """inputs: (B, K - 1 + L, D); weight: (K, D); segment_pos: (B, L) int32; y: (B, L, D)."""
+    taps, length = weight.shape[0], y.shape[1]
+    for n in range(first, last):
+        b, t = n // length, n % length
+        out = y[b, t]
+        out[:] = bias
+        for back in range(min(taps - 1, segment_pos[b, t]) + 1):
+            tap, row = weight[taps - 1 - back], inputs[b, t + taps - 1 - back]
+            for d in range(out.size):
+                out[d] += tap[d] * row[d]
+
+
+# GELU of a gate, times what it gates. Units: elements.
+
+
+@loop
+def gelu(x):
+    return x * sigmoid(x * (SLOPE + SLOPE * CUBE * (x * x)))
+
+
+@loop
+def gated_gelu(first, last, gate, x, y):
+    gate, x, y = gate[first:last], x[first:last], y[first:last]
+    for i in range(y.size):
+        y[i] = gelu(gate[i]) * x[i]
+
+
+# The RG-LRU. Units: channels.
+
+
+@loop
+def _kind_factors(kind):
+    """1 or 0 each: a step of the recurrence, of padding, of a new document."""
+    return f32(kind == NORMAL), f32(kind == PADDING), f32(kind == RESET)
+
+
+@loop
+def rg_lru(first, last, x, gate_i, gate_r, bias_i, bias_r, log2_a_open, h0, kind, h):
+    """x, gates, h: (B, L, D); biases, log2_a_open: (D,); h0: (B, D); kind: (B, L) uint8."""
+    batch, length, _ = x.shape
+    open_, b_i, b_r = log2_a_open[first:last], bias_i[first:last], bias_r[first:last]
+    state = np.empty(last - first, np.float32)
+    for b in range(batch):
+        state[:] = h0[b, first:last]
+        for t in range(length):
+            normal, padding, reset = _kind_factors(kind[b, t])
+            xs, ys = x[b, t, first:last], h[b, t, first:last]
+            g_i, g_r = gate_i[b, t, first:last], gate_r[b, t, first:last]
+            for d in range(last - first):
+                a, multiplier = decay(open_[d] * sigmoid(g_r[d] + b_r[d]))
+                a = a * normal + padding
+                multiplier = multiplier * normal + reset
+                value = a * state[d] + multiplier * sigmoid(g_i[d] + b_i[d]) * xs[d]
+                state[d] = value
+                ys[d] = value
+
+
+# Softmax within a band of visible keys. Units: rows of scores, of which each query has one a head.
+
+
+@loop
+def softmax(first, last, scores, low, high, totals):
+    """Scores, in base 2, become powers, and 0 where hidden.
+
+    scores: (B, H, L, K), changed; totals: (B H L,). A query's keys begin at low, (B, L) int64, and
+    end before high, (L,) int64.
+    """
+    _, heads, queries, keys = scores.shape
+    for row in range(first, last):
+        b, query = row // (heads * queries), row % queries
+        line = scores[b, row // queries % heads, query]
+        begin, end = low[b, query], high[query]
+        seen = line[begin:end]
+        top = highest(seen)
+        for k in range(begin):
+            line[k] = ZERO
+        for k in range(seen.size):
+            seen[k] = exp2(seen[k] - top)
+        for k in range(end, keys):
+            line[k] = ZERO
+        totals[row] = total(seen)
+
+
+# One token through a model, part by part: rows are single, (channels,). Units: outputs of a matrix.
+
+
+@loop
+def normalized_product(first, last, x, scale, eps, weight, bias, y):
+    """A norm of x, (D,), and a projection of it: weight (out, D), y (out,)."""
+    row = np.empty_like(x)
+    normalize(x, scale, eps, row)
+    for n in range(first, last):
+        y[n] = dot(weight[n], row) + bias[n]
+
+
+@loop
+def added_product(first, last, x, weight, bias, stream):
+    """A projection of x, added to the stream."""
+    for n in range(first, last):
+        stream[n] += dot(weight[n], x) + bias[n]
+
+
+@loop
+def normalized_mlp(first, last, x, scale, eps, weight, bias, y):
+    """A norm, and ``gelu(gate) * up``: weight (2 inner, D), gates first; y (inner,)."""
+    row = np.empty_like(x)
+    normalize(x, scale, eps, row)
+    inner = weight.shape[0] // 2
+    for n in range(first, last):
+        gate = dot(weight[n], row) + bias[n]
+        up = dot(weight[inner + n], row) + bias[inner + n]
+        y[n] = gelu(gate) * up
+
+
+@loop
+def recurrent_step(
+    yx, taps, tap_bias, weight_i, bias_i, weight_r, bias_r, log2_a_open, conv, h, out
+):  # fmt: skip
+    """What stands between a recurrent block's projections; conv, (K - 1, D), and h change.
+
+    yx: (2 D,), the branch that gates and the one that recurs; taps: (K, D); weights of the gates:
+    (heads, D / heads, D / heads).
+    """
+    width, memory = h.size, conv.shape[0]
+    x = tap_bias.copy()
+    newest = yx[width:]
+    for k in range(memory):
+        tap, row = taps[k], conv[k]
+        for d in range(width):
+            x[d] += tap[d] * row[d]
+    tap = taps[memory]
+    for d in range(width):
+        x[d] += tap[d] * newest[d]
+    for k in range(memory - 1):
+        conv[k] = conv[k + 1]
+    if memory:
+        conv[memory - 1] = newest
+
+    gate_i, gate_r = bias_i.copy(), bias_r.copy()
+    heads, size = weight_i.shape[0], weight_i.shape[1]
+    for head in range(heads):
+        of_i, of_r = gate_i[head * size :][:size], gate_r[head * size :][:size]
+        for k in range(size):
+            value, row_i, row_r = x[head * size + k], weight_i[head, k], weight_r[head, k]
+            for d in range(size):
+                of_i[d] += value * row_i[d]
+                of_r[d] += value * row_r[d]
+    for d in range(width):
+        a, multiplier = decay(log2_a_open[d] * sigmoid(gate_r[d]))
+        value = a * h[d] + multiplier * sigmoid(gate_i[d]) * x[d]
+        h[d] = value
+        out[d] = value * gelu(yx[d])
+
+
+@loop
+def rotate(heads, cos, sin):
+    """heads: (H, head_dim), changed; cos, sin: (P,)."""
+    pairs = cos.size
+    for n in range(heads.shape[0]):
+        for j in range(pairs):
+            one, other = heads[n, j], heads[n, pairs + j]
+            heads[n, j] = one * cos[j] - other * sin[j]
+            heads[n, pairs + j] = other * cos[j] + one * sin[j]
+
+
+@reduction
+def _four_dots(one, a, b, c, d):
+    of_a, of_b, of_c, of_d = ZERO, ZERO, ZERO, ZERO
+    for i in range(one.size):
+        value = one[i]
+        of_a += value * a[i]
+        of_b += value * b[i]
+        of_c += value * c[i]
+        of_d += value * d[i]
+    return of_a, of_b, of_c, of_d
+
+
+@loop
+def _ring_scores(q, keys, scale, scores):
+    """Each key is read once, for all heads: q (H, N), keys (K, N), scores (H, K)."""
+    whole = keys.shape[0] // 4 * 4
+    for k in range(0, whole, 4):
+        a, b, c, d = keys[k], keys[k + 1], keys[k + 2], keys[k + 3]
+        for n in range(q.shape[0]):
+            found = _four_dots(q[n], a, b, c, d)
+            row = scores[n, k : k + 4]
+            for i in range(4):
+                row[i] = found[i] * scale
+    for k in range(whole, keys.shape[0]):
+        for n in range(q.shape[0]):
+            scores[n, k] = dot(q[n], keys[k]) * scale
+
+
+@loop
+def _add_shares(shares, values, sums):
+    """shares (H, K), values (K, N), sums (H, N)."""
+    whole = values.shape[0] // 4 * 4
+    for k in range(0, whole, 4):
+        a, b, c, d = values[k], values[k + 1], values[k + 2], values[k + 3]
+        for n in range(sums.shape[0]):
+            row, four = sums[n], shares[n, k : k + 4]
+            p, q, r, s = four[0], four[1], four[2], four[3]
+            for i in range(row.size):
+                row[i] += (p * a[i] + q * b[i]) + (r * c[i] + s * d[i])
+    for k in range(whole, values.shape[0]):
+        for n in range(sums.shape[0]):
+            row, share, value = sums[n], shares[n, k], values[k]
+            for i in range(row.size):
+                row[i] += share * value[i]
+
+
+@loop
+def ring_step(first, last, q, ring, newest, seen, scale, out):
+    """Attention of one query over a ring: units are heads.
+
+    q, out: (H, head_dim); ring: (2, slots, head_dim); the newest token lies in slot `newest`, and
+    so many are seen, backwards from it: two runs of slots, the second before the ring's end.
+    """
+    q, out = q[first:last], out[first:last]
+    one = min(seen, newest + 1)
+    begin, again = newest + 1 - one, ring.shape[1] - (seen - one)
+    keys, values = ring[0], ring[1]
+    scores = np.empty((last - first, seen), np.float32)
+    _ring_scores(q, keys[begin:][:one], scale, scores[:, :one])
+    _ring_scores(q, keys[again:], scale, scores[:, one:])
+    for n in range(last - first):
+        row = scores[n]
+        top = highest(row)
+        for k in range(seen):
+            row[k] = exp2((row[k] - top) * LOG2_E)
+        share = ONE / total(row)
+        for k in range(seen):
+            row[k] *= share
+    out[:] = ZERO
+    _add_shares(scores[:, :one], values[begin:][:one], out)
+    _add_shares(scores[:, one:], values[again:], out)
+
+
+@loop
+def capped_scores(first, last, x, scale, eps, weight, cap, y):
+    """The final norm, and the scores of all words, capped unless cap is 0: weight (words, D)."""
+    row = np.empty_like(x)
+    normalize(x, scale, eps, row)
+    for n in range(first, last):
+        score = dot(weight[n], row)
+        y[n] = tanh(score / cap) * cap if cap > ZERO else score
+
+
+# Adam's update (arXiv:1412.6980, algorithm 1), every operation rounded as MLX's. Units: elements.
+
+
+@exact_loop
+def adam(first, last, numbers, parameter, m, v, gradient):
+    """m and v change, and the new parameter takes the gradient's place.
+
+    numbers: (8,), fp32: b1, 1 - b1, b2, 1 - b2, what the first moment is multiplied by, what the
+    second's root is, epsilon, what the parameter is multiplied by.
+    """
+    b1, rest1, b2, rest2 = numbers[0], numbers[1], numbers[2], numbers[3]
+    rate, root, eps, shrink = numbers[4], numbers[5], numbers[6], numbers[7]
+    parameter, m, v = parameter[first:last], m[first:last], v[first:last]
+    gradient = gradient[first:last]
+    for i in range(gradient.size):
+        g = gradient[i]
+        m_i = b1 * m[i] + rest1 * g
+        v_i = b2 * v[i] + rest2 * (g * g)
+        m[i] = m_i
+        v[i] = v_i
+        gradient[i] = parameter[i] * shrink - rate * m_i / (np.sqrt(v_i) * root + eps)

@@ -1,0 +1,89 @@
+"""Adam's updates in one pass over memory on a Linux CPU.
+
+Adam computes a dozen operations a parameter, each a pass over arrays as large as the model: for
+short rows they take a third of a step of training in full.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+from mlx_rgemma.ops import loops
+
+
+def in_one_pass(optimizer: optim.Optimizer) -> optim.Optimizer:
+    """Have large fp32 parameters updated by a loop, as far as Adam or AdamW updates them.
+
+    What is computed stays the same, bit for bit. The moments are changed where they lie, and a new
+    parameter takes the memory of its gradient, which nobody is to read afterwards. In a model it
+    takes the old one's place at once: no more than one parameter is there twice.
+
+    Args:
+        optimizer: Any of MLX's.
+
+    Returns:
+        The optimizer itself.
+    """
+    parts = optimizer.optimizers if isinstance(optimizer, optim.MultiOptimizer) else [optimizer]
+    places: dict[int, tuple[nn.Module, str]] = {}
+    for part in parts:
+        if type(part) in (optim.Adam, optim.AdamW):
+            _update_by_loop(part, places)
+    update = optimizer.update
+
+    def update_in_place(model: nn.Module, gradients: Any) -> None:
+        places.update(_places(model))
+        try:
+            update(model, gradients)
+        finally:
+            places.clear()
+
+    optimizer.update = update_in_place  # type: ignore[method-assign]
+    return optimizer
+
+
+def _update_by_loop(optimizer: Any, places: dict[int, tuple[nn.Module, str]]) -> None:
+    update = optimizer.apply_single
+
+    def apply_single(gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> Any:
+        arrays = (gradient, parameter, state["m"], state["v"])
+        if not loops.many(gradient.size) or any(x.dtype != mx.float32 for x in arrays):
+            return update(gradient, parameter, state)
+        ready = loops.ready(*arrays, _numbers(optimizer))
+        if ready is None:
+            return update(gradient, parameter, state)
+        new, old, m, v, numbers = ready
+        loops.run("adam", new.size, numbers, *(x.reshape(-1) for x in (old, m, v, new)))
+        state["m"], state["v"] = m, v
+        if (place := places.get(id(parameter))) is not None:
+            module, name = place
+            module[name] = new
+        return new
+
+    optimizer.apply_single = apply_single
+
+
+def _places(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """Where each array of a model is, by its identity; not those that are in several places."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in module.items():
+            if isinstance(value, mx.array):
+                found[id(value)] = None if id(value) in found else (module, name)
+    return {key: place for key, place in found.items() if place is not None}
+
+
+def _numbers(optimizer: Any) -> mx.array:
+    """What the loop `adam` takes beside arrays."""
+    (b1, b2), rate, step = optimizer.betas, optimizer.learning_rate, optimizer.step
+    root, shrink = mx.array(1.0), mx.array(1.0)
+    if isinstance(optimizer, optim.AdamW):
+        shrink = 1 - rate * optimizer.weight_decay
+    if optimizer.bias_correction:
+        rate, root = rate / (1 - b1**step), mx.rsqrt(1 - b2**step)
+    numbers = [b1, 1 - b1, b2, 1 - b2, rate, root, optimizer.eps, shrink]
+    return mx.stack([mx.array(x, mx.float32) for x in numbers])

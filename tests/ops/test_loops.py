@@ -1,0 +1,361 @@
+"""Compiled loops give what plain operations give, where and only where they are to run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import LOGITS_ATOL, ON_GPU, golden, golden_model, max_error, relative_error
+from float64 import conv as conv64
+from float64 import rg_lru as rg_lru64
+from float64 import to64
+
+from mlx_rgemma.ops import (
+    add_rms_norm,
+    causal_conv1d,
+    forward_only,
+    gated_gelu,
+    kernels,
+    loops,
+    rg_lru,
+    rms_norm,
+    windowed_attention,
+)
+from mlx_rgemma.ops.attention_plain import Ring
+
+pytestmark = pytest.mark.skipif(
+    ON_GPU or not sys.platform.startswith("linux"), reason="loops run on a Linux CPU only"
+)
+
+FLOATS = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
+ROUNDING = {mx.float32: 0.0, mx.bfloat16: 2.0**-8, mx.float16: 2.0**-11}
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """The names of the loops that run, each time; small arrays are worth one."""
+    names: list[str] = []
+    run = loops.run
+    monkeypatch.setattr(loops, "LEAST", 1)
+    monkeypatch.setattr(loops, "run", lambda name, *rest: (names.append(name), run(name, *rest)))
+    return names
+
+
+def normal(*shape: int, seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def both(compute, ran: list[str]) -> tuple[list[mx.array], list[mx.array]]:
+    """What plain operations give, and what loops give."""
+    plain = compute()
+    mx.eval(plain)
+    assert not ran
+    with forward_only():
+        found = compute()
+    assert ran
+    return plain, found
+
+
+def agree(compute, ran: list[str], bound: float = 5e-7) -> None:
+    for plain, found in zip(*both(compute, ran), strict=True):
+        assert found.dtype == plain.dtype and found.shape == plain.shape
+        error = relative_error(found.astype(mx.float32), np.array(plain.astype(mx.float32)))
+        assert error < bound + ROUNDING[plain.dtype]
+
+
+SHAPES = [(1, 16, 32), (3, 100, 99), (2, 300, 160), (1, 17, 1)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gelu(ran, shape, dtype):
+    gate, x = 3.0 * normal(*shape), normal(*shape, seed=1)
+    agree(lambda: [gated_gelu(gate.astype(dtype), x.astype(dtype))], ran)
+
+
+def test_gelu_of_numbers_far_out(ran):
+    gate = mx.array([[-np.inf, -1e30, -90.0, -0.0, 0.0, 90.0, 1e30, np.inf, np.nan]] * 16)
+    with forward_only():
+        found = np.array(gated_gelu(gate, mx.ones(gate.shape)))
+    assert ran == ["gated_gelu"]
+    assert (np.abs(found[:, 1:5]) < 1e-8).all() and np.isnan(found[:, 8]).all()
+    assert (
+        (found[:, 5] == 90.0).all() and (found[:, 6] > 9e29).all() and np.isinf(found[:, 7]).all()
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norms(ran, shape, dtype):
+    x, delta = normal(*shape), normal(*shape, seed=1, dtype=dtype)
+    weight = normal(shape[-1], seed=2, dtype=dtype)
+    agree(lambda: [rms_norm(x, weight, dtype=dtype), *add_rms_norm(x, delta, weight)], ran)
+    assert ran == ["rms_norm", "add_rms_norm"]
+
+
+def test_a_stream_in_half_precision_is_rounded_before_the_norm(ran):
+    x, delta = normal(1, 40, 64, dtype=mx.bfloat16), normal(1, 40, 64, seed=1, dtype=mx.bfloat16)
+    agree(lambda: list(add_rms_norm(x, delta, mx.zeros((64,), mx.bfloat16))), ran)
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("taps", [2, 4, 7])
+@pytest.mark.parametrize("layout", ["plain", "packed", "shared", "ragged"])
+def test_convolution(ran, taps, layout, dtype):
+    batch, length, width = 3, 50, 35
+    x, bias = normal(batch, length, width, dtype=dtype), normal(width, seed=1, dtype=dtype)
+    weight = normal(width, taps, 1, seed=2, dtype=dtype)
+    state = normal(batch, taps - 1, width, seed=3, dtype=dtype)
+    pos = (mx.arange(length) + mx.arange(batch)[:, None]) % 5
+    lengths = mx.array([length, 0, 9]) if layout == "ragged" else None
+    given = {"plain": None, "packed": pos, "shared": pos[:1], "ragged": pos}[layout]
+
+    def compute():
+        return list(causal_conv1d(x, weight, bias, state, segment_pos=given, lengths=lengths))
+
+    agree(compute, ran)
+    ran.clear()
+    agree(lambda: list(causal_conv1d(x, weight, None, segment_pos=given)), ran)
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_convolution_in_float64(ran, layout):
+    batch, length, width, taps = 2, 40, 24, 4
+    x, bias, weight = normal(batch, length, width), normal(width, seed=1), normal(width, taps, 1)
+    state = normal(batch, taps - 1, width, seed=3)
+    pos = (mx.arange(length) % 6)[None] + mx.zeros((batch, 1), mx.int32)
+    far = np.full((batch, length), 99)
+    given = pos if layout == "packed" else None
+    zeros = np.zeros(x.shape), np.zeros(state.shape)
+    where = far if given is None else np.array(pos)
+    arrays = (to64(z) for z in (x, weight, bias, state))
+    expected = conv64(*arrays, where, np.full(batch, length), *zeros)
+    with forward_only():
+        y, new_state = causal_conv1d(x, weight, bias, state, segment_pos=given)
+    assert ran and relative_error(y, expected["y"]) < 5e-7
+    assert relative_error(new_state, expected["new_state"]) == 0.0
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("kinds", ["normal", "shared resets", "resets", "padding"])
+@pytest.mark.parametrize("shape", [(1, 16, 32), (3, 100, 99), (2, 300, 160)], ids=str)
+def test_rg_lru(ran, shape, kinds, dtype):
+    """From a memory without end (a = 1) to none, over every kind of step; beside float64."""
+    batch, length, width = shape
+    x, gate_i, gate_r = (normal(*shape, seed=i, dtype=dtype) for i in range(3))
+    a_param = mx.where(mx.arange(width) == 0, -40.0, mx.arange(width) % 16 - 11.0)
+    bias_i, bias_r = normal(width, seed=4), normal(width, seed=5)
+    h0 = normal(batch, width, seed=6)
+    steps = mx.arange(length) + 3 * mx.arange(batch)[:, None]
+    reset = {"normal": None, "shared resets": steps[:1] % 9 == 0}.get(kinds, steps % 9 == 0)
+    mask = steps < length - 5 if kinds == "padding" else None
+    kind = np.zeros((batch, length), int) if reset is None else np.broadcast_to(reset, steps.shape)
+    kind = np.where(True if mask is None else np.array(mask), kind, 2)
+
+    def compute(*floats):
+        x, gate_i, gate_r, a_param, h0, bias_i, bias_r = floats
+        more = {"input_gate_bias": bias_i, "recurrent_gate_bias": bias_r}
+        return list(rg_lru(x, gate_i, gate_r, a_param, h0, reset, mask, **more))
+
+    arrays = (x, gate_i, gate_r, a_param, h0, bias_i, bias_r)
+    agree(lambda: compute(*arrays), ran, 5e-6)
+    zeros = np.zeros(shape), np.zeros(h0.shape)
+    exact = [to64(z) for z in arrays]
+    expected = rg_lru64(*exact[:5], kind, *exact[5:], *zeros)
+    with forward_only():
+        y, h_last = compute(*arrays)
+    assert relative_error(y.astype(mx.float32), expected["y"]) < 2e-6 + ROUNDING[dtype]
+    assert relative_error(h_last, expected["h_last"]) < 2e-6
+
+
+def test_rg_lru_without_state_and_biases(ran):
+    arrays = [normal(2, 40, 64, seed=i) for i in range(3)]
+    agree(lambda: list(rg_lru(*arrays, normal(64, seed=3))), ran)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("positions", ["all", "shared", "by row"])
+@pytest.mark.parametrize("past, head", [(0, 0), (150, 0), (200, 63)])
+@pytest.mark.parametrize("length", [16, 130, 400])
+def test_attention(ran, length, past, head, positions, dtype):
+    """A window of 150; the softmax in fp32, of products in the dtype given."""
+    q, k, v = (
+        normal(2, heads, length, 16, seed=heads + i, dtype=dtype)
+        for i, heads in enumerate((3, 1, 1))
+    )
+    ring = Ring(normal(2, 2, past, 16, seed=5, dtype=dtype), head) if past else None
+    steps = mx.arange(length) + 11 * mx.arange(2)[:, None]
+    reach = {"all": None, "shared": steps[:1] % 37, "by row": steps % 67}[positions]
+    reach = None if reach is None else mx.minimum(reach, 150).astype(mx.int32)
+
+    def compute():
+        return [windowed_attention(q, k, v, window=150, reach=reach, ring=ring)]
+
+    agree(compute, ran, 2e-6)
+
+
+def test_scores_far_out(ran):
+    """One key far above all others takes everything; a number that is none spoils its row alone."""
+    q, k, v = normal(1, 2, 40, 16), normal(1, 1, 40, 16, seed=1), normal(1, 1, 40, 16, seed=2)
+    k[:, :, 7] = q[:, :1, 20] * 1e4
+    q[0, 1, 30] = mx.nan
+    plain, found = both(lambda: [windowed_attention(q, k, v, window=40)], ran)
+    plain, found = np.array(plain[0]), np.array(found[0])
+    assert np.isnan(found[0, 1, 30]).all() and np.isnan(found).sum() == 16
+    assert np.abs(np.nan_to_num(found) - np.nan_to_num(plain)).max() < 1e-5
+    assert np.abs(found[0, 0, 20] - np.array(v[0, 0, 7])).max() < 1e-6
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 7])
+def test_shares_make_no_difference(ran, monkeypatch, cores):
+    arrays = [normal(2, 33, 40, seed=i) for i in range(3)]
+
+    def compute():
+        with forward_only():
+            found = [gated_gelu(*arrays[:2]), *add_rms_norm(*arrays[:2], arrays[2][0, 0])]
+            found += rg_lru(*arrays, arrays[0][0, 0])
+            q, kv = arrays[0].reshape(2, 4, 33, 10), arrays[1].reshape(2, 4, 33, 10)
+            return [*found, windowed_attention(q, kv[:, :1], kv[:, 1:2], window=20)]
+
+    expected = [np.array(x) for x in compute()]
+    monkeypatch.setattr(loops, "cores", lambda: cores)
+    assert all((np.array(x) == y).all() for x, y in zip(compute(), expected, strict=True))
+
+
+@pytest.mark.parametrize("size", [16, 40, 1000])
+def test_logits_are_googles(ran, model_name, size):
+    """A model that generates reads its prompt by loops, in chunks of any size."""
+    model = golden_model(model_name)
+    model.eval()
+    data = golden(f"decode/{model_name}.npz")
+    tokens, expected = mx.array(data["tokens"]), data["google_full"]
+    cache, found = model.make_cache(tokens.shape[0]), []
+    for at in range(0, tokens.shape[1], size):
+        found.append(np.array(model(tokens[:, at : at + size], cache=cache)))
+    assert max_error(np.concatenate(found, axis=1), expected) < LOGITS_ATOL
+    every = {"gated_gelu", "rms_norm", "add_rms_norm", "causal_conv1d", "rg_lru", "softmax"}
+    assert set(ran) == every
+
+
+def test_a_decode_loop_runs_none(ran):
+    """It never waits for an array: all that a step computes is computed when its token is read."""
+    model = golden_model("tiny-2b")
+    model.eval()
+    cache = model.make_cache(1)
+    for _ in range(3):
+        model(mx.array([[3]]), cache=cache)
+        model(mx.array([[3, 4, 5, 6, 7]]), cache=cache)
+    assert not ran
+
+
+def test_a_model_that_is_trained_runs_none(ran):
+    model = golden_model("tiny-2b")
+    model.train()
+    model(mx.ones((2, 64), mx.int32))
+    model(mx.ones((2, 64), mx.int32), cache=model.make_cache(2))
+    model.eval()
+    model(mx.ones((2, 64), mx.int32))  # its gradient may be asked for
+    assert not ran
+
+
+def test_small_arrays_and_other_devices_run_none(ran, monkeypatch):
+    monkeypatch.setattr(loops, "LEAST", 40 * 64)
+    x = normal(1, 40, 64)
+    with forward_only():
+        assert loops.worthwhile(x) and not loops.worthwhile(x[:, :-1])
+        assert not loops.worthwhile(normal(64, 15, 64))  # a batch of steps
+    assert not loops.worthwhile(x)
+    with forward_only(), monkeypatch.context() as patch:
+        patch.setattr(loops, "on_linux_cpu", lambda: False)
+        assert not loops.worthwhile(x)
+
+
+def test_without_numba_plain_operations_run(ran, monkeypatch):
+    monkeypatch.setattr(loops, "_installed", lambda: False)
+    gate = normal(1, 64, 64)
+    with forward_only():
+        found = gated_gelu(gate, gate)
+    assert mx.array_equal(found, gated_gelu(gate, gate)) and not ran
+
+
+@pytest.mark.parametrize("mode", ["off", "metal"])
+def test_where_kernels_are_switched_off_or_run_no_loop_does(ran, monkeypatch, mode):
+    assert loops.many(1)
+    monkeypatch.setenv("MLX_RGEMMA_KERNELS", mode)
+    assert not loops.many(1)
+    monkeypatch.delenv("MLX_RGEMMA_KERNELS")
+    monkeypatch.setattr(kernels, "stand_in", lambda: True)
+    assert not loops.many(1)
+
+
+def test_arrays_without_values_take_plain_operations(ran):
+    """Within `mx.vmap`, `mx.compile` and `mx.export_function`."""
+    x, weight = normal(3, 40, 64), normal(64, seed=1)
+    cos = [normal(3, 2, 40, 16, seed=2), *(normal(3, 1, 40, 16, seed=s) for s in (3, 4))]
+
+    def everything(x, q, k, v):
+        y, _ = causal_conv1d(x, mx.ones((64, 4, 1)))
+        h, _ = rg_lru(y, x, x, weight)
+        total, normalized = add_rms_norm(x, h, weight)
+        out = windowed_attention(q, k, v, window=20)
+        return [gated_gelu(rms_norm(total, weight), normalized), out]
+
+    def lists(x, q, k, v):
+        return everything(x[None], q[None], k[None], v[None])
+
+    plain = everything(x, *cos)
+    with forward_only():
+        mapped = mx.vmap(lists)(x, *cos)
+    assert not ran
+    for a, b in zip(plain, mapped, strict=True):
+        assert relative_error(b[:, 0], np.array(a)) < 2e-6
+
+
+def test_in_other_threads(ran):
+    gate = normal(1, 64, 64)
+    mx.eval(gate)
+    found = []
+
+    def work():
+        with forward_only():
+            found.append(np.array(gated_gelu(gate, gate)))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all((x == found[0]).all() for x in found)
+
+
+def test_importing_and_decoding_do_not_load_numba():
+    """It takes a third of a second."""
+    code = (
+        "import sys, mlx_rgemma; from mlx_rgemma.ops import gated_gelu, forward_only\n"
+        "import mlx.core as mx\n"
+        "with forward_only(): mx.eval(gated_gelu(mx.ones((1, 1, 99999)), mx.ones((1, 1, 99999))))\n"
+        "assert 'numba' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_without_a_place_for_what_was_compiled(tmp_path):
+    """A package in a folder, and a home, that cannot be written to: it is compiled each time."""
+    blocked = tmp_path / "file"
+    blocked.touch()
+    code = (
+        "import numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "from mlx_rgemma.ops import loops_numba, loops\n"
+        "import numpy as np\n"
+        "x, y = np.ones(64, np.float32), np.empty(64, np.float32)\n"
+        "loops.run('gated_gelu', 64, x, x, y)\n"
+        "assert abs(y - 0.841192).max() < 1e-5, y\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(blocked / "below")}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=environment)
