@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,8 +17,9 @@ from mlx_rgemma.griffin.expansion import expand_quantized
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.layout import TokenLayout
 from mlx_rgemma.griffin.linear import adopt_layers
+from mlx_rgemma.griffin.loop_step import LEAST_WEIGHTS, LoopStep, continues, plain_arrays
 from mlx_rgemma.griffin.sharding import shard_model
-from mlx_rgemma.ops import forward_only, rotary_frequencies, soft_cap
+from mlx_rgemma.ops import forward_only, loops, rotary_frequencies, soft_cap
 
 
 class Griffin(nn.Module):
@@ -67,6 +69,7 @@ class Model(nn.Module):
         self.group: mx.distributed.Group | None = None
         self.model = Griffin(config)
         self._expanded_nbytes = 0
+        self._loop_step: LoopStep | None = None
 
     def __call__(
         self,
@@ -89,6 +92,8 @@ class Model(nn.Module):
         Raises:
             ValueError: If the tokens, positions or cache have the wrong shape.
         """
+        if (logits := self._step(tokens, cache, segment_pos)) is not None:
+            return logits[:, None]
         return self.head(self._hidden(tokens, cache, segment_pos))
 
     def next_logits(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> mx.array:
@@ -104,7 +109,33 @@ class Model(nn.Module):
         Raises:
             ValueError: If the tokens or the cache have the wrong shape.
         """
+        if (logits := self._step(tokens, cache)) is not None:
+            return logits
         return self.head(self._hidden(tokens, cache, None, last_only=True)[:, -1])
+
+    def _step(
+        self,
+        tokens: mx.array,
+        cache: Sequence[GriffinCache] | None,
+        segment_pos: mx.array | None = None,
+    ) -> mx.array | None:
+        """Logits after a step by compiled loops, (1, vocab_size); None where they do not serve."""
+        if tokens.shape != (1, 1) or cache is None or segment_pos is not None or self.training:
+            return None
+        if not loops.many(LEAST_WEIGHTS) or self.group is not None:
+            return None
+        self.check_cache(cache)
+        if not continues(cache) or (arrays := plain_arrays(self.model)) is None:
+            return None
+        if self._loop_step is None or not _same(arrays, self._loop_step.arrays):
+            if sum(x.size for x in arrays) < LEAST_WEIGHTS:
+                return None
+            self._loop_step = LoopStep(self.model, arrays, self.args.logits_soft_cap)
+        try:
+            token: Any = tokens.item()
+        except ValueError:  # within `mx.compile`, where it has no value
+            return None
+        return self._loop_step(int(token), cache)
 
     def _hidden(
         self,
@@ -121,6 +152,12 @@ class Model(nn.Module):
         generating = cache is not None and not self.training
         with forward_only() if generating else nullcontext():
             return self.model(tokens, cache, segment_pos, last_only=last_only)
+
+    def train(self, mode: bool = True) -> Model:
+        """Set training mode, or leave it."""
+        self._loop_step = None  # holds weights that an update replaces
+        super().train(mode)
+        return self
 
     def head(self, x: mx.array) -> mx.array:
         """Logits of what `self.model` gives: (..., hidden_size) -> (..., vocab_size), fp32."""
@@ -281,6 +318,11 @@ def tied_head(x: mx.array, embedding: nn.Module, cap: float) -> mx.array:
     """
     logits = embedding.as_linear(x)
     return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)
+
+
+def _same(arrays: Sequence[mx.array], others: Sequence[mx.array]) -> bool:
+    """Whether these are the very same arrays."""
+    return len(arrays) == len(others) and all(map(operator.is_, arrays, others))
 
 
 def _describe(signature: tuple[Any, ...]) -> str:

@@ -1,0 +1,244 @@
+"""A decode step by compiled loops: Google's logits, the model's state, and only where it may."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import LOGITS_ATOL, ON_GPU, golden, golden_model, max_error
+from mlx.utils import tree_flatten
+from random_models import CONFIG
+
+from mlx_rgemma import Model
+from mlx_rgemma.griffin import loop_step
+from mlx_rgemma.griffin import model as model_module
+from mlx_rgemma.ops import loops
+from mlx_rgemma.tuner.initialization import initialize
+
+pytestmark = pytest.mark.skipif(
+    ON_GPU or not sys.platform.startswith("linux"), reason="loops run on a Linux CPU only"
+)
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[int]:
+    """The tokens that steps by loops have read; small models are worth them."""
+    tokens: list[int] = []
+    step = loop_step.LoopStep.__call__
+
+    def noted(self, token, cache):
+        tokens.append(token)
+        return step(self, token, cache)
+
+    monkeypatch.setattr(loops, "LEAST", 1)
+    monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(loop_step.LoopStep, "__call__", noted)
+    return tokens
+
+
+def evaluated(name: str, **changes) -> nn.Module:
+    model = golden_model(name, **changes)
+    model.eval()
+    return model
+
+
+def plainly(monkeypatch, compute):
+    """What the model's own way gives."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loops, "_installed", lambda: False)
+        return compute()
+
+
+@pytest.mark.parametrize("shared", [1, 1 << 60], ids=["all cores", "one core"])
+def test_logits_are_googles(model_name, steps, monkeypatch, shared):
+    """Token by token from the second on, far beyond the window."""
+    monkeypatch.setattr(loop_step, "SHARED_PRODUCTS", shared)
+    model = evaluated(model_name)
+    data = golden(f"decode/{model_name}.npz")
+    tokens, expected = data["tokens"][:1], data["google_full"][:1]
+    assert tokens.shape[1] > 2 * model.args.attention_window_size
+    cache, found = model.make_cache(1), []
+    for token in tokens[0].tolist():
+        found.append(np.array(model(mx.array([[token]]), cache=cache)))
+    assert steps == tokens[0, 1:].tolist()
+    assert max_error(np.concatenate(found, axis=1), expected) < LOGITS_ATOL
+
+
+def test_after_a_prompt_and_before_more_of_it(model_name, steps):
+    model = evaluated(model_name)
+    data = golden(f"decode/{model_name}.npz")
+    tokens, expected = mx.array(data["tokens"][:1]), data["google_full"][:1]
+    cache, found, at = model.make_cache(1), [], 0
+    for size in (9, 1, 1, 3, 1, 5, 1):
+        found.append(np.array(model(tokens[:, at : at + size], cache=cache)))
+        at += size
+    assert len(steps) == 4
+    assert max_error(np.concatenate(found, axis=1), expected[:, :at]) < LOGITS_ATOL
+
+
+def test_the_state_is_the_models_own(steps, monkeypatch):
+    model = evaluated("tiny-2b")
+    caches = [model.make_cache(1), model.make_cache(1)]
+
+    def read(cache):
+        model(mx.array([[1, 2, 3]]), cache=cache)
+        return [model.next_logits(mx.array([[token]]), cache) for token in range(4, 90)]
+
+    expected = plainly(monkeypatch, lambda: read(caches[0]))
+    assert not steps
+    found = read(caches[1])
+    assert steps == list(range(4, 90))
+    assert max(max_error(x, np.array(y)) for x, y in zip(found, expected, strict=True)) < 3e-5
+    for mine, its in zip(caches[1], caches[0], strict=True):
+        assert mine.positions == its.positions and mine.offset == 89
+        for x, y in zip(mine.state, its.state, strict=True):
+            assert x.dtype == y.dtype and x.shape == y.shape
+            assert max_error(x, np.array(y)) < 1e-5
+
+
+def test_the_ring_is_written_where_it_lies(steps):
+    model = evaluated("tiny-2b")
+    cache = model.make_cache(1)
+    model.next_logits(mx.array([[1, 2, 3]]), cache)
+    ring = next(c for c in cache if hasattr(c, "kv"))
+
+    def place() -> int:
+        return np.asarray(ring.kv).__array_interface__["data"][0]
+
+    model.next_logits(mx.array([[4]]), cache)
+    first = place()
+    for token in range(60):
+        model.next_logits(mx.array([[token]]), cache)
+        assert place() == first
+    assert len(steps) == 61
+
+
+def test_a_copy_of_the_state_does_not_change(steps):
+    model = evaluated("tiny-2b")
+    cache = model.make_cache(1)
+    model.next_logits(mx.array([[1, 2, 3]]), cache)
+    model.next_logits(mx.array([[4]]), cache)
+    copied, held = copy.deepcopy(cache), [x for c in cache for x in c.state]
+    before = [np.array(x) for x in held]
+    model.next_logits(mx.array([[5]]), cache)
+    assert all(np.array_equal(x, y) for x, y in zip(held, before, strict=True))
+    kept = [x for c in copied for x in c.state]
+    assert all(np.array_equal(x, y) for x, y in zip(kept, before, strict=True))
+    after = [x for c in cache for x in c.state]
+    assert not any(np.array_equal(x, y) for x, y in zip(after, before, strict=True))
+    assert len(steps) == 2
+
+
+def test_quantized_weights_that_are_held_in_float32(steps, monkeypatch):
+    model = Model(CONFIG)
+    initialize(model, seed=0)
+    model.eval()
+    nn.quantize(model, group_size=32, bits=8, class_predicate=model.quant_predicate)
+    model.lay_out(expand=False)
+    cache = model.make_cache(1)
+
+    def read(cache):
+        model(mx.array([[1, 2, 3]]), cache=cache)
+        return [np.array(model.next_logits(mx.array([[token]]), cache)) for token in range(4, 20)]
+
+    expected = read(cache)
+    assert not steps  # they are packed
+    assert model.expand_quantized() > 0
+    found = read(model.make_cache(1))
+    assert len(steps) == 16
+    assert max(np.abs(x - y).max() for x, y in zip(found, expected, strict=True)) < 1e-4
+
+
+def test_weights_that_are_replaced(steps, monkeypatch):
+    """By an update, and by adapters: no step runs on what was before."""
+    from mlx_lm.tuner.lora import LoRALinear
+
+    model = evaluated("tiny-2b")
+
+    def logits():
+        cache = model.make_cache(1)
+        model(mx.array([[1, 2, 3]]), cache=cache)
+        return np.array(model.next_logits(mx.array([[4]]), cache))
+
+    first = logits()
+    assert len(steps) == 1
+    mlp = model.layers[1].mlp_block
+    mlp.down_proj.weight = mlp.down_proj.weight * 1.5
+    second = logits()
+    assert len(steps) == 2 and np.abs(second - first).max() > 1e-3
+    assert np.abs(second - plainly(monkeypatch, logits)).max() < 1e-5
+    mlp.down_proj = LoRALinear.from_base(mlp.down_proj)
+    mlp.down_proj.lora_b = mx.ones_like(mlp.down_proj.lora_b)
+    third = logits()
+    assert len(steps) == 2 and np.abs(third - second).max() > 1e-3
+
+
+def test_training_lets_go_of_what_a_step_held(steps):
+    model = evaluated("tiny-2b")
+    cache = model.make_cache(1)
+    model(mx.array([[1, 2, 3]]), cache=cache)
+    model(mx.array([[4]]), cache=cache)
+    assert len(steps) == 1 and model._loop_step is not None
+    model.train()
+    assert model._loop_step is None
+    model(mx.array([[4]]), cache=cache)
+    assert len(steps) == 1
+    assert "_loop_step" not in dict(tree_flatten(model.parameters()))
+
+
+def test_what_takes_the_models_own_way(steps):
+    """The first token, batches, packed documents, states that can be trimmed, half precision."""
+    one = mx.array([[3]])
+    model = evaluated("tiny-2b")
+
+    def continued(model, rows=1, prepare=lambda cache: None):
+        cache = model.make_cache(rows)
+        model(mx.array([[1, 2]] * rows), cache=cache)
+        for c in cache:
+            prepare(c)
+        return cache
+
+    model(one, cache=model.make_cache(1))
+    model(one)
+    model(mx.array([[3], [4]]), cache=continued(model, 2))
+    model(one, cache=continued(model), segment_pos=mx.array([[2]]))
+    model(one, cache=continued(model, prepare=lambda c: c.keep_history(4)))
+    model(one, cache=continued(model, prepare=lambda c: c.prepare(lengths=[1])))
+    half = evaluated("tiny-2b", dtype=mx.bfloat16)
+    half(one, cache=continued(half))
+    unjoined = evaluated("tiny-2b", fuse=False)
+    unjoined(one, cache=continued(unjoined))
+    assert not steps
+    with pytest.raises(ValueError, match=r"\[cache\]"):
+        model(one, cache=continued(model)[:-1])
+    model(one, cache=continued(model))
+    assert steps == [3]
+
+
+def test_within_a_compiled_function(steps):
+    model = evaluated("tiny-2b")
+    cache = model.make_cache(1)
+    model(mx.array([[1, 2]]), cache=cache)
+    copied = copy.deepcopy(cache)
+    found = mx.compile(lambda token: model(token, cache=copied))(mx.array([[3]]))
+    assert not steps
+    assert max_error(found, np.array(model(mx.array([[3]]), cache=cache))) < 1e-5
+    assert steps == [3]
+
+
+def test_small_models_and_other_devices(monkeypatch):
+    """A model of fewer than eight million parameters steps as before."""
+    model = evaluated("tiny-2b")
+    cache = model.make_cache(1)
+    model(mx.array([[1, 2]]), cache=cache)
+    model(mx.array([[3]]), cache=cache)
+    assert model._loop_step is None
+    monkeypatch.setattr(loops, "_installed", lambda: False)
+    monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(loops, "LEAST", 1)
+    model(mx.array([[3]]), cache=cache)
+    assert model._loop_step is None
