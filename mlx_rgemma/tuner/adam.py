@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 
 from mlx_rgemma.ops import loops
 
@@ -48,16 +49,25 @@ def in_one_pass(optimizer: optim.Optimizer) -> optim.Optimizer:
 
 def _update_by_loop(optimizer: Any, places: dict[int, tuple[nn.Module, str]]) -> None:
     update = optimizer.apply_single
+    latest: list[mx.array | None] = [None, None]  # the last step, and its numbers
+
+    def numbers() -> mx.array | None:
+        """Those of this step: it has an array of its own."""
+        if latest[0] is not optimizer.step:
+            ready = loops.ready(_numbers(optimizer))
+            latest[:] = (None, None) if ready is None else (optimizer.step, ready[0])
+        return latest[1]
 
     def apply_single(gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> Any:
         arrays = (gradient, parameter, state["m"], state["v"])
         if not loops.many(gradient.size) or any(x.dtype != mx.float32 for x in arrays):
             return update(gradient, parameter, state)
-        ready = loops.ready(*arrays, _numbers(optimizer))
-        if ready is None:
+        given, ready = numbers(), loops.ready(*arrays)
+        if given is None or ready is None:
             return update(gradient, parameter, state)
-        new, old, m, v, numbers = ready
-        loops.run("adam", new.size, numbers, *(x.reshape(-1) for x in (old, m, v, new)))
+        new, old, m, v = ready
+        memory = [np.asarray(x).reshape(-1) for x in (old, m, v, new)]
+        loops.run("adam", new.size, given, *memory)
         state["m"], state["v"] = m, v
         if (place := places.get(id(parameter))) is not None:
             module, name = place
