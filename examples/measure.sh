@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every figure of docs/benchmark.md and of the README's section on speed, in one run of about a
-# quarter of an hour on two cores, and into these documents. Keep the machine quiet meanwhile.
+# Every figure of docs/benchmark.md and of the README's section on speed, in one run of about half
+# an hour on two cores, and into these documents. Keep the machine quiet meanwhile.
 #
 #     pip install '.[cpu,parity,plot]' && bash examples/measure.sh [FOLDER]
 #
