@@ -70,6 +70,18 @@ def model_name(request) -> str:
     return request.param
 
 
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """The names of the compiled loops that run, each time; any array is large enough for one."""
+    from mlx_rgemma.ops import loops
+
+    names: list[str] = []
+    run = loops.run
+    monkeypatch.setattr(loops, "LEAST", 1)
+    monkeypatch.setattr(loops, "run", lambda name, *rest: (names.append(name), run(name, *rest)))
+    return names
+
+
 def max_error(actual: mx.array | np.ndarray, expected: np.ndarray) -> float:
     """Largest absolute difference."""
     return float(np.abs(np.array(actual, dtype=np.float64) - expected).max())

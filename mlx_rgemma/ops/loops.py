@@ -4,8 +4,9 @@ MLX computes each elementwise operation there by itself and on one thread: GELU 
 that go through memory thirty times. A loop that Numba compiles (`loops_numba`) goes through it
 once, on all cores. The price is that its inputs must be there: they are computed before it runs,
 not when somebody asks for its result. So loops serve long pieces of a prompt, where nothing is
-gained by putting work off; a decode step knows none of them. Nor does a model that is trained:
-computed early, all that its forward pass makes would be held until its gradient is known.
+gained by putting work off, Adam's updates, and decode steps that are loops from end to end
+(`griffin.loop_step`); one that goes through MLX's operations runs none. Nor does the forward pass
+of a model that is trained: computed early, all that it makes would be held for its gradient.
 
 Within `mx.compile` and `mx.vmap`, where arrays have no values yet, plain operations take over; with
 ``MLX_RGEMMA_KERNELS=off``, everywhere.

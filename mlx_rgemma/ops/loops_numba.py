@@ -7,7 +7,8 @@ otherwise. A share is cut out first: an index that counts from 0 needs no look a
 would keep the compiler from working on several numbers at a time.
 
 A file of its own, and a single one: Numba keeps what it compiled beside it, and compiles anew when
-this file changes.
+this file changes, but not when one that it imports from does. Whoever changes the constants of
+`exponential` has to touch this file too.
 """
 
 from __future__ import annotations
