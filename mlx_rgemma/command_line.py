@@ -149,6 +149,7 @@ def add_state(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
     """The model that the arguments of `add_model` and `add_state` ask for, and its tokenizer.
 
+    A plain tokenizer is read without transformers, which takes a second to import.
     Under `mlx.launch` it is shared by the processes.
 
     Raises:
@@ -165,6 +166,7 @@ def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
         adapter_path=args.adapter_path,
         window=args.window,
         group=distributed.join(getattr(args, "seed", None)),
+        plain=True,
     )
     if getattr(args, "seed", None) is not None:
         mx.random.seed(args.seed)  # now: loading a shared model draws numbers, too

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.session import Mark, Session
-
-if TYPE_CHECKING:
-    from mlx_lm.generate import GenerationResponse
+from mlx_rgemma.text.responses import GenerationResponse
 
 TURN = "turn"
 OPEN = "open"

@@ -195,20 +195,22 @@ def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[st
 
 
 def _sampling(args: argparse.Namespace, *, drafting: bool = False) -> tuple[Any, list[Any]]:
-    from mlx_lm.sample_utils import make_logits_processors, make_sampler
-
     from mlx_rgemma.distributed.membership import agreed
     from mlx_rgemma.generation.sampling import Sampler
 
-    make: Any = Sampler if drafting else make_sampler
+    make: Any = Sampler
+    if args.temp and not drafting:
+        from mlx_lm.sample_utils import make_sampler as make
     sampler = make(args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, top_k=args.top_k)
-    if not drafting:
-        sampler = agreed(sampler)
-    processors = make_logits_processors(
-        repetition_penalty=args.repetition_penalty,
-        repetition_context_size=args.repetition_context_size,
-    )
-    return sampler, processors
+    processors = []
+    if args.repetition_penalty is not None:
+        from mlx_lm.sample_utils import make_logits_processors
+
+        processors = make_logits_processors(
+            repetition_penalty=args.repetition_penalty,
+            repetition_context_size=args.repetition_context_size,
+        )
+    return sampler if drafting else agreed(sampler), processors
 
 
 def _generate_one(

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_rgemma import distributed
 from mlx_rgemma.checkpoints.safetensors import check_file
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.generation.device import settle
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.griffin.sharding import gather_state, split_state
@@ -69,7 +70,7 @@ def save_prompt_cache(
     """
     if model.group is None:
         return _write(Path(path), model, cache, metadata)
-    distributed.settle()
+    settle()
     whole = gather_state(cache, model.group)
     mx.eval([layer.state for layer in whole])
     distributed.outcome(lambda: _write(Path(path), model, whole, metadata), model.group)

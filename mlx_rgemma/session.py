@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.generation.decoding import CONTEXT_LIMIT, LogitsProcessor, Processors, Sampler
+from mlx_rgemma.generation.device import wired_limit
 from mlx_rgemma.generation.single import encode
 from mlx_rgemma.generation.text_state import TextState
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
@@ -32,10 +33,7 @@ from mlx_rgemma.prompt_cache import (
     save_prompt_cache,
 )
 from mlx_rgemma.text.pieces import TextFile, TextPieces
-from mlx_rgemma.text.responses import text_responses
-
-if TYPE_CHECKING:
-    from mlx_lm.generate import GenerationResponse
+from mlx_rgemma.text.responses import GenerationResponse, text_responses
 
 Source = str | Sequence[int] | mx.array | TextFile
 TOKENS_SEEN = "tokens_seen"
@@ -167,19 +165,16 @@ class Session:
             progress: As for `feed`.
 
         Yields:
-            mlx-lm's `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
+            A `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
 
         Raises:
             UserError: If there is nothing to go on from, `max_tokens` is no count, the prompt
                 cannot be read, or the session was changed while the stream was paused.
         """
-        from mlx_lm.generate import wired_limit
-
         if max_tokens < 1 and max_tokens != -1:
             raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1: no limit).")
         after = self.last_token if prompt is None else None
-        streams: Any = [mx.default_stream(mx.default_device())]
-        with wired_limit(self.model, streams):
+        with wired_limit(self.model, mx.default_stream(mx.default_device())):
             tic = time.perf_counter()
             recent = [] if self.last_token is None else [self.last_token]
             before = self.tokens_seen

@@ -54,6 +54,16 @@ def test_output_has_mlx_lms_format(expected):
     assert statistics[0].endswith("tokens-per-sec")
 
 
+def test_first_token_needs_neither_mlx_lm_nor_transformers():
+    """They take a second to import, longer than all the rest."""
+    code = (
+        "import sys; from mlx_rgemma.generate import main; main(['--max-tokens', '3'])\n"
+        "print({'mlx_lm', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("set()\n"), result
+
+
 def test_text_only(expected):
     assert output("--verbose", "False") == expected + "\n"
 

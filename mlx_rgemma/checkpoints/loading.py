@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +14,7 @@ from mlx_rgemma.checkpoints.adapters import load_adapters, read_adapter_config
 from mlx_rgemma.checkpoints.contents import Contents, check_contents
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.parts import read_parts
+from mlx_rgemma.checkpoints.plain_tokenizer import plain_tokenizer
 from mlx_rgemma.checkpoints.recognition import refuse_unconverted
 from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
@@ -29,6 +32,7 @@ def load(
     window: str = "google",
     revision: str | None = None,
     group: mx.distributed.Group | None = None,
+    plain: bool = False,
 ) -> tuple[Model, Any]:
     """A model and its tokenizer.
 
@@ -43,9 +47,12 @@ def load(
             "hf" for one key less, as transformers and mlx-lm have it.
         revision: Branch, tag or commit of a repository.
         group: Processes that share the model; each keeps its part of the weights only.
+        plain: Leave transformers and mlx-lm alone, which take a second to import, where the
+            tokenizer is a plain one.
 
     Returns:
-        The model, and mlx-lm's `TokenizerWrapper`.
+        The model, and mlx-lm's `TokenizerWrapper`; where `plain` was asked for and is possible, a
+        `PlainTokenizer`, which loads the wrapper when it is asked for more than it knows.
 
     Raises:
         CheckpointError: If anything is missing, damaged or does not fit; the message says what.
@@ -62,7 +69,7 @@ def load(
     source = locate(path_or_repo, revision)
     refuse_unconverted(source.folder)
     folder = CheckpointFolder.open(source.folder)
-    tokenizer = load_tokenizer(source.folder, folder.config.eos_token_ids, name=source.name)
+    tokenizer = _load_tokenizer(source.folder, folder.config.eos_token_ids, source.name, plain)
     model, _ = _load_model(folder, chosen, lazy or adapter_path is not None, window, group)
     if adapter_path is not None:
         load_adapters(model, adapter_path)
@@ -117,6 +124,14 @@ def read_tensors(folder: CheckpointFolder, contents: Contents) -> dict[str, mx.a
     for name in contents.redundant:
         del tensors[name]
     return tensors
+
+
+def _load_tokenizer(folder: Path, eos_token_ids: Iterable[int], name: str, plain: bool) -> Any:
+    def wrapper() -> Any:
+        return load_tokenizer(folder, eos_token_ids, name=name)
+
+    found = plain_tokenizer(folder, eos_token_ids, wrapper) if plain else None
+    return wrapper() if found is None else found
 
 
 def _choose_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:

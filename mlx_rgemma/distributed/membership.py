@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx_rgemma.distributed import peers
 from mlx_rgemma.distributed.launch_place import Place
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.generation.device import settle
 
 
 class _Membership:
@@ -193,14 +194,6 @@ def agreed(sampler: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.a
         return mx.distributed.all_sum(mine, group=_here.group)
 
     return choose
-
-
-def settle() -> None:
-    """Let what is under way come to its end: messages of two streams must not mix."""
-    mx.synchronize()
-    generating = sys.modules.get("mlx_lm.generate")
-    if generating is not None:
-        mx.synchronize(generating.generation_stream)
 
 
 def _connect(place: Place | None) -> mx.distributed.Group:

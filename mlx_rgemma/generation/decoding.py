@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rgemma.generation.device import generation_stream
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
 
@@ -87,8 +88,6 @@ def plain_steps(
     Yields:
         A token, the log-probabilities (V,) that the model had for it, and that it was not drafted.
     """
-    from mlx_lm.generate import generation_stream
-
     choose = sampler or greedy
     progress = prompt_progress_callback or (lambda done, total: None)
     processors = Processors(logits_processors or (), prompt)

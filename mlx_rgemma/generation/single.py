@@ -5,19 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.decoding import LogitsProcessor, plain_steps
+from mlx_rgemma.generation.device import generation_stream, wired_limit
 from mlx_rgemma.generation.speculation import DRAFT_TOKENS, SpeculationStats, speculative_steps
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.text.responses import text_responses
-
-if TYPE_CHECKING:
-    from mlx_lm.generate import GenerationResponse
+from mlx_rgemma.text.responses import GenerationResponse, text_responses
 
 Prompt = str | Sequence[int] | mx.array
 
@@ -60,14 +58,12 @@ def stream_generate(
             `prompt_progress_callback`.
 
     Yields:
-        mlx-lm's `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
+        A `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
 
     Raises:
         UserError: If the prompt is empty or holds an unknown token, `max_tokens` is no count, or
             the draft model does not fit.
     """
-    from mlx_lm.generate import generation_stream, wired_limit
-
     if max_tokens < 1 and max_tokens != -1:
         raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1 for no limit).")
     tokens = encode(tokenizer, prompt, model.args.vocab_size)
@@ -86,8 +82,7 @@ def stream_generate(
             logits_processors=logits_processors,
             **common,
         )
-    streams: Any = [generation_stream]
-    with wired_limit(model, streams):
+    with wired_limit(model, generation_stream):
         tic = time.perf_counter()
         with closing(steps):
             yield from text_responses(

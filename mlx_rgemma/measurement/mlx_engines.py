@@ -16,6 +16,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.generation.device import settle
 from mlx_rgemma.measurement.engines import LEARNING_RATE, Generated, Loaded, Unsupported
 from mlx_rgemma.measurement.shapes import SHAPES, UNQUANTIZED, quantize, random_model
 
@@ -85,7 +86,7 @@ class _MlxEngine(ABC):
             count += 1
             last = time.perf_counter() - begin
             first = first or last
-        _synchronize()
+        settle()  # of the token, too, that a loop has begun and nobody asks for
         return Generated(first, last, count, sum(layer.nbytes for layer in cache))
 
     def _generate_batch(self, prompts: list[list[int]], tokens: int, step_size: int) -> Generated:
@@ -111,7 +112,7 @@ class _MlxEngine(ABC):
                         state += sum(layer.nbytes for layer in response.prompt_cache)
         finally:
             generator.close()
-        _synchronize()
+        settle()  # of the token, too, that a loop has begun and nobody asks for
         return Generated(first, last, count // len(prompts), state)
 
     @abstractmethod
@@ -302,10 +303,3 @@ def _bits(model: Any) -> str:
         return ", ".join(sorted(modes))
     bits = sorted({layer.bits for layer in layers})
     return str(bits[0]) if len(bits) == 1 else f"{bits[0]}-{bits[-1]}"
-
-
-def _synchronize() -> None:
-    """Wait for the token that mlx-lm's loop has begun and nobody asks for."""
-    from mlx_lm.generate import generation_stream
-
-    mx.synchronize(generation_stream)

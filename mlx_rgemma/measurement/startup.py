@@ -63,7 +63,8 @@ class Startup:
         lines += ["| | median | fastest | slowest |", "| --- | --- | --- | --- |"]
         for name, times in self.commands.items():
             lines.append(_row(f"`{name}`", times))
-        lines += [_row(TITLES[name], times) for name, times in self.stages.items()]
+        taken = {name: times for name, times in self.stages.items() if any(times)}
+        lines += [_row(TITLES[name], times) for name, times in taken.items()]
         lines.append(f"\nFirst token after {self.first_token_s:.2f} s.")
         return "\n".join(lines)
 

@@ -25,7 +25,7 @@ PACKAGES = {
 }
 """Stages by the package that is being imported; what it imports in turn counts for it."""
 
-FUNCTIONS = {"tokenizer": "load_tokenizer", "weights": "_load_model"}
+FUNCTIONS = {"tokenizer": "_load_tokenizer", "weights": "_load_model"}
 """Stages by the function of `mlx_rgemma.checkpoints.loading` that is running."""
 
 REST = "rest"

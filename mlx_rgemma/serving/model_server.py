@@ -25,6 +25,7 @@ from mlx_lm.models.cache import LRUPromptCache
 from mlx_rgemma import distributed
 from mlx_rgemma.checkpoints import load
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.generation.device import settle
 from mlx_rgemma.generation.single import stream_generate
 from mlx_rgemma.generation.speculation import check_vocabulary
 from mlx_rgemma.griffin.cache import state_nbytes
@@ -264,7 +265,7 @@ def _stream_generate(
             yield from responses
     finally:
         if distributed.group() is not None:
-            distributed.settle()
+            settle()
 
 
 _OPTIONS = (

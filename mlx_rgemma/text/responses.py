@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_rgemma.text.stream import StopMatcher, TextStream
 
-if TYPE_CHECKING:
-    from mlx_lm.generate import GenerationResponse
+
+@dataclass
+class GenerationResponse:
+    """A token, the text that it completes, and how fast it went: the fields of mlx-lm's.
+
+    Attributes:
+        text: The next piece of the text; may be empty.
+        token: The token.
+        logprobs: (vocab_size,). The log-probabilities that the model had for it.
+        from_draft: Whether it was drafted and kept.
+        prompt_tokens: Tokens read.
+        prompt_tps: Of them a second.
+        generation_tokens: Tokens written.
+        generation_tps: Of them a second.
+        peak_memory: MLX's so far, in GB.
+        finish_reason: None but for the last: "stop", or "length" at the limit.
+    """
+
+    text: str
+    token: int
+    logprobs: mx.array
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
 
 
 def text_responses(
@@ -36,10 +63,8 @@ def text_responses(
         after: The token that the text goes on from, if it is in the middle of a sentence.
 
     Yields:
-        mlx-lm's `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
+        A `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
     """
-    from mlx_lm.generate import GenerationResponse
-
     stops = StopMatcher([stop] if isinstance(stop, str) else stop)
     text = TextStream(tokenizer, after=after)
     prompt_tps = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from conftest import golden, golden_model
 from mlx_rgemma import batch_generate, generate, load, stream_generate
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.single import encode
+from mlx_rgemma.text.responses import GenerationResponse
 from mlx_rgemma.text.stream import TEXT_LIMIT, StopMatcher, TextStream
 
 
@@ -39,6 +42,15 @@ def test_streaming_gives_the_same_text(embedded):
     assert [r.finish_reason for r in responses[:-1]] == [None] * (len(responses) - 1)
     assert responses[-1].finish_reason == "length"
     assert responses[-1].prompt_tokens == len(encode(tokenizer, "The king", 2048))
+
+
+def test_a_response_has_mlx_lms_fields():
+    from mlx_lm.generate import GenerationResponse as MlxLmResponse
+
+    ours, theirs = (
+        {(f.name, f.default) for f in fields(kind)} for kind in (GenerationResponse, MlxLmResponse)
+    )
+    assert ours == theirs
 
 
 def test_greedy_is_the_golden_continuation(model_name, embedded):
