@@ -53,14 +53,15 @@ def ready(*arrays: mx.array) -> list[mx.array] | None:
 
     None within `mx.compile` and `mx.vmap`.
     """
-    found = [
-        mx.contiguous(x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
-        for x in arrays
-    ]
+    found = [x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x for x in arrays]
     try:
         mx.eval(found)
     except ValueError:  # "not allowed" where arrays stand for others
         return None
+    lying = [np.asarray(x).flags.c_contiguous for x in found]
+    if not all(lying):
+        found = [x if lies else mx.contiguous(x) for x, lies in zip(found, lying, strict=True)]
+        mx.eval(found)
     return found
 
 

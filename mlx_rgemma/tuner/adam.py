@@ -6,18 +6,22 @@ short rows they take a third of a step of training in full.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_rgemma.ops import loops
 
 
 def in_one_pass(optimizer: optim.Optimizer) -> optim.Optimizer:
-    """Have large fp32 parameters updated by a loop, as far as Adam or AdamW updates them.
+    """Have fp32 parameters updated by a loop, as far as Adam or AdamW updates them.
+
+    Those of a model that are many together: for a few numbers, a loop is not worth loading.
 
     What is computed stays the same, bit for bit. The moments are changed where they lie, and a new
     parameter takes the memory of its gradient, which nobody is to read afterwards. In a model it
@@ -30,24 +34,34 @@ def in_one_pass(optimizer: optim.Optimizer) -> optim.Optimizer:
         The optimizer itself.
     """
     parts = optimizer.optimizers if isinstance(optimizer, optim.MultiOptimizer) else [optimizer]
-    places: dict[int, tuple[nn.Module, str]] = {}
+    under_way = _Update()
     for part in parts:
         if type(part) in (optim.Adam, optim.AdamW):
-            _update_by_loop(part, places)
+            _update_by_loop(part, under_way)
     update = optimizer.update
 
     def update_in_place(model: nn.Module, gradients: Any) -> None:
-        places.update(_places(model))
+        arrays: Any = tree_flatten(gradients)
+        under_way.elements, under_way.places = sum(x.size for _, x in arrays), _places(model)
+        del arrays
         try:
             update(model, gradients)
         finally:
-            places.clear()
+            under_way.elements, under_way.places = 0, {}
 
     optimizer.update = update_in_place  # type: ignore[method-assign]
     return optimizer
 
 
-def _update_by_loop(optimizer: Any, places: dict[int, tuple[nn.Module, str]]) -> None:
+@dataclass
+class _Update:
+    """Of a model: elements of its gradients, and where each array is."""
+
+    elements: int = 0
+    places: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
+
+
+def _update_by_loop(optimizer: Any, under_way: _Update) -> None:
     update = optimizer.apply_single
     latest: list[mx.array | None] = [None, None]  # the last step, and its numbers
 
@@ -60,16 +74,19 @@ def _update_by_loop(optimizer: Any, places: dict[int, tuple[nn.Module, str]]) ->
 
     def apply_single(gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> Any:
         arrays = (gradient, parameter, state["m"], state["v"])
-        if not loops.many(gradient.size) or any(x.dtype != mx.float32 for x in arrays):
+        if not loops.many(under_way.elements) or any(x.dtype != mx.float32 for x in arrays):
             return update(gradient, parameter, state)
         given, ready = numbers(), loops.ready(*arrays)
         if given is None or ready is None:
             return update(gradient, parameter, state)
         new, old, m, v = ready
         memory = [np.asarray(x).reshape(-1) for x in (old, m, v, new)]
-        loops.run("adam", new.size, given, *memory)
+        if loops.many(new.size):
+            loops.run("adam", new.size, given, *memory)
+        else:
+            loops.alone("adam", 0, new.size, np.asarray(given), *memory)
         state["m"], state["v"] = m, v
-        if (place := places.get(id(parameter))) is not None:
+        if (place := under_way.places.get(id(parameter))) is not None:
             module, name = place
             module[name] = new
         return new
