@@ -17,7 +17,7 @@ import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
 import mlx.core as mx
 import numpy as np
 
-from mlx_rgemma import load
+from mlx_rgemma import load_model
 from mlx_rgemma.griffin.cache import state_nbytes
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=2_048, help="tokens read at a time")
     args = parser.parse_args()
 
-    model, _ = load(args.model)
+    model, _ = load_model(args.model)
     cache = model.make_cache()
     rng = np.random.default_rng(0)
     start = time.perf_counter()

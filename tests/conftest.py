@@ -93,9 +93,29 @@ def relative_error(actual: mx.array | np.ndarray, expected: np.ndarray) -> float
     return max_error(actual, expected) / (scale if scale > 0 else 1.0)
 
 
+LONGEST = (
+    "test_launch.py",
+    "test_speculation.py",
+    "test_planted_bugs_blocks.py",
+    "test_session_walks.py",
+    "test_finetuning.py",
+    "test_benchmark_command.py",
+    "test_generate_command.py",
+    "test_server.py",
+    "test_chat.py",
+)
+"""Files that take longest, the longest first: begun last, one would keep the rest waiting."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a C++ compiler there is nothing to test of the tool that compiles kernels: say so."""
+    """Begin with what takes longest.
+
+    Without a C++ compiler there is nothing to test of the tool that compiles kernels: say so.
+    """
     import metal_cpu
+
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
     compiler, reason = metal_cpu.compiler()
     if compiler is None:

@@ -1,4 +1,4 @@
-"""A decode step on a Linux CPU by compiled loops: one token through a whole model.
+"""A decode step on a Linux CPU by compiled loops: a token a row through a whole model.
 
 A step reads every weight once, and little else. Through MLX's operations that takes several times
 as long as the memory does: the BLAS copies a matrix into panels before it multiplies a single row
@@ -6,8 +6,8 @@ with it, and hundreds of small operations are handed out one by one. Here each p
 loop over the weights as they lie.
 
 It serves a model with float32 weights in plain layers (or quantized ones that are held in float32
-too), one sequence, and a state that goes on. Everything else takes the model's own way, which gives
-the same within float32's accuracy.
+too), a few sequences, for all of which each weight is read once, and a state that goes on.
+Everything else takes the model's own way, which gives the same within float32's accuracy.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from mlx_rgemma.ops.rg_lru import log2_a_at_open_gate
 
 LEAST_WEIGHTS = 1 << 23
 """Elements of a model from which on it is worth it: a smaller one stays in the caches."""
+MOST_ROWS = 8
+"""Sequences up to which it is worth it: for many, products of matrices are."""
 SHARED_PRODUCTS = 1 << 19
 """Products from which on all cores share them: another thread is there after 50 us."""
 
@@ -50,18 +52,18 @@ class LoopStep:
         self.norm = _norm(model.final_norm)
         self.layers = [_Layer(layer) for layer in model.layers]
 
-    def __call__(self, token: int, cache: Sequence[GriffinCache]) -> mx.array:
-        """Logits of a token's successor, (1, words); the state goes on by the token."""
-        x = self.embedding[token] * self.scale
-        angles = rotary_angles(mx.array([cache[0].positions]), self.frequencies)
-        cos, sin = (np.asarray(z).reshape(-1) for z in angles)
+    def __call__(self, tokens: list[int], cache: Sequence[GriffinCache]) -> mx.array:
+        """Logits of a token's successor, (rows, words); the state goes on by a token a row."""
+        x = self.embedding[tokens] * self.scale
+        angles = rotary_angles(mx.array(cache[0].positions)[:, None], self.frequencies)
+        cos, sin = (np.asarray(z).reshape(len(x), -1) for z in angles)
         for layer, state in zip(self.layers, cache, strict=True):
             layer(x, state, cos, sin)
             state.advance(1)
-        logits = np.empty(self.embedding.shape[0], np.float32)
-        words, size = logits.size, self.embedding.size
+        logits = np.empty((len(x), len(self.embedding)), np.float32)
+        words, size = len(self.embedding), self.embedding.size
         _run("capped_scores", words, size, x, *self.norm, self.embedding, self.cap, logits)
-        return mx.array(logits)[None]
+        return mx.array(logits)
 
 
 class _Layer:
@@ -79,16 +81,18 @@ class _Layer:
         self.out, self.gate_up, self.down = _linear(out), _joint(mlp), _linear(mlp.down_proj)
 
     def __call__(self, x: View, state: Any, cos: View, sin: View) -> None:
-        """One token's residual stream, (D,), which changes, and its layer's state."""
-        projected = np.empty(len(self.joint[0]), np.float32)
-        inner = np.empty(len(self.gate_up[0]) // 2, np.float32)
+        """The tokens' residual stream, (R, D), which changes, and their layer's state."""
+        rows, width = x.shape
+        outputs, channels = len(self.joint[0]), len(self.gate_up[0]) // 2
+        projected = np.empty((rows, outputs), np.float32)
+        inner = np.empty((rows, channels), np.float32)
         size = self.joint[0].size
-        _run("normalized_product", len(projected), size, x, *self.norms[0], *self.joint, projected)
+        _run("normalized_product", outputs, size, x, *self.norms[0], *self.joint, projected)
         mixed = self.mixer(projected, state, cos, sin)
-        _run("added_product", len(x), self.out[0].size, mixed, *self.out, x)
+        _run("added_product", width, self.out[0].size, mixed, *self.out, x)
         size = self.gate_up[0].size
-        _run("normalized_mlp", len(inner), size, x, *self.norms[1], *self.gate_up, inner)
-        _run("added_product", len(x), self.down[0].size, inner, *self.down, x)
+        _run("normalized_mlp", channels, size, x, *self.norms[1], *self.gate_up, inner)
+        _run("added_product", width, self.down[0].size, inner, *self.down, x)
 
 
 class _Recurrence:
@@ -103,10 +107,11 @@ class _Recurrence:
         self.weights = [np.asarray(mx.contiguous(z)) for z in arrays]
 
     def __call__(self, yx: View, state: RecurrentCache, _cos: View, _sin: View) -> View:
-        conv, h = np.array(state.conv)[0], np.array(state.h)[0]
-        out = np.empty(h.size, np.float32)
-        loops.alone("recurrent_step", yx, *self.weights, conv, h, out)
-        state.conv, state.h = mx.array(conv)[None], mx.array(h)[None]
+        conv, h = np.array(state.conv), np.array(state.h)
+        out = np.empty(h.shape, np.float32)
+        share = loops.run if len(h) > 1 else _alone
+        share("recurrent_step", len(h), yx, *self.weights, conv, h, out)
+        state.conv, state.h = mx.array(conv), mx.array(h)
         return out
 
 
@@ -115,24 +120,23 @@ class _Attention:
         self.heads, self.dim, self.window = block.num_heads, block.head_dim, block.window
 
     def __call__(self, qkv: View, state: AttentionCache, cos: View, sin: View) -> View:
-        rows = qkv.reshape(self.heads + 2, self.dim)
-        q, kv = rows[: self.heads], rows[self.heads :]
-        loops.alone("rotate", rows[: self.heads + 1], cos, sin)
-        seen = min(state.positions[0], self.window) + 1
-        state.ring = state.ring.appended(mx.array(kv)[None, :, None])
-        ring = np.asarray(state.kv)[0]  # not held on to: the next token is written in place
-        newest = (state.head - 1) % ring.shape[1]
-        out = np.empty_like(q)
-        arguments = (q, ring, newest, seen, np.float32(self.dim**-0.5), out)
-        _run("ring_step", self.heads, seen * kv.size, *arguments)
-        return out.reshape(-1)
+        heads = qkv.reshape(len(qkv), self.heads + 2, self.dim)
+        _alone("rotate", len(heads), heads, self.heads + 1, cos, sin)
+        state.ring = state.ring.appended(mx.array(heads[:, self.heads :])[:, :, None])
+        rings = np.asarray(state.kv)  # not held on to: the next token is written in place
+        newest, scale = (state.head - 1) % rings.shape[2], np.float32(self.dim**-0.5)
+        out = np.empty((len(heads), self.heads, self.dim), np.float32)
+        for row, ring, position, into in zip(heads, rings, state.positions, out, strict=True):
+            seen = min(position, self.window) + 1
+            arguments = (row[: self.heads], ring, newest, seen, scale, into)
+            _run("ring_step", self.heads, 2 * seen * self.dim, *arguments)
+        return out.reshape(len(out), -1)
 
 
 def continues(cache: Sequence[GriffinCache]) -> bool:
-    """Whether a state is that of one sequence, at its second token or later, and nothing more."""
+    """Whether all sequences of a state are at their second token or later, and nothing more."""
     return all(
-        c.history is None and c.lengths is None and c.batch_size == 1 and c.positions[0] > 0
-        for c in cache
+        c.history is None and c.lengths is None and min(c.positions) > 0 for c in cache
     ) and all(
         (c.conv if isinstance(c, RecurrentCache) else c.kv).dtype == mx.float32 for c in cache
     )
@@ -196,7 +200,8 @@ def _norm(norm: RMSNorm) -> tuple[View, np.float32]:
 
 def _run(name: str, units: int, products: int, *arguments: Any) -> None:
     """Run a loop of so many products: on all cores, or on this one if they are few."""
-    if products >= SHARED_PRODUCTS:
-        loops.run(name, units, *arguments)
-    else:
-        loops.alone(name, 0, units, *arguments)
+    (loops.run if products >= SHARED_PRODUCTS else _alone)(name, units, *arguments)
+
+
+def _alone(name: str, units: int, *arguments: Any) -> None:
+    loops.alone(name, 0, units, *arguments)

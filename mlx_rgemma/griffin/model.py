@@ -17,7 +17,13 @@ from mlx_rgemma.griffin.expansion import expand_quantized
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.layout import TokenLayout
 from mlx_rgemma.griffin.linear import adopt_layers
-from mlx_rgemma.griffin.loop_step import LEAST_WEIGHTS, LoopStep, continues, plain_arrays
+from mlx_rgemma.griffin.loop_step import (
+    LEAST_WEIGHTS,
+    MOST_ROWS,
+    LoopStep,
+    continues,
+    plain_arrays,
+)
 from mlx_rgemma.griffin.sharding import shard_model
 from mlx_rgemma.ops import forward_only, loops, rotary_frequencies, soft_cap
 
@@ -119,12 +125,16 @@ class Model(nn.Module):
         cache: Sequence[GriffinCache] | None,
         segment_pos: mx.array | None = None,
     ) -> mx.array | None:
-        """Logits after a step by compiled loops, (1, vocab_size); None where they do not serve."""
-        if tokens.shape != (1, 1) or cache is None or segment_pos is not None or self.training:
+        """Logits after a step by compiled loops, (B, vocab_size); None where they do not serve."""
+        if tokens.ndim != 2 or tokens.shape[1] != 1 or not 0 < tokens.shape[0] <= MOST_ROWS:
+            return None
+        if cache is None or segment_pos is not None or self.training:
             return None
         if not loops.many(LEAST_WEIGHTS) or self.group is not None:
             return None
         self.check_cache(cache)
+        if any(c.batch_size != tokens.shape[0] for c in cache):
+            return None
         if not continues(cache) or (arrays := plain_arrays(self.model)) is None:
             return None
         if self._loop_step is None or not _same(arrays, self._loop_step.arrays):
@@ -132,10 +142,10 @@ class Model(nn.Module):
                 return None
             self._loop_step = LoopStep(self.model, arrays, self.args.logits_soft_cap)
         try:
-            token: Any = tokens.item()
-        except ValueError:  # within `mx.compile`, where it has no value
+            numbers: Any = tokens[:, 0].tolist()
+        except ValueError:  # within `mx.compile`, where they have no value
             return None
-        return self._loop_step(int(token), cache)
+        return self._loop_step(numbers, cache)
 
     def _hidden(
         self,

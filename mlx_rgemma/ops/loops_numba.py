@@ -247,46 +247,66 @@ def softmax(first, last, scores, low, high, totals):
         totals[row] = total(seen)
 
 
-# One token through a model, part by part: rows are single, (channels,). Units: outputs of a matrix.
+# A token of each of a few rows through a model, part by part. Units: outputs of a matrix, which is
+# read once for all rows, unless said otherwise.
+
+
+@loop
+def normalized(x, scale, eps):
+    rows = np.empty_like(x)
+    rms_norm(0, x.shape[0], x, scale, eps, rows)
+    return rows
 
 
 @loop
 def normalized_product(first, last, x, scale, eps, weight, bias, y):
-    """A norm of x, (D,), and a projection of it: weight (out, D), y (out,)."""
-    row = np.empty_like(x)
-    normalize(x, scale, eps, row)
+    """A norm of x, (R, D), and a projection of it: weight (out, D), y (R, out)."""
+    rows = normalized(x, scale, eps)
     for n in range(first, last):
-        y[n] = dot(weight[n], row) + bias[n]
+        for r in range(x.shape[0]):
+            y[r, n] = dot(weight[n], rows[r]) + bias[n]
 
 
 @loop
 def added_product(first, last, x, weight, bias, stream):
-    """A projection of x, added to the stream."""
+    """A projection of x, (R, in), added to the stream, (R, out)."""
     for n in range(first, last):
-        stream[n] += dot(weight[n], x) + bias[n]
+        for r in range(x.shape[0]):
+            stream[r, n] += dot(weight[n], x[r]) + bias[n]
 
 
 @loop
 def normalized_mlp(first, last, x, scale, eps, weight, bias, y):
-    """A norm, and ``gelu(gate) * up``: weight (2 inner, D), gates first; y (inner,)."""
-    row = np.empty_like(x)
-    normalize(x, scale, eps, row)
+    """A norm, and ``gelu(gate) * up``: weight (2 inner, D), gates first; y (R, inner)."""
+    rows = normalized(x, scale, eps)
     inner = weight.shape[0] // 2
     for n in range(first, last):
-        gate = dot(weight[n], row) + bias[n]
-        up = dot(weight[inner + n], row) + bias[inner + n]
-        y[n] = gelu(gate) * up
+        for r in range(x.shape[0]):
+            gate = dot(weight[n], rows[r]) + bias[n]
+            up = dot(weight[inner + n], rows[r]) + bias[inner + n]
+            y[r, n] = gelu(gate) * up
 
 
 @loop
 def recurrent_step(
+    first, last, yx, taps, tap_bias, weight_i, bias_i, weight_r, bias_r, log2_a_open, conv, h, out
+):  # fmt: skip
+    """What stands between a recurrent block's projections; conv, (R, K - 1, D), and h change.
+
+    yx: (R, 2 D), the branch that gates and the one that recurs; taps: (K, D); weights of the gates:
+    (heads, D / heads, D / heads); h, out: (R, D). Units: rows.
+    """
+    for r in range(first, last):
+        _recur(
+            yx[r], taps, tap_bias, weight_i, bias_i, weight_r, bias_r, log2_a_open,
+            conv[r], h[r], out[r],
+        )  # fmt: skip
+
+
+@loop
+def _recur(
     yx, taps, tap_bias, weight_i, bias_i, weight_r, bias_r, log2_a_open, conv, h, out
 ):  # fmt: skip
-    """What stands between a recurrent block's projections; conv, (K - 1, D), and h change.
-
-    yx: (2 D,), the branch that gates and the one that recurs; taps: (K, D); weights of the gates:
-    (heads, D / heads, D / heads).
-    """
     width, memory = h.size, conv.shape[0]
     x = tap_bias.copy()
     newest = yx[width:]
@@ -319,14 +339,15 @@ def recurrent_step(
 
 
 @loop
-def rotate(heads, cos, sin):
-    """heads: (H, head_dim), changed; cos, sin: (P,)."""
-    pairs = cos.size
-    for n in range(heads.shape[0]):
-        for j in range(pairs):
-            one, other = heads[n, j], heads[n, pairs + j]
-            heads[n, j] = one * cos[j] - other * sin[j]
-            heads[n, pairs + j] = other * cos[j] + one * sin[j]
+def rotate(first, last, heads, turned, cos, sin):
+    """heads: (R, H, head_dim), of which so many change; cos, sin: (R, P). Units: rows."""
+    pairs = cos.shape[1]
+    for r in range(first, last):
+        for n in range(turned):
+            for j in range(pairs):
+                one, other = heads[r, n, j], heads[r, n, pairs + j]
+                heads[r, n, j] = one * cos[r, j] - other * sin[r, j]
+                heads[r, n, pairs + j] = other * cos[r, j] + one * sin[r, j]
 
 
 @reduction
@@ -405,11 +426,11 @@ def ring_step(first, last, q, ring, newest, seen, scale, out):
 @loop
 def capped_scores(first, last, x, scale, eps, weight, cap, y):
     """The final norm, and the scores of all words, capped unless cap is 0: weight (words, D)."""
-    row = np.empty_like(x)
-    normalize(x, scale, eps, row)
+    rows = normalized(x, scale, eps)
     for n in range(first, last):
-        score = dot(weight[n], row)
-        y[n] = tanh(score / cap) * cap if cap > ZERO else score
+        for r in range(x.shape[0]):
+            score = dot(weight[n], rows[r])
+            y[r, n] = tanh(score / cap) * cap if cap > ZERO else score
 
 
 # Adam's update (arXiv:1412.6980, algorithm 1), every operation rounded as MLX's. Units: elements.

@@ -26,13 +26,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def steps(monkeypatch) -> list[int]:
-    """The tokens that steps by loops have read; small models are worth them."""
+    """The tokens that steps by loops have read, of all rows; small models are worth them."""
     tokens: list[int] = []
     step = loop_step.LoopStep.__call__
 
-    def noted(self, token, cache):
-        tokens.append(token)
-        return step(self, token, cache)
+    def noted(self, numbers, cache):
+        tokens.extend(numbers)
+        return step(self, numbers, cache)
 
     monkeypatch.setattr(loops, "LEAST", 1)
     monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1)
@@ -53,19 +53,51 @@ def plainly(monkeypatch, compute):
         return compute()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("shared", [1, 1 << 60], ids=["all cores", "one core"])
-def test_logits_are_googles(model_name, steps, monkeypatch, shared):
+def test_logits_are_googles(model_name, steps, monkeypatch, shared, rows):
     """Token by token from the second on, far beyond the window."""
     monkeypatch.setattr(loop_step, "SHARED_PRODUCTS", shared)
     model = evaluated(model_name)
     data = golden(f"decode/{model_name}.npz")
-    tokens, expected = data["tokens"][:1], data["google_full"][:1]
-    assert tokens.shape[1] > 2 * model.args.attention_window_size
-    cache, found = model.make_cache(1), []
-    for token in tokens[0].tolist():
-        found.append(np.array(model(mx.array([[token]]), cache=cache)))
-    assert steps == tokens[0, 1:].tolist()
+    tokens, expected = data["tokens"][:rows], data["google_full"][:rows]
+    assert len(tokens) == rows and tokens.shape[1] > 2 * model.args.attention_window_size
+    cache, found = model.make_cache(rows), []
+    for column in tokens.T.tolist():
+        found.append(np.array(model(mx.array(column)[:, None], cache=cache)))
+    assert steps == tokens.T[1:].flatten().tolist()
     assert max_error(np.concatenate(found, axis=1), expected) < LOGITS_ATOL
+
+
+@pytest.mark.parametrize("rows", [2, 3, loop_step.MOST_ROWS])
+def test_rows_at_different_places(steps, monkeypatch, rows):
+    """Prompts of different lengths, some behind the window; rows that leave, and one that joins."""
+    model = evaluated("tiny-2b")
+    rng = np.random.default_rng(rows)
+    lengths = [1, *rng.integers(2, 60, rows - 1).tolist()]
+    prompts = mx.array(rng.integers(0, model.args.vocab_size, (rows, max(lengths))))
+    drawn = rng.integers(0, model.args.vocab_size, (50, rows)).tolist()
+
+    def written():
+        cache, alone, found = model.make_cache(rows), model.make_cache(1), []
+        model(prompts[:1, :7], cache=alone)
+        for layer in cache:
+            layer.prepare(lengths=lengths)
+        model(prompts, cache=cache)
+        for layer, other in zip(cache, alone, strict=True):
+            layer.finalize()
+            layer.filter([*range(1, rows)])
+            layer.extend(other)
+        for column in drawn:
+            found.append(np.array(model(mx.array(column)[:, None], cache=cache)))
+        return np.stack(found), [np.array(x) for layer in cache for x in layer.state]
+
+    expected, its_state = plainly(monkeypatch, written)
+    assert not steps
+    found, state = written()
+    assert steps == [token for column in drawn for token in column]
+    assert np.abs(found - expected).max() < 3e-5
+    assert all(np.abs(x - y).max() < 1e-5 for x, y in zip(state, its_state, strict=True))
 
 
 def test_after_a_prompt_and_before_more_of_it(model_name, steps):
@@ -100,21 +132,22 @@ def test_the_state_is_the_models_own(steps, monkeypatch):
             assert max_error(x, np.array(y)) < 1e-5
 
 
-def test_the_ring_is_written_where_it_lies(steps):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_ring_is_written_where_it_lies(steps, rows):
     model = evaluated("tiny-2b")
-    cache = model.make_cache(1)
-    model.next_logits(mx.array([[1, 2, 3]]), cache)
+    cache = model.make_cache(rows)
+    model.next_logits(mx.array([[1, 2, 3]] * rows), cache)
     ring = next(c for c in cache if hasattr(c, "kv"))
 
     def place() -> int:
         return np.asarray(ring.kv).__array_interface__["data"][0]
 
-    model.next_logits(mx.array([[4]]), cache)
+    model.next_logits(mx.array([[4]] * rows), cache)
     first = place()
     for token in range(60):
-        model.next_logits(mx.array([[token]]), cache)
+        model.next_logits(mx.array([[token]] * rows), cache)
         assert place() == first
-    assert len(steps) == 61
+    assert len(steps) == 61 * rows
 
 
 def test_a_copy_of_the_state_does_not_change(steps):
@@ -191,8 +224,8 @@ def test_training_lets_go_of_what_a_step_held(steps):
 
 
 def test_what_takes_the_models_own_way(steps):
-    """The first token, batches, packed documents, states that can be trimmed, half precision."""
-    one = mx.array([[3]])
+    """The first token, many rows, packed documents, states that can be trimmed, half precision."""
+    one, many = mx.array([[3]]), loop_step.MOST_ROWS + 1
     model = evaluated("tiny-2b")
 
     def continued(model, rows=1, prepare=lambda cache: None):
@@ -204,7 +237,12 @@ def test_what_takes_the_models_own_way(steps):
 
     model(one, cache=model.make_cache(1))
     model(one)
-    model(mx.array([[3], [4]]), cache=continued(model, 2))
+    model(mx.array([[3]] * many), cache=continued(model, many))
+    late = continued(model, 2)
+    for layer, other in zip(late, model.make_cache(1), strict=True):
+        layer.filter([0])
+        layer.extend(other)
+    model(mx.array([[3], [4]]), cache=late)  # the first token of one of two rows
     model(one, cache=continued(model), segment_pos=mx.array([[2]]))
     model(one, cache=continued(model, prepare=lambda c: c.keep_history(4)))
     model(one, cache=continued(model, prepare=lambda c: c.prepare(lengths=[1])))
@@ -213,8 +251,9 @@ def test_what_takes_the_models_own_way(steps):
     unjoined = evaluated("tiny-2b", fuse=False)
     unjoined(one, cache=continued(unjoined))
     assert not steps
-    with pytest.raises(ValueError, match=r"\[cache\]"):
-        model(one, cache=continued(model)[:-1])
+    for cache in (continued(model)[:-1], continued(model, 2)):
+        with pytest.raises(ValueError, match=r"\[cache\]"):
+            model(one, cache=cache)
     model(one, cache=continued(model))
     assert steps == [3]
 
