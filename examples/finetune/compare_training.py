@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -161,10 +162,14 @@ def transformers_step(folder: str, tokens: int, threads: int) -> Callable[[], fl
     return step
 
 
+SECONDS = 10.0
+"""Of steps in a process, at least: on a busy machine a few short ones say little."""
+
+
 def measure(
     engine: str, folder: str, kind: str, tokens: int, repeats: int, compiled: bool
 ) -> dict[str, float]:
-    """In this process: the first loss, the best time of several steps, memory."""
+    """In this process: the first loss, the median time of several steps, memory."""
     threads = int(os.environ.get("OPENBLAS_NUM_THREADS", os.cpu_count() or 1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if engine == "transformers":
@@ -173,7 +178,7 @@ def measure(
         step = mlx_step(engine, folder, kind, tokens, compiled)
     loss = step()
     wall, processor = [], []
-    for _ in range(repeats):
+    while len(wall) < repeats or sum(wall) < SECONDS:
         started, used = time.perf_counter(), time.process_time()
         step()
         wall.append(time.perf_counter() - started)
@@ -182,8 +187,8 @@ def measure(
     unit = 1 if sys.platform == "darwin" else 1024
     found = {
         "loss": loss,
-        "tokens_per_second": tokens / min(wall),
-        "tokens_per_processor_second": tokens / min(processor),
+        "tokens_per_second": tokens / statistics.median(wall),
+        "tokens_per_processor_second": tokens / statistics.median(processor),
         "process_mb": peak * unit / 1e6,
         "process_mb_before": before * unit / 1e6,
     }
@@ -201,7 +206,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--compiled", action="store_true", help="Compile mlx-lm's step.")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="Steps, at least.")
     parser.add_argument("--timeout", type=int, default=900, help="Seconds for one process.")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

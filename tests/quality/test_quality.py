@@ -109,11 +109,15 @@ def test_memory_does_not_grow_with_the_text():
     peaks = []
     for length in (1000, 4000):
         rows = Rows([rng.integers(3, 97, length).tolist()], 1)
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        measure(model, rows, Reference(model, rows))
-        peaks.append((mx.get_peak_memory() - before) / 1e6)
+        found = []
+        for _ in range(4):  # MLX's thread lets go of arrays earlier or later
+            mx.clear_cache()
+            mx.synchronize()
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            measure(model, rows, Reference(model, rows))
+            found.append((mx.get_peak_memory() - before) / 1e6)
+        peaks.append(max(found))
     assert peaks[1] < 1.05 * peaks[0] + 0.1
     assert 0.2 * peaks[0] < 4000 * 97 * 4 / 1e6  # what all logits would add does count
 
