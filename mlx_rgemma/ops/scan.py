@@ -148,12 +148,12 @@ def _scan_steps(x: mx.array, a: mx.array, h0: mx.array | None, reverse: bool) ->
     length = x.shape[1]
     if length == 1:
         return x if h0 is None else a * h0[:, None] + x
-    h = h0
-    states: list[mx.array] = [x] * length
+    h = None if h0 is None else h0[:, None]
+    x_steps, a_steps = mx.split(x, length, axis=1), mx.split(a, length, axis=1)
+    states = list(x_steps)
     for t in range(length - 1, -1, -1) if reverse else range(length):
-        h = x[:, t] if h is None else a[:, t] * h + x[:, t]
-        states[t] = h
-    return mx.stack(states, axis=1)
+        states[t] = h = x_steps[t] if h is None else a_steps[t] * h + x_steps[t]
+    return mx.concatenate(states, axis=1)
 
 
 # The fused form. Its backward pass starts from the state before each `SEGMENT` steps, which the
