@@ -24,7 +24,9 @@ from mlx_rgemma.griffin.linear import Embedding, Linear, QuantizedEmbedding, Qua
 from mlx_rgemma.griffin.projection import SharedInputBlock
 from mlx_rgemma.ops import loops, rotary_angles
 from mlx_rgemma.ops.loops import View
+from mlx_rgemma.ops.processor import cores
 from mlx_rgemma.ops.rg_lru import log2_a_at_open_gate
+from mlx_rgemma.ops.team import attentive
 
 LEAST_WEIGHTS = 1 << 23
 """Elements of a model from which on it is worth it: a smaller one stays in the caches."""
@@ -57,12 +59,13 @@ class LoopStep:
         x = self.embedding[tokens] * self.scale
         angles = rotary_angles(mx.array(cache[0].positions)[:, None], self.frequencies)
         cos, sin = (np.asarray(z).reshape(len(x), -1) for z in angles)
-        for layer, state in zip(self.layers, cache, strict=True):
-            layer(x, state, cos, sin)
-            state.advance(1)
         logits = np.empty((len(x), len(self.embedding)), np.float32)
         words, size = len(self.embedding), self.embedding.size
-        _run("capped_scores", words, size, x, *self.norm, self.embedding, self.cap, logits)
+        with attentive():
+            for layer, state in zip(self.layers, cache, strict=True):
+                layer(x, state, cos, sin)
+                state.advance(1)
+            _run("capped_scores", words, size, x, *self.norm, self.embedding, self.cap, logits)
         return mx.array(logits)
 
 
@@ -128,8 +131,11 @@ class _Attention:
         out = np.empty((len(heads), self.heads, self.dim), np.float32)
         for row, ring, position, into in zip(heads, rings, state.positions, out, strict=True):
             seen = min(position, self.window) + 1
-            arguments = (row[: self.heads], ring, newest, seen, scale, into)
-            _run("ring_step", self.heads, 2 * seen * self.dim, *arguments)
+            products = 2 * seen * row.size
+            parts = min(cores(), seen) if products >= SHARED_PRODUCTS else 1
+            found = [np.empty((parts, self.heads, *n), np.float32) for n in ((), (), (self.dim,))]
+            _run("ring_step", parts, products, row[: self.heads], ring, newest, seen, scale, *found)
+            _alone("join_parts", self.heads, *found, into)
         return out.reshape(len(out), -1)
 
 

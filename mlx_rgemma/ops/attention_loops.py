@@ -14,7 +14,7 @@ import numpy as np
 from mlx_rgemma.ops import loops
 from mlx_rgemma.ops.exponential import LOG2_E
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 96
 """Queries handled at once."""
 
 

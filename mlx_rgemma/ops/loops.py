@@ -14,11 +14,9 @@ Within `mx.compile` and `mx.vmap`, where arrays have no values yet, plain operat
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +25,7 @@ import numpy as np
 from mlx_rgemma.ops import kernels
 from mlx_rgemma.ops.fused import is_forward_only
 from mlx_rgemma.ops.processor import cores, on_linux_cpu
+from mlx_rgemma.ops.team import share
 
 View = np.ndarray[Any, Any]
 
@@ -76,12 +75,7 @@ def run(name: str, units: int, *arguments: Any) -> None:
     loop = getattr(_loops(), name)
     memory = [np.asarray(x) if isinstance(x, mx.array) else x for x in arguments]
     shares = max(min(cores(), units), 1)
-    cuts = [units * i // shares for i in range(shares + 1)]
-    own, *rest = pairwise(cuts)
-    others = [_threads().submit(loop, *cut, *memory) for cut in rest]  # type: ignore[arg-type]
-    loop(*own, *memory)
-    for other in others:
-        other.result()
+    share(loop, [units * i // shares for i in range(shares + 1)], memory)
 
 
 def alone(name: str, *arguments: Any) -> None:
@@ -97,8 +91,3 @@ def _installed() -> bool:
 @cache
 def _loops() -> Any:
     return import_module("mlx_rgemma.ops.loops_numba")  # half a second: not before it is needed
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(cores() - 1, 1), "mlx_rgemma loops")

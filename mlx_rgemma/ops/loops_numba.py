@@ -17,7 +17,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import int64, njit
+from numba.extending import intrinsic
 
 from mlx_rgemma.ops.exponential import (
     BIAS,
@@ -57,6 +58,8 @@ SHIFT, ONE_BITS = i32(MANTISSA_BITS), i32(BIAS << MANTISSA_BITS)
 LOG2_E = f32(1.0 / math.log(2.0))
 SLOPE, CUBE = f32(2.0 * math.sqrt(2.0 / math.pi)), f32(0.044715)
 NORMAL, RESET, PADDING = 0, 1, 2
+SHORT = 64
+"""Numbers of a row, the channels of a head, that are gone through at once."""
 
 
 # What `exponential` does with whole arrays, for one number.
@@ -351,9 +354,10 @@ def rotate(first, last, heads, turned, cos, sin):
 
 
 @reduction
-def _four_dots(one, a, b, c, d):
+def _four_short_dots(one, a, b, c, d):
+    """Of `SHORT` numbers: where the compiler knows how many rounds, they take half the time."""
     of_a, of_b, of_c, of_d = ZERO, ZERO, ZERO, ZERO
-    for i in range(one.size):
+    for i in range(SHORT):
         value = one[i]
         of_a += value * a[i]
         of_b += value * b[i]
@@ -365,14 +369,20 @@ def _four_dots(one, a, b, c, d):
 @loop
 def _ring_scores(q, keys, scale, scores):
     """Each key is read once, for all heads: q (H, N), keys (K, N), scores (H, K)."""
-    whole = keys.shape[0] // 4 * 4
+    whole, cut = keys.shape[0] // 4 * 4, q.shape[1] // SHORT * SHORT
     for k in range(0, whole, 4):
         a, b, c, d = keys[k], keys[k + 1], keys[k + 2], keys[k + 3]
         for n in range(q.shape[0]):
-            found = _four_dots(q[n], a, b, c, d)
-            row = scores[n, k : k + 4]
-            for i in range(4):
-                row[i] = found[i] * scale
+            one, row = q[n], scores[n, k : k + 4]
+            of_a, of_b = dot(one[cut:], a[cut:]), dot(one[cut:], b[cut:])
+            of_c, of_d = dot(one[cut:], c[cut:]), dot(one[cut:], d[cut:])
+            for i in range(0, cut, SHORT):
+                found = _four_short_dots(one[i:], a[i:], b[i:], c[i:], d[i:])
+                of_a += found[0]
+                of_b += found[1]
+                of_c += found[2]
+                of_d += found[3]
+            row[0], row[1], row[2], row[3] = of_a * scale, of_b * scale, of_c * scale, of_d * scale
     for k in range(whole, keys.shape[0]):
         for n in range(q.shape[0]):
             scores[n, k] = dot(q[n], keys[k]) * scale
@@ -397,30 +407,51 @@ def _add_shares(shares, values, sums):
 
 
 @loop
-def ring_step(first, last, q, ring, newest, seen, scale, out):
-    """Attention of one query over a ring: units are heads.
+def ring_step(first, last, q, ring, newest, seen, scale, tops, totals, sums):
+    """Attention of one query over a ring, in parts that `join_parts` puts together. Units: parts.
 
-    q, out: (H, head_dim); ring: (2, slots, head_dim); the newest token lies in slot `newest`, and
-    so many are seen, backwards from it: two runs of slots, the second before the ring's end.
+    q: (H, head_dim); ring: (2, slots, head_dim); the newest token lies in slot `newest`, and so
+    many are seen, backwards from it: two runs of slots, the second before the ring's end. tops,
+    totals: (parts, H), a part's highest score and the sum of its powers; sums: (parts, H,
+    head_dim).
     """
-    q, out = q[first:last], out[first:last]
+    parts, keys, values = tops.shape[0], ring[0], ring[1]
     one = min(seen, newest + 1)
-    begin, again = newest + 1 - one, ring.shape[1] - (seen - one)
-    keys, values = ring[0], ring[1]
-    scores = np.empty((last - first, seen), np.float32)
-    _ring_scores(q, keys[begin:][:one], scale, scores[:, :one])
-    _ring_scores(q, keys[again:], scale, scores[:, one:])
-    for n in range(last - first):
-        row = scores[n]
-        top = highest(row)
-        for k in range(seen):
-            row[k] = exp2((row[k] - top) * LOG2_E)
-        share = ONE / total(row)
-        for k in range(seen):
-            row[k] *= share
-    out[:] = ZERO
-    _add_shares(scores[:, :one], values[begin:][:one], out)
-    _add_shares(scores[:, one:], values[again:], out)
+    begin, again = newest + 1 - one, ring.shape[1] - seen
+    for part in range(first, last):
+        low, high = seen * part // parts, seen * (part + 1) // parts
+        edge = min(max(low, one), high)
+        here = edge - low
+        scores = np.empty((q.shape[0], high - low), np.float32)
+        _ring_scores(q, keys[begin + low :][:here], scale, scores[:, :here])
+        _ring_scores(q, keys[again + edge :][: high - edge], scale, scores[:, here:])
+        for n in range(q.shape[0]):
+            row = scores[n]
+            top = highest(row)
+            for k in range(row.size):
+                row[k] = exp2((row[k] - top) * LOG2_E)
+            tops[part, n], totals[part, n] = top, total(row)
+        sums[part] = ZERO
+        _add_shares(scores[:, :here], values[begin + low :][:here], sums[part])
+        _add_shares(scores[:, here:], values[again + edge :][: high - edge], sums[part])
+
+
+@loop
+def join_parts(first, last, tops, totals, sums, out):
+    """What parts of `ring_step` are together: out (H, head_dim). Units: heads."""
+    parts = tops.shape[0]
+    for n in range(first, last):
+        top, whole, row = tops[0, n], ZERO, out[n]
+        for part in range(parts):
+            top = max(top, tops[part, n])
+        row[:] = ZERO
+        for part in range(parts):
+            weight, values = exp2((tops[part, n] - top) * LOG2_E), sums[part, n]
+            whole += weight * totals[part, n]
+            for d in range(row.size):
+                row[d] += weight * values[d]
+        for d in range(row.size):
+            row[d] /= whole
 
 
 @loop
@@ -454,3 +485,27 @@ def adam(first, last, numbers, parameter, m, v, gradient):
         m[i] = m_i
         v[i] = v_i
         gradient[i] = parameter[i] * shrink - rate * m_i / (np.sqrt(v_i) * root + eps)
+
+
+# For `team`: a thread that looks at what another one writes.
+
+
+@intrinsic
+def _seen(typing, counter):
+    """The first number of an array, from memory each time."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load_atomic(data, "acquire", 8)
+
+    return int64(counter), generate
+
+
+@loop
+def look_out(counter, before, looks, looks_more):
+    """Until the counter, (1,) int64, is not what it was before; so many looks at most."""
+    for _ in range(looks):
+        if _seen(counter) != before:
+            break
+    for _ in range(looks_more):
+        _seen(counter)

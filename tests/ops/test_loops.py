@@ -349,3 +349,26 @@ def test_without_a_place_for_what_was_compiled(tmp_path):
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(blocked / "below")}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("seen, newest", [(1, 0), (3, 7), (20, 30), (20, 5), (41, 40), (41, 11)])
+def test_a_step_over_a_ring(parts, dim, seen, newest):
+    """In parts, of a ring that is not full, goes around its end, or is full; against float64."""
+    from mlx_rgemma.ops import loops_numba
+
+    rng, slots, heads = np.random.default_rng(seen + newest), 41, 3
+    ring = rng.normal(size=(2, slots, dim)).astype(np.float32)
+    q = rng.normal(size=(heads, dim)).astype(np.float32)
+    parts = min(parts, seen)
+    found = [np.empty((parts, heads, *n), np.float32) for n in ((), (), (dim,))]
+    out, scale = np.empty_like(q), np.float32(dim**-0.5)
+    for part in range(parts):
+        loops_numba.ring_step(part, part + 1, q, ring, newest, seen, scale, *found)
+    loops_numba.join_parts(0, heads, *found, out)
+    keys, values = ring[:, (newest - np.arange(seen)) % slots].astype(np.float64)
+    scores = q @ keys.T * dim**-0.5
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    expected = powers / powers.sum(axis=1, keepdims=True) @ values
+    assert np.abs(out - expected).max() < 2e-6
