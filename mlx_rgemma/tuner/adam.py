@@ -21,7 +21,8 @@ from mlx_rgemma.ops import loops
 def in_one_pass(optimizer: optim.Optimizer) -> optim.Optimizer:
     """Have fp32 parameters updated by a loop, as far as Adam or AdamW updates them.
 
-    Those of a model that are many together: for a few numbers, a loop is not worth loading.
+    Those of an update that has a large one among them: for adapters alone, loops are not worth the
+    memory of the compiler that comes with them.
 
     What is computed stays the same, bit for bit. The moments are changed where they lie, and a new
     parameter takes the memory of its gradient, which nobody is to read afterwards. In a model it
@@ -42,12 +43,13 @@ def in_one_pass(optimizer: optim.Optimizer) -> optim.Optimizer:
 
     def update_in_place(model: nn.Module, gradients: Any) -> None:
         arrays: Any = tree_flatten(gradients)
-        under_way.elements, under_way.places = sum(x.size for _, x in arrays), _places(model)
+        under_way.largest = max((x.size for _, x in arrays), default=0)
+        under_way.places = _places(model)
         del arrays
         try:
             update(model, gradients)
         finally:
-            under_way.elements, under_way.places = 0, {}
+            under_way.largest, under_way.places = 0, {}
 
     optimizer.update = update_in_place  # type: ignore[method-assign]
     return optimizer
@@ -55,9 +57,9 @@ def in_one_pass(optimizer: optim.Optimizer) -> optim.Optimizer:
 
 @dataclass
 class _Update:
-    """Of a model: elements of its gradients, and where each array is."""
+    """Of a model: elements of its largest gradient, and where each array is."""
 
-    elements: int = 0
+    largest: int = 0
     places: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
 
 
@@ -74,7 +76,7 @@ def _update_by_loop(optimizer: Any, under_way: _Update) -> None:
 
     def apply_single(gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> Any:
         arrays = (gradient, parameter, state["m"], state["v"])
-        if not loops.many(under_way.elements) or any(x.dtype != mx.float32 for x in arrays):
+        if not loops.many(under_way.largest) or any(x.dtype != mx.float32 for x in arrays):
             return update(gradient, parameter, state)
         given, ready = numbers(), loops.ready(*arrays)
         if given is None or ready is None:
