@@ -29,7 +29,9 @@ def in_one_pass(optimizer: optim.Optimizer) -> optim.Optimizer:
     takes the old one's place at once: no more than one parameter is there twice.
 
     Args:
-        optimizer: Any of MLX's.
+        optimizer: Any of MLX's. Its `update` raises a ValueError where two parameters have one
+            gradient in memory, as those of ``a + b`` do; the model is then half updated. Griffin
+            has no such pair.
 
     Returns:
         The optimizer itself.
@@ -50,6 +52,7 @@ def in_one_pass(optimizer: optim.Optimizer) -> optim.Optimizer:
             update(model, gradients)
         finally:
             under_way.largest, under_way.places = 0, {}
+            under_way.taken.clear()
 
     optimizer.update = update_in_place  # type: ignore[method-assign]
     return optimizer
@@ -57,9 +60,10 @@ def in_one_pass(optimizer: optim.Optimizer) -> optim.Optimizer:
 
 @dataclass
 class _Update:
-    """Of a model: elements of its largest gradient, and where each array is."""
+    """Of a model: elements of its largest gradient, where each array is, what memory was taken."""
 
     largest: int = 0
+    taken: set[int] = field(default_factory=set)
     places: dict[int, tuple[nn.Module, str]] = field(default_factory=dict)
 
 
@@ -83,6 +87,11 @@ def _update_by_loop(optimizer: Any, under_way: _Update) -> None:
             return update(gradient, parameter, state)
         new, old, m, v = ready
         memory = [np.asarray(x).reshape(-1) for x in (old, m, v, new)]
+        if (address := memory[-1].ctypes.data) in under_way.taken:
+            raise ValueError(
+                "[adam] two parameters share one gradient: use MLX's optimizer as it is."
+            )
+        under_way.taken.add(address)
         if loops.many(new.size):
             loops.run("adam", new.size, given, *memory)
         else:

@@ -10,11 +10,13 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ON_GPU
+from conftest import ON_GPU, golden_model
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_rgemma.ops import loops
 from mlx_rgemma.tuner.adam import in_one_pass
+from mlx_rgemma.tuner.batch import Batch
+from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.optimizers import make_optimizer
 from mlx_rgemma.tuner.rules import adamw
 
@@ -154,6 +156,37 @@ def test_one_array_in_two_places(ran):
         found.append([np.array(layer.weight) for layer in model.layers])
     assert ran and all(np.array_equal(x, y) for x, y in zip(*found, strict=True))
     assert not np.array_equal(*found[0])
+
+
+class _Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = mx.ones((20, 20)), mx.zeros((20, 20))
+
+
+def test_one_gradient_of_two_parameters_is_refused(ran):
+    """Its memory can become one parameter's only."""
+    model, x = _Sum(), normal(20, 20)
+    gradients = mx.grad(lambda p: ((p["a"] + p["b"]) * x).sum())(model.parameters())
+    with pytest.raises(ValueError, match=r"\[adam\] two parameters share one gradient"):
+        in_one_pass(optim.Adam(0.1)).update(model, gradients)
+    assert ran == ["adam"]
+
+
+def test_no_two_parameters_of_a_griffin_share_one(ran, model_name):
+    """Three steps, with gradients that nobody has computed before the update."""
+    ids = mx.arange(41)[None] % 90 + 2
+    batch = Batch(ids[:, :-1], ids[:, 1:], mx.ones((1, 40), mx.bool_), mx.arange(40)[None])
+    found = []
+    for wrap in (lambda x: x, in_one_pass):
+        model, optimizer = golden_model(model_name, fuse=False), wrap(optim.AdamW(1e-2))
+        model.train()
+        gradients = nn.value_and_grad(model, lambda m: batch_loss(m, batch)[0])
+        for _ in range(3):
+            optimizer.update(model, gradients(model)[1])
+            mx.eval(model.parameters(), optimizer.state)
+        found.append([(name, np.array(x)) for name, x in tree_flatten(model.parameters())])
+    assert ran and same(*found)
 
 
 def test_no_parameter_but_one_is_there_twice(ran):
