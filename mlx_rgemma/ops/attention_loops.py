@@ -1,9 +1,8 @@
-"""Attention of a chunk on a Linux CPU, by compiled loops between its matrix products.
+"""Attention of a chunk on a Linux CPU, by a compiled loop.
 
-A query sees one run of keys, so a loop computes the powers of those alone: no mask is made and none
-is applied. All heads read the same keys: their queries are the rows of one product. Blocks of
-queries are done one after the other, each over the keys that one of them sees, so what is held does
-not grow with the chunk.
+A query sees one run of keys, and the loop computes the scores of little more than that: no mask is
+made, and no score is ever in memory outside a core's caches. What it holds does not grow with the
+chunk.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import numpy as np
 from mlx_rgemma.ops import loops
 from mlx_rgemma.ops.exponential import LOG2_E
 
-QUERY_BLOCK = 96
-"""Queries handled at once."""
+CHANNELS = 32
+"""Heads are widened to a multiple of it: of the columns of a tile, on any processor."""
 
 
 def attend_band(
@@ -35,27 +34,18 @@ def attend_band(
     """
     batch, heads, length, dim = q.shape
     reach = mx.full((1, length), window, mx.int32) if reach is None else reach
-    ready = loops.ready(q.astype(mx.float32) * (scale * LOG2_E), kv, reach)
+    ready = loops.ready(_widened(q), _widened(kv), reach)
     if ready is None:
         return None
-    scaled, kv, reach = ready
-    k, v = kv[:, 0], kv[:, 1]
-    own = np.arange(k.shape[1] - length, k.shape[1])
-    before = np.minimum(np.asarray(reach), window).astype(np.int64)
-    low = np.broadcast_to(np.maximum(own - before, 0), (batch, length))
+    own = np.arange(kv.shape[2] - length, kv.shape[2])
+    before = np.minimum(np.asarray(ready[2]), window)
+    low = np.broadcast_to(np.maximum(own - before, 0), (batch, length)).astype(np.int32)
+    out = np.empty((batch, length, heads, ready[0].shape[-1]), np.float32)
+    units = batch * heads * -(-length // loops.constant("QUERIES"))
+    loops.run("band_attention", units, *ready[:2], low, np.float32(scale * LOG2_E), out)
+    return mx.array(out[..., :dim]).swapaxes(1, 2).astype(q.dtype)
 
-    found = []
-    for first in range(0, length, QUERY_BLOCK):
-        some = slice(first, min(first + QUERY_BLOCK, length))
-        oldest, end = int(low[:, some].min()), int(own[some][-1]) + 1
-        rows = scaled[:, :, some].reshape(batch, -1, dim)
-        scores = rows @ k[:, oldest:end].swapaxes(1, 2)
-        totals = np.empty(batch * rows.shape[1], np.float32)
-        begin, behind = low[:, some] - oldest, own[some] + 1 - oldest
-        by_head = scores.reshape(batch, heads, -1, end - oldest)
-        loops.run("softmax", totals.size, by_head, begin, behind, totals)  # changes the scores
-        sums = (scores @ v[:, oldest:end]) / mx.array(totals).reshape(batch, -1, 1)
-        out = sums.reshape(batch, heads, -1, dim).astype(q.dtype)
-        mx.eval(out)
-        found.append(out)
-    return mx.concatenate(found, axis=2)
+
+def _widened(x: mx.array) -> mx.array:
+    missing = -x.shape[-1] % CHANNELS
+    return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x

@@ -83,6 +83,12 @@ def alone(name: str, *arguments: Any) -> None:
     getattr(_loops(), name)(*arguments)
 
 
+def constant(name: str) -> int:
+    """A whole number of `loops_numba`, that depends on the processor."""
+    found: int = getattr(_loops(), name)
+    return found
+
+
 @cache
 def _installed() -> bool:
     return find_spec("numba") is not None

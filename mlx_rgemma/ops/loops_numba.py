@@ -29,6 +29,7 @@ from mlx_rgemma.ops.exponential import (
     MOST,
     TO_WHOLE,
 )
+from mlx_rgemma.ops.tiles import COLUMNS, ROWS, WIDE, add_tile_product, tile_product
 
 
 def _compiled(**flags: Any) -> Any:
@@ -58,6 +59,9 @@ SHIFT, ONE_BITS = i32(MANTISSA_BITS), i32(BIAS << MANTISSA_BITS)
 LOG2_E = f32(1.0 / math.log(2.0))
 SLOPE, CUBE = f32(2.0 * math.sqrt(2.0 / math.pi)), f32(0.044715)
 NORMAL, RESET, PADDING = 0, 1, 2
+QUERIES, KEYS = (64, 128) if WIDE else (48, 96)
+"""Of a block of scores: whole tiles, which with their queries, keys and values stay in L2."""
+HIDDEN, LOWEST = f32(-2e30), f32(-1e30)
 SHORT = 64
 """Numbers of a row, the channels of a head, that are gone through at once."""
 
@@ -224,30 +228,104 @@ def rg_lru(first, last, x, gate_i, gate_r, bias_i, bias_r, log2_a_open, h0, kind
                 ys[d] = value
 
 
-# Softmax within a band of visible keys. Units: rows of scores, of which each query has one a head.
+# Attention within a band of visible keys (FlashAttention, arXiv:2205.14135, algorithm 1): blocks of
+# keys, whose scores and powers stay in the caches. They lie a query beside the other, so that
+# several queries are worked on at a time, and nothing is summed up within a vector.
 
 
 @loop
-def softmax(first, last, scores, low, high, totals):
-    """Scores, in base 2, become powers, and 0 where hidden.
+def _hide(scores, key, low, own):
+    """Scores of a block of keys, the first of which is number `key`: those out of sight."""
+    for i in range(scores.shape[0]):
+        row, at = scores[i], i32(key + i)
+        for r in range(QUERIES):
+            seen = (at >= low[r]) & (at <= own[r])
+            row[r] = row[r] if seen else HIDDEN
 
-    scores: (B, H, L, K), changed; totals: (B H L,). A query's keys begin at low, (B, L) int64, and
-    end before high, (L,) int64.
+
+@loop
+def _powers(scores, top, total, shrink):
+    """Scores, in base 2, become powers relative to the highest so far, and are added up.
+
+    scores: (keys, QUERIES); top, total: (QUERIES,), of what has been seen; shrink: what earlier
+    sums are to be multiplied by.
     """
-    _, heads, queries, keys = scores.shape
-    for row in range(first, last):
-        b, query = row // (heads * queries), row % queries
-        line = scores[b, row // queries % heads, query]
-        begin, end = low[b, query], high[query]
-        seen = line[begin:end]
-        top = highest(seen)
-        for k in range(begin):
-            line[k] = ZERO
-        for k in range(seen.size):
-            seen[k] = exp2(seen[k] - top)
-        for k in range(end, keys):
-            line[k] = ZERO
-        totals[row] = total(seen)
+    shrink[:] = top
+    for i in range(scores.shape[0]):
+        row = scores[i]
+        for r in range(QUERIES):
+            top[r] = max(top[r], row[r])
+    for r in range(QUERIES):
+        shrink[r] = exp2(shrink[r] - top[r])
+        total[r] *= shrink[r]
+    for i in range(scores.shape[0]):
+        row = scores[i]
+        for r in range(QUERIES):
+            power = exp2(row[r] - top[r])
+            row[r] = power
+            total[r] += power
+
+
+@loop
+def band_attention(first, last, q, kv, low, scale, out):
+    """Softmax attention of queries that are the last of the keys' tokens.
+
+    q: (B, H, L, N), N a multiple of COLUMNS; kv: (B, 2, K, N); low: (B, L) int32, the oldest key
+    that a query sees; scale: of scores in base 2; out: (B, L, H, N). Units: blocks of queries of a
+    head, early ones, which see less, by turns with late ones.
+    """
+    heads, length, dim = q.shape[1:]
+    blocks, past = (length + QUERIES - 1) // QUERIES, kv.shape[2] - length
+    queries = np.empty((dim, QUERIES), np.float32)
+    scores = np.empty((KEYS, QUERIES), np.float32)
+    rest = np.zeros((KEYS, dim), np.float32)
+    sums = np.empty((QUERIES, dim), np.float32)
+    lows, own = np.empty(QUERIES, np.int32), np.empty(QUERIES, np.int32)
+    of_queries = np.empty((3, QUERIES), np.float32)
+    top, total, shrink = of_queries[0], of_queries[1], of_queries[2]
+    for unit in range(first, last):
+        turn, head, b = unit % blocks, unit // blocks % heads, unit // (blocks * heads)
+        start = (blocks - 1 - turn // 2 if turn % 2 else turn // 2) * QUERIES
+        rows = min(QUERIES, length - start)
+        for r in range(QUERIES):  # those behind the end do as the last, and are not written
+            query = start + min(r, rows - 1)
+            lows[r], own[r] = low[b, query], past + query
+            one = q[b, head, query]
+            for d in range(dim):
+                queries[d, r] = one[d] * scale
+        top[:] = LOWEST
+        total[:] = ZERO
+        sums[:] = ZERO
+
+        end = own[rows - 1] + 1
+        key, last_low = lows.min(), lows.max()
+        while key < end:
+            size = min(KEYS, end - key)
+            keys, values = kv[b, 0, key:], kv[b, 1, key : key + size]
+            if keys.shape[0] < (size + ROWS - 1) // ROWS * ROWS:  # the last tile wants more
+                rest[:size] = keys[:size]
+                keys = rest
+            block = scores[:size]
+            for i in range(0, size, ROWS):
+                for c in range(0, QUERIES, COLUMNS):
+                    tile_product(keys[i : i + ROWS], queries[:, c:], scores[i:, c:])
+            if key < last_low or key + size > own[0] + 1:
+                _hide(block, key, lows, own)
+            _powers(block, top, total, shrink)
+            for r in range(QUERIES):
+                if shrink[r] != ONE:
+                    row, factor = sums[r], shrink[r]
+                    for d in range(dim):
+                        row[d] *= factor
+            for r in range(0, QUERIES, ROWS):
+                for c in range(0, dim, COLUMNS):
+                    add_tile_product(block[:, r:], values[:, c:], sums[r:, c:])
+            key += size
+
+        for r in range(rows):
+            into, row, share = out[b, start + r, head], sums[r], ONE / total[r]
+            for d in range(dim):
+                into[d] = row[d] * share
 
 
 # A token of each of a few rows through a model, part by part. Units: outputs of a matrix, which is
