@@ -105,7 +105,7 @@ def plain_steps(
     progress(done, total)
     while total - done > prefill_step_size:
         with mx.stream(generation_stream):
-            model(prompt[None, done : done + prefill_step_size], prompt_cache)
+            model.read(prompt[None, done : done + prefill_step_size], prompt_cache)
             mx.eval([layer.state for layer in prompt_cache])
             mx.clear_cache()
         done += prefill_step_size

@@ -71,7 +71,7 @@ class DraftModel:
             layer.keep_history(limit + 1)
 
     def read(self, tokens: mx.array) -> None:
-        self.model(tokens[None], cache=self.cache)  # lazy: only the state is ever computed
+        self.model.read(tokens[None], self.cache)
         mx.eval([layer.state for layer in self.cache])
 
     def draft(self, last: int, n: int, process: Process) -> Draft:

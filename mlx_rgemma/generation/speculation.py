@@ -118,7 +118,7 @@ def speculative_steps(
     progress(0, prompt.size)
     for first in range(0, prompt.size - 1, prefill_step_size):
         chunk = prompt[first : min(first + prefill_step_size, prompt.size - 1)]
-        model(chunk[None], cache=cache)  # lazy: only the state is ever computed
+        model.read(chunk[None], cache)
         mx.eval([layer.state for layer in cache])
         drafter.read(chunk)
         progress(first + chunk.size, prompt.size)
@@ -165,7 +165,7 @@ def speculative_steps(
         for layer in cache:
             layer.keep_history(0)
         if unread is not None:
-            model(mx.array([[unread]]), cache=cache)
+            model.read(mx.array([[unread]]), cache)
         drafter.finish(unread)
         mx.eval([layer.state for layer in cache])
 

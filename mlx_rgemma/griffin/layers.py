@@ -111,7 +111,14 @@ class RecurrentBlock(SharedInputBlock):
         self.conv_1d = Conv1d(lru_width, config.conv1d_width)
         self.rg_lru = RGLRU(lru_width, config.num_attention_heads)
 
-    def __call__(self, x: mx.array, layout: TokenLayout, cache: RecurrentCache | None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        layout: TokenLayout,
+        cache: RecurrentCache | None,
+        *,
+        last_only: bool = False,
+    ) -> mx.array:
         y, x = self.project(x)
         if cache is not None and cache.history is not None:
             self._remember(x, layout, cache)
@@ -119,11 +126,13 @@ class RecurrentBlock(SharedInputBlock):
             out, cache.conv, cache.h = recurrent_step(
                 y, x, self._weights(), cache.conv, cache.h, layout.kind
             )
-            return self.linear_out(out)
+            return self.linear_out(out[:, -1:] if last_only else out)
         x, conv = self.conv_1d(x, layout, None if cache is None else cache.conv)
         x, h = self.rg_lru(x, layout, None if cache is None else cache.h)
         if cache is not None:
             cache.conv, cache.h = conv, h
+        if last_only:
+            y, x = y[:, -1:], x[:, -1:]
         return self.linear_out(gated_gelu(y, x))
 
     def _remember(self, x: mx.array, layout: TokenLayout, cache: RecurrentCache) -> None:
@@ -171,7 +180,14 @@ class LocalAttentionBlock(SharedInputBlock):
         self.v_proj = nn.Linear(width, self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=True)
 
-    def __call__(self, x: mx.array, layout: TokenLayout, cache: AttentionCache | None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        layout: TokenLayout,
+        cache: AttentionCache | None,
+        *,
+        last_only: bool = False,
+    ) -> mx.array:
         batch, length, _ = x.shape
         q, k, v = self.project(x)
         q = q.reshape(batch, length, self.num_heads, self.head_dim).swapaxes(1, 2)
@@ -188,10 +204,11 @@ class LocalAttentionBlock(SharedInputBlock):
         if cache is not None and layout.one_step:
             out, cache.ring = ring_step(q, k, v, layout.cos, layout.sin, **place)
         else:
+            place["last_only"] = last_only
             out, kv = local_attention(q, k, v, layout.cos, layout.sin, **place)
             if cache is not None:
                 cache.write(kv)
-        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+        return self.o_proj(out.swapaxes(1, 2).reshape(batch, out.shape[2], -1))
 
 
 class MLPBlock(SharedInputBlock):
@@ -239,8 +256,9 @@ class ResidualBlock(nn.Module):
         *,
         last_only: bool = False,
     ) -> mx.array:
-        delta = self.temporal_block(self.temporal_pre_norm(x), layout, cache)
+        x_in, block = self.temporal_pre_norm(x), self.temporal_block
+        delta = block(x_in, layout, cache, last_only=last_only)
         if last_only:  # nobody reads what the others give
-            x, delta = x[:, -1:], delta[:, -1:]
+            x = x[:, -1:]
         x, normalized = self.channel_pre_norm.after_adding(x, delta)
         return add_to_stream(x, self.mlp_block(normalized))

@@ -119,6 +119,19 @@ class Model(nn.Module):
             return logits
         return self.head(self._hidden(tokens, cache, None, last_only=True)[:, -1])
 
+    def read(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> None:
+        """Have a state go on by tokens after which nobody asks for logits: a chunk of a prompt.
+
+        Args:
+            tokens: (B, L), int, without padding.
+            cache: As for a call; updated in place.
+
+        Raises:
+            ValueError: If the tokens or the cache have the wrong shape.
+        """
+        if self._step(tokens, cache) is None:
+            self._hidden(tokens, cache, None, last_only=True)
+
     def _step(
         self,
         tokens: mx.array,

@@ -32,6 +32,7 @@ from mlx_rgemma.ops.attention_kernels import (
 )
 from mlx_rgemma.ops.attention_plain import Ring, plain_ring, plain_rotary, plain_step, plain_window
 from mlx_rgemma.ops.fused import run_fused
+from mlx_rgemma.ops.rotary import apply_rotary
 
 __all__ = ["Ring", "local_attention", "ring_attention", "ring_step", "windowed_attention"]
 
@@ -78,6 +79,7 @@ def local_attention(
     reach: mx.array | None = None,
     ring: Ring | None = None,
     held: int | None = None,
+    last_only: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """The attention of one call of a layer, rotation included: a whole chunk or a decode step.
 
@@ -89,10 +91,11 @@ def local_attention(
         window, reach, ring: As for `windowed_attention`.
         held: ``min(window, position)`` of the first token, where it is known to be the same for all
             rows: the plain form then reads no more of the ring than that.
+        last_only: Attend from the last query alone.
 
     Returns:
-        ``(out, kv)``: (B, H, L, head_dim) in the dtype of `q`, and what belongs into the ring, the
-        rotated keys and the values, (B, 2, L, head_dim).
+        ``(out, kv)``: (B, H, L, head_dim) in the dtype of `q`, L = 1 for `last_only`, and what
+        belongs into the ring, the rotated keys and the values, (B, 2, L, head_dim).
 
     Raises:
         ValueError: If the shapes do not agree.
@@ -101,6 +104,11 @@ def local_attention(
         out, appended = ring_step(q, k, v, cos, sin, ring, window=window, reach=reach, held=held)
         return out, appended.kv[:, :, ring.head : ring.head + 1]
     _check("local_attention", q, k, v, reach, ring, cos, sin)
+    if last_only:
+        _, kv = plain_rotary(k, k, v, cos, sin)
+        q = apply_rotary(q[:, :, -1:], cos[:, :, -1:], sin[:, :, -1:])
+        reach = None if reach is None else reach[:, -1:]
+        return plain_window(q, kv, ring, window, reach, held), kv
     q, kv = _rotary(q, k, v, cos, sin)
     return _window(q, kv, ring, window, reach, held), kv
 

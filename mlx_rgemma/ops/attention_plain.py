@@ -69,14 +69,16 @@ def plain_window(
 ) -> mx.array:
     """`windowed_attention` on keys and values side by side, (B, 2, L, head_dim).
 
+    The queries are those of the last tokens; there may be fewer.
+
     Works through blocks of `QUERY_BLOCK` queries, each over the slice of keys that it can see:
     there is no L x L array, and what is held at once does not grow with L.
     """
     length = q.shape[2]
-    past = 0
     if ring is not None:
         past = min(ring.kv.shape[2], window if held is None else min(held, window))
         kv = mx.concatenate([ring.newest(past), kv], axis=2)
+    before = kv.shape[2] - length
 
     if loops.worthwhile(q):
         out = attend_band(q, kv, window, reach, q.shape[-1] ** -0.5)
@@ -88,10 +90,10 @@ def plain_window(
     shared = worthwhile(q.shape[0] * q.shape[1] * length * block)
     for number, first in enumerate(range(0, length, block)):
         last = min(first + block, length)
-        oldest = max(0, past + first - window)
+        oldest = max(0, before + first - window)
         block_reach = None if reach is None else reach[:, first:last]
-        mask = _band(past + first, last - first, oldest, past + last, window, block_reach)
-        keys = kv[:, :, oldest : past + last]
+        mask = _band(before + first, last - first, oldest, before + last, window, block_reach)
+        keys = kv[:, :, oldest : before + last]
         with lane(number if shared else 0):
             outputs.append(_attention(q[:, :, first:last], keys, mask))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)

@@ -6,11 +6,14 @@ import io
 
 import mlx.core as mx
 import pytest
+from random_models import SHAPE, random_model
 
-from mlx_rgemma import Session, load, session
+from mlx_rgemma import GriffinConfig, Session, load, session
 from mlx_rgemma.generation import decoding, speculation
 from mlx_rgemma.generation.decoding import Processors, plain_steps
 from mlx_rgemma.generation.single import stream_generate
+from mlx_rgemma.griffin.layers import LocalAttentionBlock, RecurrentBlock
+from mlx_rgemma.griffin.linear import Linear
 
 PROMPT = mx.array([2, *range(40, 80)])
 
@@ -25,14 +28,14 @@ class Counted:
 
     def __init__(self, model) -> None:
         self.model = model
-        self.read: list[int] = []
+        self.lengths: list[int] = []
 
-    def __call__(self, tokens, cache):
-        self.read.append(tokens.shape[1])
-        return self.model(tokens, cache)
+    def read(self, tokens, cache):
+        self.lengths.append(tokens.shape[1])
+        self.model.read(tokens, cache)
 
     def next_logits(self, tokens, cache):
-        self.read.append(tokens.shape[1])
+        self.lengths.append(tokens.shape[1])
         return self.model.next_logits(tokens, cache)
 
 
@@ -50,9 +53,9 @@ def test_the_first_token_comes_with_the_last_chunk(embedded, size, chunks):
         prompt_progress_callback=lambda done, total: calls.append((done, total)),
     )
     next(steps)
-    assert counted.read == chunks
+    assert counted.lengths == chunks
     next(steps)
-    assert counted.read == [*chunks, 1, 1]
+    assert counted.lengths == [*chunks, 1, 1]
     assert calls == [(sum(chunks[:i]), 41) for i in range(len(chunks) + 1)]
 
 
@@ -144,17 +147,57 @@ def test_a_processor_that_looks_at_no_tokens_leaves_no_graph(embedded, monkeypat
     assert written > 30 and made[0].recent.size >= PROMPT.size + written - 2
 
 
-@pytest.mark.parametrize("length", [1, 2, 17, 300])
-def test_logits_of_the_last_token_alone(embedded, length):
-    model, _ = embedded
-    tokens = mx.random.randint(3, 500, (2, length), key=mx.random.key(length))
-    one, other = model.make_cache(2), model.make_cache(2)
-    for _ in range(2):  # at the beginning, and with a state
-        expected = model(tokens, one)[:, -1]
-        assert mx.allclose(model.next_logits(tokens, other), expected, atol=5e-5)
-    for a, b in zip(one, other, strict=True):
-        pairs = list(zip(a.state, b.state, strict=True))
-        assert all(mx.allclose(x, y, atol=5e-5) for x, y in pairs)
+@pytest.fixture(scope="module", params=["attention", "recurrence"])
+def ending_in(request):
+    """A model whose last layer is of this kind."""
+    layers = {"attention": 3, "recurrence": 4}[request.param]
+    return random_model(
+        config=GriffinConfig(vocab_size=96, **{**SHAPE, "num_hidden_layers": layers})
+    )
+
+
+def test_the_last_layers_are_of_both_kinds(ending_in, request):
+    kinds = {"attention": LocalAttentionBlock, "recurrence": RecurrentBlock}
+    (kind,) = (kinds[name] for name in kinds if name in request.node.name)
+    assert type(ending_in.layers[-1].temporal_block) is kind
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 300])
+def test_logits_of_the_last_token_alone(ending_in, length, rows):
+    """And none: the state goes on as it does when all are asked for. The window is 16."""
+    tokens = mx.random.randint(3, 96, (3, rows, length), key=mx.random.key(length))
+    every, one, none = (ending_in.make_cache(rows) for _ in range(3))
+    for part in tokens:  # at the beginning, and with a state
+        expected = ending_in(part, every)[:, -1]
+        assert mx.allclose(ending_in.next_logits(part, one), expected, atol=5e-5)
+        ending_in.read(part, none)
+        for caches in zip(every, one, none, strict=True):
+            for x, y, z in zip(*(c.state for c in caches), strict=True):
+                assert mx.allclose(x, y, atol=5e-5) and mx.allclose(x, z, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["read", "next_logits"])
+def test_the_last_layer_computes_one_token_where_nobody_asks_for_more(ending_in, monkeypatch, name):
+    """But for what its state is made of: its first projections."""
+    rows: dict[int, int] = {}
+    multiply = Linear.__call__
+
+    def note(layer, x):
+        rows[id(layer)] = x.shape[1]
+        return multiply(layer, x)
+
+    monkeypatch.setattr(Linear, "__call__", note)
+    ending_in.adopt_layers()
+    getattr(ending_in, name)(mx.ones((1, 50), mx.int32), ending_in.make_cache())
+    layer = ending_in.layers[-1]
+    block, mlp = layer.temporal_block, layer.mlp_block
+    out = block.o_proj if isinstance(block, LocalAttentionBlock) else block.linear_out
+    assert [rows[id(z)] for z in (out, mlp.gate_proj, mlp.up_proj, mlp.down_proj)] == [1] * 4
+    earlier = ending_in.layers[0]
+    assert (
+        rows[id(earlier.mlp_block.down_proj)] == rows[id(earlier.temporal_block.linear_out)] == 50
+    )
 
 
 def test_no_logits_but_the_last_are_computed(embedded, monkeypatch):
