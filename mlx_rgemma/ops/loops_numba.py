@@ -29,7 +29,18 @@ from mlx_rgemma.ops.exponential import (
     MOST,
     TO_WHOLE,
 )
-from mlx_rgemma.ops.tiles import COLUMNS, ROWS, WIDE, add_tile_product, tile_product
+from mlx_rgemma.ops.tiles import (
+    COLUMNS,
+    LANES,
+    NARROW_ROWS,
+    ROWS,
+    WIDE,
+    add_narrow_tile_product,
+    add_tile_product,
+    fetch,
+    narrow_tile_product,
+    tile_product,
+)
 
 
 def _compiled(**flags: Any) -> Any:
@@ -62,8 +73,6 @@ NORMAL, RESET, PADDING = 0, 1, 2
 QUERIES, KEYS = (64, 128) if WIDE else (48, 96)
 """Of a block of scores: whole tiles, which with their queries, keys and values stay in L2."""
 HIDDEN, LOWEST = f32(-2e30), f32(-1e30)
-SHORT = 64
-"""Numbers of a row, the channels of a head, that are gone through at once."""
 
 
 # What `exponential` does with whole arrays, for one number.
@@ -244,19 +253,23 @@ def _hide(scores, key, low, own):
 
 
 @loop
-def _powers(scores, top, total, shrink):
-    """Scores, in base 2, become powers relative to the highest so far, and are added up.
-
-    scores: (keys, QUERIES); top, total: (QUERIES,), of what has been seen; shrink: what earlier
-    sums are to be multiplied by.
-    """
-    shrink[:] = top
+def _raise(top, scores):
+    """top: (QUERIES,), the highest scores of what has been seen; scores: (n, QUERIES)."""
     for i in range(scores.shape[0]):
         row = scores[i]
         for r in range(QUERIES):
             top[r] = max(top[r], row[r])
+
+
+@loop
+def _powers(scores, before, top, total, shrink):
+    """Scores, in base 2, become powers relative to the highest, and are added up.
+
+    before, top: what was the highest before, and now is; shrink: what earlier sums are to be
+    multiplied by. All but scores (QUERIES,).
+    """
     for r in range(QUERIES):
-        shrink[r] = exp2(shrink[r] - top[r])
+        shrink[r] = exp2(before[r] - top[r])
         total[r] *= shrink[r]
     for i in range(scores.shape[0]):
         row = scores[i]
@@ -264,6 +277,22 @@ def _powers(scores, top, total, shrink):
             power = exp2(row[r] - top[r])
             row[r] = power
             total[r] += power
+
+
+@loop
+def _shrink(sums, factors):
+    """Multiply each row by its factor."""
+    for r in range(sums.shape[0]):
+        row, factor = sums[r], factors[r]
+        if factor != ONE:
+            for d in range(row.size):
+                row[d] *= factor
+
+
+@loop
+def _whole(number, of):
+    """The next multiple."""
+    return (number + of - 1) // of * of
 
 
 @loop
@@ -281,8 +310,8 @@ def band_attention(first, last, q, kv, low, scale, out):
     rest = np.zeros((KEYS, dim), np.float32)
     sums = np.empty((QUERIES, dim), np.float32)
     lows, own = np.empty(QUERIES, np.int32), np.empty(QUERIES, np.int32)
-    of_queries = np.empty((3, QUERIES), np.float32)
-    top, total, shrink = of_queries[0], of_queries[1], of_queries[2]
+    of_queries = np.empty((4, QUERIES), np.float32)
+    before, top, total, shrink = of_queries[0], of_queries[1], of_queries[2], of_queries[3]
     for unit in range(first, last):
         turn, head, b = unit % blocks, unit // blocks % heads, unit // (blocks * heads)
         start = (blocks - 1 - turn // 2 if turn % 2 else turn // 2) * QUERIES
@@ -302,7 +331,7 @@ def band_attention(first, last, q, kv, low, scale, out):
         while key < end:
             size = min(KEYS, end - key)
             keys, values = kv[b, 0, key:], kv[b, 1, key : key + size]
-            if keys.shape[0] < (size + ROWS - 1) // ROWS * ROWS:  # the last tile wants more
+            if keys.shape[0] < _whole(size, ROWS):  # the last tile wants more
                 rest[:size] = keys[:size]
                 keys = rest
             block = scores[:size]
@@ -311,12 +340,10 @@ def band_attention(first, last, q, kv, low, scale, out):
                     tile_product(keys[i : i + ROWS], queries[:, c:], scores[i:, c:])
             if key < last_low or key + size > own[0] + 1:
                 _hide(block, key, lows, own)
-            _powers(block, top, total, shrink)
-            for r in range(QUERIES):
-                if shrink[r] != ONE:
-                    row, factor = sums[r], shrink[r]
-                    for d in range(dim):
-                        row[d] *= factor
+            before[:] = top
+            _raise(top, block)
+            _powers(block, before, top, total, shrink)
+            _shrink(sums, shrink)
             for r in range(0, QUERIES, ROWS):
                 for c in range(0, dim, COLUMNS):
                     add_tile_product(block[:, r:], values[:, c:], sums[r:, c:])
@@ -431,87 +458,81 @@ def rotate(first, last, heads, turned, cos, sin):
                 heads[r, n, pairs + j] = other * cos[r, j] + one * sin[r, j]
 
 
-@reduction
-def _four_short_dots(one, a, b, c, d):
-    """Of `SHORT` numbers: where the compiler knows how many rounds, they take half the time."""
-    of_a, of_b, of_c, of_d = ZERO, ZERO, ZERO, ZERO
-    for i in range(SHORT):
-        value = one[i]
-        of_a += value * a[i]
-        of_b += value * b[i]
-        of_c += value * c[i]
-        of_d += value * d[i]
-    return of_a, of_b, of_c, of_d
-
-
-@loop
-def _ring_scores(q, keys, scale, scores):
-    """Each key is read once, for all heads: q (H, N), keys (K, N), scores (H, K)."""
-    whole, cut = keys.shape[0] // 4 * 4, q.shape[1] // SHORT * SHORT
-    for k in range(0, whole, 4):
-        a, b, c, d = keys[k], keys[k + 1], keys[k + 2], keys[k + 3]
-        for n in range(q.shape[0]):
-            one, row = q[n], scores[n, k : k + 4]
-            of_a, of_b = dot(one[cut:], a[cut:]), dot(one[cut:], b[cut:])
-            of_c, of_d = dot(one[cut:], c[cut:]), dot(one[cut:], d[cut:])
-            for i in range(0, cut, SHORT):
-                found = _four_short_dots(one[i:], a[i:], b[i:], c[i:], d[i:])
-                of_a += found[0]
-                of_b += found[1]
-                of_c += found[2]
-                of_d += found[3]
-            row[0], row[1], row[2], row[3] = of_a * scale, of_b * scale, of_c * scale, of_d * scale
-    for k in range(whole, keys.shape[0]):
-        for n in range(q.shape[0]):
-            scores[n, k] = dot(q[n], keys[k]) * scale
-
-
-@loop
-def _add_shares(shares, values, sums):
-    """shares (H, K), values (K, N), sums (H, N)."""
-    whole = values.shape[0] // 4 * 4
-    for k in range(0, whole, 4):
-        a, b, c, d = values[k], values[k + 1], values[k + 2], values[k + 3]
-        for n in range(sums.shape[0]):
-            row, four = sums[n], shares[n, k : k + 4]
-            p, q, r, s = four[0], four[1], four[2], four[3]
-            for i in range(row.size):
-                row[i] += (p * a[i] + q * b[i]) + (r * c[i] + s * d[i])
-    for k in range(whole, values.shape[0]):
-        for n in range(sums.shape[0]):
-            row, share, value = sums[n], shares[n, k], values[k]
-            for i in range(row.size):
-                row[i] += share * value[i]
-
-
 @loop
 def ring_step(first, last, q, ring, newest, seen, scale, tops, totals, sums):
     """Attention of one query over a ring, in parts that `join_parts` puts together. Units: parts.
 
-    q: (H, head_dim); ring: (2, slots, head_dim); the newest token lies in slot `newest`, and so
-    many are seen, backwards from it: two runs of slots, the second before the ring's end. tops,
-    totals: (parts, H), a part's highest score and the sum of its powers; sums: (parts, H,
-    head_dim).
+    q: (H, N); ring: (2, slots, N); the newest token lies in slot `newest`, and so many are seen,
+    backwards from it: two runs of slots, the second before the ring's end. tops, totals: (parts,
+    H), a part's highest score, in base 2, and the sum of its powers; sums: (parts, H, N).
+
+    `LANES` heads at a time, whose scores lie beside each other; several keys make a row of
+    `QUERIES`.
     """
-    parts, keys, values = tops.shape[0], ring[0], ring[1]
+    parts, heads, dim = sums.shape
+    width, columns = _whole(heads, LANES), _whole(dim, LANES)
+    queries = np.zeros((dim, width), np.float32)
+    for n in range(heads):
+        for d in range(dim):
+            queries[d, n] = q[n, d] * (scale * LOG2_E)
+    scores = np.empty((KEYS, LANES), np.float32)
+    rest = np.zeros((2, KEYS, columns), np.float32)
+    top = np.empty((width // LANES, QUERIES), np.float32)
+    total = np.empty_like(top)
+    before, shrink = np.empty(QUERIES, np.float32), np.empty(QUERIES, np.float32)
+    into = np.empty((width, columns), np.float32)
     one = min(seen, newest + 1)
     begin, again = newest + 1 - one, ring.shape[1] - seen
     for part in range(first, last):
-        low, high = seen * part // parts, seen * (part + 1) // parts
-        edge = min(max(low, one), high)
-        here = edge - low
-        scores = np.empty((q.shape[0], high - low), np.float32)
-        _ring_scores(q, keys[begin + low :][:here], scale, scores[:, :here])
-        _ring_scores(q, keys[again + edge :][: high - edge], scale, scores[:, here:])
-        for n in range(q.shape[0]):
-            row = scores[n]
-            top = highest(row)
-            for k in range(row.size):
-                row[k] = exp2((row[k] - top) * LOG2_E)
-            tops[part, n], totals[part, n] = top, total(row)
-        sums[part] = ZERO
-        _add_shares(scores[:, :here], values[begin + low :][:here], sums[part])
-        _add_shares(scores[:, here:], values[again + edge :][: high - edge], sums[part])
+        top[:], total[:], into[:] = LOWEST, ZERO, ZERO
+        at, end = seen * part // parts, seen * (part + 1) // parts
+        while at < end:
+            slot, stop = (begin + at, min(one, end)) if at < one else (again + at, end)
+            size = min(KEYS, stop - at)
+            keys, values = ring[0, slot:], ring[1, slot : slot + size]
+            if keys.shape[0] < _whole(size, NARROW_ROWS):  # the last tile wants more
+                rest[0, :size, :dim] = keys[:size]
+                keys = rest[0, :, :dim]
+            if dim < columns:
+                rest[1, :size, :dim] = values
+                values = rest[1, :size]
+            rows = _whole(size, QUERIES // LANES)
+            block = scores[:rows].reshape(rows * LANES // QUERIES, QUERIES)
+            for g in range(width // LANES):
+                h = g * LANES
+                for i in range(0, size, NARROW_ROWS):
+                    if g == 0:
+                        for r in range(NARROW_ROWS):
+                            for d in range(0, dim, 16):
+                                fetch(ring[0, slot + KEYS + i + r, d:])
+                                fetch(ring[1, slot + KEYS + i + r, d:])
+                    narrow_tile_product(keys[i : i + NARROW_ROWS], queries[:, h:], scores[i:])
+                scores[size:rows] = HIDDEN
+                before[:] = top[g]
+                _raise(top[g], block)
+                _agree(top[g])
+                _powers(block, before, top[g], total[g], shrink)
+                _shrink(into[h : h + LANES], shrink)
+                for r in range(0, LANES, NARROW_ROWS):
+                    for c in range(0, columns, LANES):
+                        powers, place = scores[:size, r:], into[h + r :, c:]
+                        add_narrow_tile_product(powers, values[:, c:], place)
+            at += size
+        for n in range(heads):
+            g, h = n // LANES, n % LANES
+            tops[part, n], totals[part, n] = top[g, h], ZERO
+            for r in range(h, QUERIES, LANES):
+                totals[part, n] += total[g, r]
+        sums[part] = into[:heads, :dim]
+
+
+@loop
+def _agree(top):
+    """The highest score of each head, of the keys that make a row: (QUERIES,)."""
+    for r in range(LANES, QUERIES):
+        top[r % LANES] = max(top[r % LANES], top[r])
+    for r in range(LANES, QUERIES):
+        top[r] = top[r % LANES]
 
 
 @loop
@@ -524,7 +545,7 @@ def join_parts(first, last, tops, totals, sums, out):
             top = max(top, tops[part, n])
         row[:] = ZERO
         for part in range(parts):
-            weight, values = exp2((tops[part, n] - top) * LOG2_E), sums[part, n]
+            weight, values = exp2(tops[part, n] - top), sums[part, n]
             whole += weight * totals[part, n]
             for d in range(row.size):
                 row[d] += weight * values[d]

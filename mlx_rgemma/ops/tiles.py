@@ -20,14 +20,16 @@ from numba.extending import intrinsic
 
 WIDE = bool(get_host_cpu_features().get("avx512f"))
 """Whether there are 32 registers of 16 numbers; else 16 of 8, or 32 of 4, are reckoned with."""
-LANES, VECTORS = 16 if WIDE else 8, 2
-ROWS, COLUMNS = 8 if WIDE else 6, LANES * VECTORS
+LANES = 16 if WIDE else 8
+"""Numbers of a vector."""
+ROWS, COLUMNS = 8 if WIDE else 6, 2 * LANES
 """Of a tile."""
+NARROW_ROWS = 8
+"""Of a tile of `LANES` columns."""
 
 _INDEX, _FLOAT = ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _CONTRACT = ("contract",)
-_TILE = list(product(range(ROWS), range(VECTORS)))
 
 
 class _Matrix:
@@ -49,38 +51,35 @@ class _Matrix:
         return self.builder.bitcast(place, _VECTOR.as_pointer())
 
 
-def _tile_product(columns_of_a: bool, add: bool) -> Any:
-    """Make ``c = a @ b``, or ``c += a.T @ b``: what the arguments choose.
-
-    Args:
-        columns_of_a: Take columns of `a`, (n, ROWS), in place of rows, (ROWS, n).
-        add: Add to what `c` holds.
-    """
+def _tile_product(rows: int, columns: int, *, add_of_columns: bool = False) -> Any:
+    """Make ``c = a @ b``, or ``c += a.T @ b``, of a tile of so many rows and columns of `c`."""
+    vectors = columns // LANES
+    tile = list(product(range(rows), range(vectors)))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         a, b, c = (
             _Matrix(context, builder, kind, value)
             for kind, value in zip(signature.args, arguments, strict=True)
         )
-        rows_of_c = [c.row(_INDEX(r)) for r in range(ROWS)]
-        places = [c.vector(rows_of_c[r], v) for r, v in _TILE]
+        rows_of_c = [c.row(_INDEX(r)) for r in range(rows)]
+        places = [c.vector(rows_of_c[r], v) for r, v in tile]
         zero = ir.Constant(_VECTOR, [0.0] * LANES)
-        before = [builder.load(place, align=4) if add else zero for place in places]
-        rows_of_a = [] if columns_of_a else [a.row(_INDEX(r)) for r in range(ROWS)]
+        before = [builder.load(place, align=4) if add_of_columns else zero for place in places]
+        rows_of_a = [] if add_of_columns else [a.row(_INDEX(r)) for r in range(rows)]
 
         def step(k: Any, sums: list[Any]) -> list[Any]:
             row = b.row(k)
-            vectors = [builder.load(b.vector(row, v), align=4) for v in range(VECTORS)]
-            if columns_of_a:
+            loaded = [builder.load(b.vector(row, v), align=4) for v in range(vectors)]
+            if add_of_columns:
                 column = a.row(k)
-                numbers = [builder.gep(column, [_INDEX(r)]) for r in range(ROWS)]
+                numbers = [builder.gep(column, [_INDEX(r)]) for r in range(rows)]
             else:
                 numbers = [builder.gep(start, [k]) for start in rows_of_a]
             spread = [_spread(builder, builder.load(number)) for number in numbers]
-            products = [builder.fmul(spread[r], vectors[v], flags=_CONTRACT) for r, v in _TILE]
+            products = [builder.fmul(spread[r], loaded[v], flags=_CONTRACT) for r, v in tile]
             return [builder.fadd(*z, flags=_CONTRACT) for z in zip(products, sums, strict=True)]
 
-        found = _repeat(builder, a.shape[0 if columns_of_a else 1], before, step)
+        found = _repeat(builder, a.shape[0 if add_of_columns else 1], before, step)
         for place, value in zip(places, found, strict=True):
             builder.store(value, place, align=4)
         return context.get_dummy_value()
@@ -121,8 +120,26 @@ def _repeat(
     return found
 
 
-tile_product = _tile_product(columns_of_a=False, add=False)
+tile_product = _tile_product(ROWS, COLUMNS)
 """``c = a @ b``: a (ROWS, n), b (n, COLUMNS or more), c (ROWS, COLUMNS or more); n above 0."""
-
-add_tile_product = _tile_product(columns_of_a=True, add=True)
+add_tile_product = _tile_product(ROWS, COLUMNS, add_of_columns=True)
 """``c += a.T @ b``: a (n, ROWS or more)."""
+
+narrow_tile_product = _tile_product(NARROW_ROWS, LANES)
+add_narrow_tile_product = _tile_product(NARROW_ROWS, LANES, add_of_columns=True)
+"""The same with `NARROW_ROWS` and `LANES`."""
+
+
+@intrinsic
+def fetch(_, array):
+    """Have the memory bring what stands at an array's beginning, a line, and go on meanwhile."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = _Matrix(context, builder, signature.args[0], arguments[0]).data
+        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        builder.call(prefetch, [builder.bitcast(data, byte), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array), generate
