@@ -19,12 +19,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
-from mlx_rgemma.griffin.layers import LocalAttentionBlock, RecurrentBlock, ResidualBlock, RMSNorm
+from mlx_rgemma.griffin.layers import RecurrentBlock, ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.linear import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 from mlx_rgemma.griffin.projection import SharedInputBlock
 from mlx_rgemma.ops import loops, rotary_angles
 from mlx_rgemma.ops.loops import View
-from mlx_rgemma.ops.processor import cores
 from mlx_rgemma.ops.rg_lru import log2_a_at_open_gate
 from mlx_rgemma.ops.team import attentive
 
@@ -32,8 +31,6 @@ LEAST_WEIGHTS = 1 << 23
 """Elements of a model from which on it is worth it: a smaller one stays in the caches."""
 MOST_ROWS = 8
 """Sequences up to which it is worth it: for many, products of matrices are."""
-SHARED_PRODUCTS = 1 << 19
-"""Products from which on all cores share them: another thread is there after 50 us."""
 
 
 class LoopStep:
@@ -52,7 +49,12 @@ class LoopStep:
         self.scale = np.float32(model.embedding_scale)
         self.frequencies = model._frequencies
         self.norm = _norm(model.final_norm)
-        self.layers = [_Layer(layer) for layer in model.layers]
+        self.layers = [
+            _RecurrentLayer(layer)
+            if isinstance(layer.temporal_block, RecurrentBlock)
+            else _AttentionLayer(layer)
+            for layer in model.layers
+        ]
 
     def __call__(self, tokens: list[int], cache: Sequence[GriffinCache]) -> mx.array:
         """Logits of a token's successor, (rows, words); the state goes on by a token a row."""
@@ -60,46 +62,19 @@ class LoopStep:
         angles = rotary_angles(mx.array(cache[0].positions)[:, None], self.frequencies)
         cos, sin = (np.asarray(z).reshape(len(x), -1) for z in angles)
         logits = np.empty((len(x), len(self.embedding)), np.float32)
-        words, size = len(self.embedding), self.embedding.size
         with attentive():
             for layer, state in zip(self.layers, cache, strict=True):
                 layer(x, state, cos, sin)
                 state.advance(1)
-            _run("capped_scores", words, size, x, *self.norm, self.embedding, self.cap, logits)
+            given = (x, self.norm, self.embedding, self.cap, logits)
+            loops.run("capped_scores", len(self.embedding), *given)
+        mx.async_eval([state.state for state in cache])
         return mx.array(logits)
 
 
-class _Layer:
-    """A residual block."""
-
+class _RecurrentLayer:
     def __init__(self, layer: ResidualBlock) -> None:
-        block, mlp = layer.temporal_block, layer.mlp_block
-        self.norms = _norm(layer.temporal_pre_norm), _norm(layer.channel_pre_norm)
-        self.joint = _joint(block)
-        self.mixer: _Recurrence | _Attention
-        if isinstance(block, RecurrentBlock):
-            self.mixer, out = _Recurrence(block), block.linear_out
-        else:
-            self.mixer, out = _Attention(block), block.o_proj
-        self.out, self.gate_up, self.down = _linear(out), _joint(mlp), _linear(mlp.down_proj)
-
-    def __call__(self, x: View, state: Any, cos: View, sin: View) -> None:
-        """The tokens' residual stream, (R, D), which changes, and their layer's state."""
-        rows, width = x.shape
-        outputs, channels = len(self.joint[0]), len(self.gate_up[0]) // 2
-        projected = np.empty((rows, outputs), np.float32)
-        inner = np.empty((rows, channels), np.float32)
-        size = self.joint[0].size
-        _run("normalized_product", outputs, size, x, *self.norms[0], *self.joint, projected)
-        mixed = self.mixer(projected, state, cos, sin)
-        _run("added_product", width, self.out[0].size, mixed, *self.out, x)
-        size = self.gate_up[0].size
-        _run("normalized_mlp", channels, size, x, *self.norms[1], *self.gate_up, inner)
-        _run("added_product", width, self.down[0].size, inner, *self.down, x)
-
-
-class _Recurrence:
-    def __init__(self, block: RecurrentBlock) -> None:
+        block: Any = layer.temporal_block
         conv, unit = block.conv_1d, block.rg_lru
         arrays = [
             *(conv.weight[..., 0].T, conv.bias),
@@ -107,36 +82,38 @@ class _Recurrence:
             *(unit.recurrent_gate_weight, unit.recurrent_gate_bias.flatten()),
             log2_a_at_open_gate(unit.recurrent_param),
         ]
-        self.weights = [np.asarray(mx.contiguous(z)) for z in arrays]
+        recurrence = tuple(np.asarray(mx.contiguous(z)) for z in arrays)
+        self.weights = _entry(layer), recurrence, _linear(block.linear_out), _mlp(layer)
 
-    def __call__(self, yx: View, state: RecurrentCache, _cos: View, _sin: View) -> View:
+    def __call__(self, x: View, state: RecurrentCache, _cos: View, _sin: View) -> None:
+        """The tokens' residual stream, (R, D), which changes, and their layer's state."""
         conv, h = np.array(state.conv), np.array(state.h)
-        out = np.empty(h.shape, np.float32)
-        share = loops.run if len(h) > 1 else _alone
-        share("recurrent_step", len(h), yx, *self.weights, conv, h, out)
+        made = [np.empty((len(x), n), np.float32) for n in (2 * h.shape[1], h.shape[1])]
+        loops.together("recurrent_layer", x, *self.weights, conv, h, *made, _inner(x, self.weights))
         state.conv, state.h = mx.array(conv), mx.array(h)
-        return out
 
 
-class _Attention:
-    def __init__(self, block: LocalAttentionBlock) -> None:
+class _AttentionLayer:
+    def __init__(self, layer: ResidualBlock) -> None:
+        block: Any = layer.temporal_block
         self.heads, self.dim, self.window = block.num_heads, block.head_dim, block.window
+        self.weights = _entry(layer), _linear(block.o_proj), _mlp(layer)
 
-    def __call__(self, qkv: View, state: AttentionCache, cos: View, sin: View) -> View:
-        heads = qkv.reshape(len(qkv), self.heads + 2, self.dim)
-        _alone("rotate", len(heads), heads, self.heads + 1, cos, sin)
-        state.ring = state.ring.appended(mx.array(heads[:, self.heads :])[:, :, None])
-        rings = np.asarray(state.kv)  # not held on to: the next token is written in place
-        newest, scale = (state.head - 1) % rings.shape[2], np.float32(self.dim**-0.5)
-        out = np.empty((len(heads), self.heads, self.dim), np.float32)
-        for row, ring, position, into in zip(heads, rings, state.positions, out, strict=True):
-            seen = min(position, self.window) + 1
-            products = 2 * seen * row.size
-            parts = min(cores(), seen) if products >= SHARED_PRODUCTS else 1
-            found = [np.empty((parts, self.heads, *n), np.float32) for n in ((), (), (self.dim,))]
-            _run("ring_step", parts, products, row[: self.heads], ring, newest, seen, scale, *found)
-            _alone("join_parts", self.heads, *found, into)
-        return out.reshape(len(out), -1)
+    def __call__(self, x: View, state: AttentionCache, cos: View, sin: View) -> None:
+        """As for a recurrent layer; the token is put into the ring when that is next looked at."""
+        seen = np.minimum(state.positions, self.window)
+        scale = np.float32(self.dim**-0.5)
+        rows, heads, dim, parts = len(x), self.heads, self.dim, loops.crew()
+        shapes = [
+            *((heads + 2, dim), (parts, heads), (parts, heads), (parts, heads, dim), (heads, dim)),
+        ]
+        qkv, *made = [np.empty((rows, *shape), np.float32) for shape in shapes]
+        rings = np.asarray(state.kv)
+        ring = (rings, state.head, seen, scale)
+        made += [_inner(x, self.weights)]
+        loops.together("attention_layer", x, *self.weights, cos, sin, *ring, qkv, *made)
+        del rings, ring  # nobody else holds it when the token is written
+        state.ring = state.ring.appended(mx.array(qkv[:, heads:])[:, :, None])
 
 
 def continues(cache: Sequence[GriffinCache]) -> bool:
@@ -200,14 +177,21 @@ def _joint(block: SharedInputBlock) -> tuple[View, View]:
     return _linear(_fused(block))
 
 
+def _entry(layer: ResidualBlock) -> tuple[Any, ...]:
+    """The norm before a temporal block, and the joint projection of its input."""
+    return *_norm(layer.temporal_pre_norm), *_joint(layer.temporal_block)
+
+
+def _mlp(layer: ResidualBlock) -> tuple[Any, ...]:
+    mlp = layer.mlp_block
+    return *_norm(layer.channel_pre_norm), *_joint(mlp), *_linear(mlp.down_proj)
+
+
+def _inner(x: View, weights: Sequence[Any]) -> View:
+    """Room for the channels within an MLP, whose weights are the last."""
+    *_, down, _bias = weights[-1]
+    return np.empty((len(x), down.shape[1]), np.float32)
+
+
 def _norm(norm: RMSNorm) -> tuple[View, np.float32]:
     return np.asarray(1.0 + norm.weight), np.float32(norm.eps)
-
-
-def _run(name: str, units: int, products: int, *arguments: Any) -> None:
-    """Run a loop of so many products: on all cores, or on this one if they are few."""
-    (loops.run if products >= SHARED_PRODUCTS else _alone)(name, units, *arguments)
-
-
-def _alone(name: str, units: int, *arguments: Any) -> None:
-    loops.alone(name, 0, units, *arguments)

@@ -1,7 +1,7 @@
 """Compiled loops over the memory of MLX's arrays, in place of chains of operations on a Linux CPU.
 
 MLX computes each elementwise operation there by itself and on one thread: GELU is thirty operations
-that go through memory thirty times. A loop that Numba compiles (`loops_numba`) goes through it
+that go through memory thirty times. A loop that Numba compiles (`compiled`) goes through it
 once, on all cores. The price is that its inputs must be there: they are computed before it runs,
 not when somebody asks for its result. So loops serve long pieces of a prompt, where nothing is
 gained by putting work off, Adam's updates, and decode steps that are loops from end to end
@@ -25,7 +25,7 @@ import numpy as np
 from mlx_rgemma.ops import kernels
 from mlx_rgemma.ops.fused import is_forward_only
 from mlx_rgemma.ops.processor import cores, on_linux_cpu
-from mlx_rgemma.ops.team import share
+from mlx_rgemma.ops.team import members, share
 
 View = np.ndarray[Any, Any]
 
@@ -65,7 +65,7 @@ def ready(*arrays: mx.array) -> list[mx.array] | None:
 
 
 def run(name: str, units: int, *arguments: Any) -> None:
-    """Run a loop of `loops_numba` over all units of its work, a share on each core.
+    """Run a loop of `compiled` over all units of its work, a share on each core.
 
     Args:
         name: The loop's.
@@ -79,12 +79,29 @@ def run(name: str, units: int, *arguments: Any) -> None:
 
 
 def alone(name: str, *arguments: Any) -> None:
-    """Run a loop of `loops_numba` on this thread, with these arguments and no others."""
+    """Run a loop of `compiled` on this thread, with these arguments and no others."""
     getattr(_loops(), name)(*arguments)
 
 
+def together(name: str, *arguments: Any) -> None:
+    """Run a loop of `compiled` on all cores at the same time, which meet on the way.
+
+    Args:
+        name: The loop's.
+        arguments: NumPy's arrays, numbers, and tuples of both, behind the number of cores and the
+            counter of arrivals.
+    """
+    number = crew()
+    share(getattr(_loops(), name), range(number + 1), (number, np.zeros(1, np.int64), *arguments))
+
+
+def crew() -> int:
+    """Cores that work together."""
+    return min(cores(), members())
+
+
 def constant(name: str) -> int:
-    """A whole number of `loops_numba`, that depends on the processor."""
+    """A whole number of `compiled`, that depends on the processor."""
     found: int = getattr(_loops(), name)
     return found
 
@@ -96,4 +113,4 @@ def _installed() -> bool:
 
 @cache
 def _loops() -> Any:
-    return import_module("mlx_rgemma.ops.loops_numba")  # half a second: not before it is needed
+    return import_module("mlx_rgemma.ops.compiled")  # half a second: not before it is needed

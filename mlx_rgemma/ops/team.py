@@ -40,6 +40,7 @@ class _Share:
             self.loop(*self.arguments)
         except BaseException as error:  # the giver's to deal with
             self.error = error
+        self.arguments = ()  # whoever is told that it is done may want the only hold on them
         self.done.release()
 
     def wait(self) -> None:
@@ -93,16 +94,23 @@ def share(loop: Callable[..., None], cuts: Sequence[int], arguments: Sequence[An
     """Run ``loop(first, last, *arguments)`` between all neighbouring cuts, the first of them here.
 
     Args:
-        loop: Lets go of Python's lock while it runs.
+        loop: Lets go of Python's lock while it runs. It may wait for other shares on the way if
+            there are no more of them than `members`.
         cuts: Where shares begin and end: best one share a core.
         arguments: The rest of the loop's.
     """
     rest = [_Share(loop, (*cut, *arguments)) for cut in pairwise(cuts[1:])]
-    for helper, part in zip(cycle(_helpers()), rest, strict=False):
-        helper.give(part)
+    with _giving:  # all helpers take the shares of several givers in the same order
+        for helper, part in zip(cycle(_helpers()), rest, strict=False):
+            helper.give(part)
     loop(cuts[0], cuts[1], *arguments)
     for part in rest:
         part.wait()
+
+
+def members() -> int:
+    """Threads that work on shares at the same time: the one that gives them, and the helpers."""
+    return len(_helpers()) + 1
 
 
 @cache
@@ -110,10 +118,15 @@ def _helpers() -> list[_Helper]:
     return [_Helper(number) for number in range(1, max(cores(), 2))]
 
 
-os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not survive a fork
+_giving = Lock()
+os.register_at_fork(
+    before=_giving.acquire,
+    after_in_parent=_giving.release,
+    after_in_child=lambda: (_giving.release(), _helpers.cache_clear()),  # threads do not survive
+)
 
 
 def _look_out(given: np.ndarray[Any, Any], before: int) -> None:
-    from mlx_rgemma.ops.loops_numba import look_out
+    from mlx_rgemma.ops.compiled.threads import look_out
 
     look_out(given, before, LOOKS, LOOKS_MORE)

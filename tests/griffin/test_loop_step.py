@@ -16,7 +16,7 @@ from random_models import CONFIG
 from mlx_rgemma import Model
 from mlx_rgemma.griffin import loop_step
 from mlx_rgemma.griffin import model as model_module
-from mlx_rgemma.ops import loops
+from mlx_rgemma.ops import loops, team
 from mlx_rgemma.tuner.initialization import initialize
 
 pytestmark = pytest.mark.skipif(
@@ -54,10 +54,13 @@ def plainly(monkeypatch, compute):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("shared", [1, 1 << 60], ids=["all cores", "one core"])
-def test_logits_are_googles(model_name, steps, monkeypatch, shared, rows):
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_logits_are_googles(model_name, steps, monkeypatch, cores, rows):
     """Token by token from the second on, far beyond the window."""
-    monkeypatch.setattr(loop_step, "SHARED_PRODUCTS", shared)
+    helpers = [team._Helper(number) for number in range(1, cores)]
+    monkeypatch.setattr(team, "_helpers", lambda: helpers)
+    monkeypatch.setattr(loops, "cores", lambda: cores)
+    assert loops.crew() == cores
     model = evaluated(model_name)
     data = golden(f"decode/{model_name}.npz")
     tokens, expected = data["tokens"][:rows], data["google_full"][:rows]
