@@ -22,6 +22,7 @@ from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCach
 from mlx_rgemma.griffin.layers import RecurrentBlock, ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.linear import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 from mlx_rgemma.griffin.projection import SharedInputBlock
+from mlx_rgemma.griffin.snapshot import Snapshot
 from mlx_rgemma.ops import loops, rotary_angles
 from mlx_rgemma.ops.loops import View
 from mlx_rgemma.ops.rg_lru import log2_a_at_open_gate
@@ -37,13 +38,12 @@ class LoopStep:
     """The weights of a model as loops read them.
 
     Args:
-        model: A `griffin.model.Griffin`.
-        arrays: Its arrays, from `plain_arrays`.
+        model: A `griffin.model.Griffin` that has `plain_arrays`.
         cap: Soft cap of the logits; 0 for none.
     """
 
-    def __init__(self, model: Any, arrays: Sequence[mx.array], cap: float) -> None:
-        self.arrays = arrays
+    def __init__(self, model: Any, cap: float) -> None:
+        self.snapshot = Snapshot(model)
         self.cap = np.float32(cap)
         self.embedding = np.asarray(_matrix(model.embed_tokens))
         self.scale = np.float32(model.embedding_scale)
@@ -56,6 +56,10 @@ class LoopStep:
             for layer in model.layers
         ]
 
+    def serves(self) -> bool:
+        """Whether these are still the model's weights."""
+        return self.snapshot.holds()
+
     def __call__(self, tokens: list[int], cache: Sequence[GriffinCache]) -> mx.array:
         """Logits of a token's successor, (rows, words); the state goes on by a token a row."""
         x = self.embedding[tokens] * self.scale
@@ -63,12 +67,13 @@ class LoopStep:
         cos, sin = (np.asarray(z).reshape(len(x), -1) for z in angles)
         logits = np.empty((len(x), len(self.embedding)), np.float32)
         with attentive():
-            for layer, state in zip(self.layers, cache, strict=True):
+            for layer, its in zip(self.layers, cache, strict=True):
+                state: Any = its
                 layer(x, state, cos, sin)
                 state.advance(1)
             given = (x, self.norm, self.embedding, self.cap, logits)
             loops.run("capped_scores", len(self.embedding), *given)
-        mx.async_eval([state.state for state in cache])
+        mx.async_eval([layer.state for layer in cache])
         return mx.array(logits)
 
 
@@ -103,16 +108,13 @@ class _AttentionLayer:
         """As for a recurrent layer; the token is put into the ring when that is next looked at."""
         seen = np.minimum(state.positions, self.window)
         scale = np.float32(self.dim**-0.5)
-        rows, heads, dim, parts = len(x), self.heads, self.dim, loops.crew()
-        shapes = [
-            *((heads + 2, dim), (parts, heads), (parts, heads), (parts, heads, dim), (heads, dim)),
-        ]
-        qkv, *made = [np.empty((rows, *shape), np.float32) for shape in shapes]
-        rings = np.asarray(state.kv)
-        ring = (rings, state.head, seen, scale)
-        made += [_inner(x, self.weights)]
-        loops.together("attention_layer", x, *self.weights, cos, sin, *ring, qkv, *made)
-        del rings, ring  # nobody else holds it when the token is written
+        heads, dim, parts = self.heads, self.dim, (loops.crew(), self.heads)
+        shapes = (heads + 2, dim), parts, parts, (*parts, dim), (heads, dim)
+        qkv, *made = [np.empty((len(x), *shape), np.float32) for shape in shapes]
+        place = (cos, sin, np.asarray(state.kv), state.head, seen, scale)
+        inner = _inner(x, self.weights)
+        loops.together("attention_layer", x, *self.weights, *place, qkv, *made, inner)
+        del place  # nobody else is to hold the ring when the token is written
         state.ring = state.ring.appended(mx.array(qkv[:, heads:])[:, :, None])
 
 
@@ -126,7 +128,7 @@ def continues(cache: Sequence[GriffinCache]) -> bool:
 
 
 def plain_arrays(model: Any) -> list[mx.array] | None:
-    """A model's arrays, as long as which a `LoopStep` holds; None if it cannot be made.
+    """A model's arrays, if a `LoopStep` can be made of them; else None.
 
     Args:
         model: A `griffin.model.Griffin`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -148,12 +147,14 @@ class Model(nn.Module):
         self.check_cache(cache)
         if any(c.batch_size != tokens.shape[0] for c in cache):
             return None
-        if not continues(cache) or (arrays := plain_arrays(self.model)) is None:
+        if not continues(cache):
             return None
-        if self._loop_step is None or not _same(arrays, self._loop_step.arrays):
-            if sum(x.size for x in arrays) < LEAST_WEIGHTS:
+        if self._loop_step is None or not self._loop_step.serves():
+            self._loop_step = None
+            arrays = plain_arrays(self.model)
+            if arrays is None or sum(x.size for x in arrays) < LEAST_WEIGHTS:
                 return None
-            self._loop_step = LoopStep(self.model, arrays, self.args.logits_soft_cap)
+            self._loop_step = LoopStep(self.model, self.args.logits_soft_cap)
         try:
             numbers: Any = tokens[:, 0].tolist()
         except ValueError:  # within `mx.compile`, where they have no value
@@ -341,11 +342,6 @@ def tied_head(x: mx.array, embedding: nn.Module, cap: float) -> mx.array:
     """
     logits = embedding.as_linear(x)
     return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)
-
-
-def _same(arrays: Sequence[mx.array], others: Sequence[mx.array]) -> bool:
-    """Whether these are the very same arrays."""
-    return len(arrays) == len(others) and all(map(operator.is_, arrays, others))
 
 
 def _describe(signature: tuple[Any, ...]) -> str:

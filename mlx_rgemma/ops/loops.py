@@ -91,8 +91,13 @@ def together(name: str, *arguments: Any) -> None:
         arguments: NumPy's arrays, numbers, and tuples of both, behind the number of cores and the
             counter of arrivals.
     """
-    number = crew()
-    share(getattr(_loops(), name), range(number + 1), (number, np.zeros(1, np.int64), *arguments))
+    number, arrivals = crew(), np.zeros(1, np.int64)
+
+    def let_go() -> None:
+        arrivals[0] = 1 << 62
+
+    shares = range(number + 1)
+    share(getattr(_loops(), name), shares, (number, arrivals, *arguments), let_go)
 
 
 def crew() -> int:

@@ -29,8 +29,10 @@ LOOKS_MORE = 1 << 15
 class _Share:
     """Work for a helper, and how to wait for it."""
 
-    def __init__(self, loop: Callable[..., None], arguments: Sequence[Any]) -> None:
-        self.loop, self.arguments = loop, arguments
+    def __init__(
+        self, loop: Callable[..., None], arguments: Sequence[Any], let_go: Callable[[], None]
+    ) -> None:
+        self.loop, self.arguments, self.let_go = loop, arguments, let_go
         self.error: BaseException | None = None
         self.done = Lock()
         self.done.acquire()
@@ -40,6 +42,7 @@ class _Share:
             self.loop(*self.arguments)
         except BaseException as error:  # the giver's to deal with
             self.error = error
+            self.let_go()
         self.arguments = ()  # whoever is told that it is done may want the only hold on them
         self.done.release()
 
@@ -90,7 +93,12 @@ def attentive() -> Iterator[None]:
         _attention.wanted -= 1
 
 
-def share(loop: Callable[..., None], cuts: Sequence[int], arguments: Sequence[Any]) -> None:
+def share(
+    loop: Callable[..., None],
+    cuts: Sequence[int],
+    arguments: Sequence[Any],
+    let_go: Callable[[], None] = lambda: None,
+) -> None:
     """Run ``loop(first, last, *arguments)`` between all neighbouring cuts, the first of them here.
 
     Args:
@@ -98,14 +106,20 @@ def share(loop: Callable[..., None], cuts: Sequence[int], arguments: Sequence[An
             there are no more of them than `members`.
         cuts: Where shares begin and end: best one share a core.
         arguments: The rest of the loop's.
+        let_go: Called when a share fails, or is left out because of an interruption: has others go
+            on that wait for it.
     """
-    rest = [_Share(loop, (*cut, *arguments)) for cut in pairwise(cuts[1:])]
-    with _giving:  # all helpers take the shares of several givers in the same order
-        for helper, part in zip(cycle(_helpers()), rest, strict=False):
-            helper.give(part)
-    loop(cuts[0], cuts[1], *arguments)
-    for part in rest:
-        part.wait()
+    rest = [_Share(loop, (*cut, *arguments), let_go) for cut in pairwise(cuts[1:])]
+    try:
+        with _giving:  # all helpers take the shares of several givers in the same order
+            for helper, part in zip(cycle(_helpers()), rest, strict=False):
+                helper.give(part)
+        loop(cuts[0], cuts[1], *arguments)
+        for part in rest:
+            part.wait()
+    except BaseException:
+        let_go()
+        raise
 
 
 def members() -> int:
@@ -119,11 +133,9 @@ def _helpers() -> list[_Helper]:
 
 
 _giving = Lock()
-os.register_at_fork(
-    before=_giving.acquire,
-    after_in_parent=_giving.release,
-    after_in_child=lambda: (_giving.release(), _helpers.cache_clear()),  # threads do not survive
-)
+os.register_at_fork(before=_giving.acquire, after_in_parent=_giving.release)
+os.register_at_fork(after_in_child=_giving.release)
+os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not survive a fork
 
 
 def _look_out(given: np.ndarray[Any, Any], before: int) -> None:

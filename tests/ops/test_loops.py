@@ -172,13 +172,13 @@ def test_rg_lru_without_state_and_biases(ran):
 @pytest.mark.parametrize("positions", ["all", "shared", "by row"])
 @pytest.mark.parametrize("past, head", [(0, 0), (150, 0), (200, 63)])
 @pytest.mark.parametrize("length", [16, 130, 400])
-def test_attention(ran, length, past, head, positions, dtype):
+@pytest.mark.parametrize("heads, dim", [(3, 16), (2, 64), (1, 80)])
+def test_attention(ran, heads, dim, length, past, head, positions, dtype):
     """A window of 150; the softmax in fp32, of products in the dtype given."""
     q, k, v = (
-        normal(2, heads, length, 16, seed=heads + i, dtype=dtype)
-        for i, heads in enumerate((3, 1, 1))
+        normal(2, count, length, dim, seed=i, dtype=dtype) for i, count in enumerate((heads, 1, 1))
     )
-    ring = Ring(normal(2, 2, past, 16, seed=5, dtype=dtype), head) if past else None
+    ring = Ring(normal(2, 2, past, dim, seed=5, dtype=dtype), head) if past else None
     steps = mx.arange(length) + 11 * mx.arange(2)[:, None]
     reach = {"all": None, "shared": steps[:1] % 37, "by row": steps % 67}[positions]
     reach = None if reach is None else mx.minimum(reach, 150).astype(mx.int32)
@@ -341,7 +341,7 @@ def test_without_a_place_for_what_was_compiled(tmp_path):
     code = (
         "import numba.core.caching as caching\n"
         "caching.CacheImpl._locator_classes = []\n"
-        "from mlx_rgemma.ops import loops_numba, loops\n"
+        "from mlx_rgemma.ops import compiled, loops\n"
         "import numpy as np\n"
         "x, y = np.ones(64, np.float32), np.empty(64, np.float32)\n"
         "loops.run('gated_gelu', 64, x, x, y)\n"
@@ -351,24 +351,42 @@ def test_without_a_place_for_what_was_compiled(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env=environment)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3])
-@pytest.mark.parametrize("dim", [16, 64, 80, 128])
-@pytest.mark.parametrize("seen, newest", [(1, 0), (3, 7), (20, 30), (20, 5), (41, 40), (41, 11)])
-def test_a_step_over_a_ring(parts, dim, seen, newest):
-    """In parts, of a ring that is not full, goes around its end, or is full; against float64."""
-    from mlx_rgemma.ops import loops_numba
+RINGS = [(1, 0, 41), (1, 1, 41), (3, 7, 41), (20, 30, 41), (20, 5, 41), (41, 40, 41), (41, 11, 41)]
+RINGS += [(300, 150, 300), (257, 0, 300), (130, 290, 600)]
 
-    rng, slots, heads = np.random.default_rng(seen + newest), 41, 3
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("heads, dim", [(3, 16), (8, 64), (10, 80), (16, 128), (17, 24)])
+@pytest.mark.parametrize("seen, begin, slots", RINGS)
+def test_a_step_over_a_ring(parts, heads, dim, seen, begin, slots):
+    """In parts, of a ring that is not full, goes around its end, or is full; against float64."""
+    from mlx_rgemma.ops.compiled.attention import attend_to_ring, join_parts
+
+    rng = np.random.default_rng(seen + begin)
     ring = rng.normal(size=(2, slots, dim)).astype(np.float32)
-    q = rng.normal(size=(heads, dim)).astype(np.float32)
-    parts = min(parts, seen)
+    older = (begin - 1 - np.arange(slots)) % slots
+    ring[:, older[seen:]] = np.nan  # of no use to anybody
+    q, own = (rng.normal(size=(n, dim)).astype(np.float32) for n in (heads, 2))
     found = [np.empty((parts, heads, *n), np.float32) for n in ((), (), (dim,))]
     out, scale = np.empty_like(q), np.float32(dim**-0.5)
     for part in range(parts):
-        loops_numba.ring_step(part, part + 1, q, ring, newest, seen, scale, *found)
-    loops_numba.join_parts(0, heads, *found, out)
-    keys, values = ring[:, (newest - np.arange(seen)) % slots].astype(np.float64)
+        places = (x[part] for x in found)
+        attend_to_ring(part, parts, q, ring[0], ring[1], begin, seen, scale, *places)
+    for n in range(heads):
+        join_parts(q[n], *own, scale, tuple(x[:, n] for x in found), out[n])
+    visible = np.concatenate([ring[:, older[:seen]], own[:, None]], axis=1)
+    keys, values = visible.astype(np.float64)
     scores = q @ keys.T * dim**-0.5
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
     expected = powers / powers.sum(axis=1, keepdims=True) @ values
     assert np.abs(out - expected).max() < 2e-6
+
+
+def test_attention_on_a_processor_without_wide_registers():
+    """Its tiles have other shapes."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "test_attention and all or test_a_step_over_a_ring or googles"]
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic"}
+    environment.pop("NUMBA_CPU_FEATURES", None)
+    done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr

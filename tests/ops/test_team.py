@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +84,95 @@ def test_callers_in_several_threads(cores):
 
     with ThreadPoolExecutor(4) as pool, team.attentive():
         assert all(pool.map(job, range(8)))
+
+
+@pytest.fixture
+def meeting(cores, monkeypatch):
+    """Run ``loop(core, _, cores, arrivals, ...)`` on all cores; where it can meet the others."""
+    monkeypatch.setattr(loops, "cores", lambda: cores)
+    meet = import_module("mlx_rgemma.ops.compiled.threads").meet
+    meet(np.zeros(1, np.int64), 1)  # compiled
+
+    def run(loop, *arguments):
+        monkeypatch.setattr(loops, "_loops", lambda: SimpleNamespace(loop=loop))
+        loops.together("loop", *arguments)
+
+    return run, meet
+
+
+def test_all_meet(meeting, cores):
+    """What one wrote before, all see afterwards, many times."""
+    run, meet = meeting
+
+    def loop(core, _, number, arrivals, written, seen):
+        assert number == cores
+        for turn in range(200):
+            written[core] = turn + 1
+            meet(arrivals, (2 * turn + 1) * number)
+            seen[core, turn] = written.sum()
+            meet(arrivals, (2 * turn + 2) * number)
+
+    written, seen = np.zeros(cores), np.zeros((cores, 200))
+    run(loop, written, seen)
+    assert (seen == cores * np.arange(1, 201)).all()
+
+
+def test_several_threads_have_all_meet(meeting, cores):
+    """Helpers take the shares of several givers in the same order: none waits for ever."""
+    run, meet = meeting
+
+    def loop(core, _, number, arrivals, done):
+        for turn in range(1, 4):
+            meet(arrivals, turn * number)
+        done[core] += 1
+
+    def job(_):
+        done = np.zeros(cores)
+        for _ in range(50):
+            run(loop, done)
+        return (done == 50).all()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(job, range(8), timeout=120))
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_who_fails_is_not_waited_for(meeting, cores, culprit):
+    run, meet = meeting
+
+    def loop(core, _, number, arrivals):
+        if core == culprit:
+            raise KeyboardInterrupt(f"in {core}")
+        meet(arrivals, number)
+
+    for _ in range(3):
+        if culprit < cores:
+            with pytest.raises(KeyboardInterrupt, match=f"in {culprit}"):
+                run(loop)
+    done = np.zeros(cores)
+    run(lambda core, _, number, arrivals, done: done.__setitem__(core, 1), done)
+    assert done.all()
+
+
+def test_an_interruption_while_shares_are_given(meeting, cores, monkeypatch):
+    """Whoever waits for a share that was never given goes on."""
+    run, meet = meeting
+    if cores < 3:
+        return
+    given = []
+
+    def give(helper, part):
+        if len(given) == 1:
+            raise KeyboardInterrupt
+        given.append(part)
+        helper_give(helper, part)
+
+    helper_give = team._Helper.give
+    with monkeypatch.context() as patch:
+        patch.setattr(team._Helper, "give", give)
+        with pytest.raises(KeyboardInterrupt):
+            run(lambda core, _, number, arrivals: meet(arrivals, number))
+    assert given[0].done.acquire(timeout=60)
 
 
 def test_a_helper_sleeps_after_a_while():

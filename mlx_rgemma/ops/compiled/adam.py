@@ -6,7 +6,6 @@ import numpy as np
 
 from mlx_rgemma.ops.compiled.compiler import exact_loop
 
-
 # Adam's update (arXiv:1412.6980, algorithm 1), every operation rounded as MLX's. Units: elements.
 
 

@@ -146,7 +146,8 @@ def attend_to_ring(part, parts, q, keys, values, begin, seen, scale, top, total,
     """A part of the attention of one token over the tokens before it, which lie in a ring.
 
     q: (H, N); keys, values: (slots, N), of which so many are `seen`, the last of them before slot
-    `begin`; top, total: (H,), the highest score, in base 2, and the sum of the powers; sums: (H, N).
+    `begin`; top, total: (H,), the highest score, in base 2, and the sum of the powers; sums: (H,
+    N).
 
     `LANES` heads at a time, whose scores lie beside each other; several keys make a row of
     `QUERIES`.

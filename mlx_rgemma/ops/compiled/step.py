@@ -1,11 +1,11 @@
 """A token of each of a few rows through a layer, by all cores together.
 
-Each core does its part of the outputs of a matrix, which is read once for all rows, and of the heads
-between two matrices. Where one needs what others make, they meet: to begin a loop of its own for
-each part would take longer than many a part does.
+Each core does its part of the outputs of a matrix, which is read once for all rows, and of the
+heads between two matrices. Where one needs what others make, they meet: to begin a loop of its own
+for each part would take longer than many a part does.
 
-All have the form ``layer(core, _, cores, arrivals, ...)``: one of so many, and a counter, (1,)
-int64, that begins at 0. x, (R, D), is the residual stream, which changes.
+Layers have the form ``layer(core, _, cores, arrivals, x, ...)``: one core of so many, a counter,
+(1,) int64, that begins at 0, and the residual stream, (R, D), which changes.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def attention_layer(
     """Local attention and an MLP.
 
     entry, exit_, mlp: as for a recurrent layer; cos, sin: (R, P); rings: (R, 2, slots, N), of which
-    each row sees so many, (R,) int64, the last of them before slot `begin`. To be made: qkv, (R, H +
-    2, N), the heads of queries, key and value, rotated; tops, totals: (R, cores, H);
-    sums: (R, cores, H, N); out: (R, H, N); inner.
+    each row sees so many, (R,) int64, the last of them before slot `begin`. To be made: qkv, (R,
+    H + 2, N), the heads of queries, key and value, rotated; tops, totals, (R, cores, H), and sums,
+    (R, cores, H, N), of parts; out, (R, H, N); inner.
     """
     rows, heads = x.shape[0], qkv.shape[1] - 2
     _normalized_product(core, cores, x, entry, qkv.reshape(rows, -1))
@@ -148,7 +148,7 @@ def _mlp(core, cores, arrivals, arrived, x, mlp, inner):
 
 @loop
 def _recur(core, cores, yx, recurrence, conv, h, out):
-    """What stands between a recurrent block's projections, of a row: heads of the gates' weights."""
+    """What stands between a recurrent block's projections, of a row: heads of the gates."""
     taps, tap_bias, weight_i, bias_i, weight_r, bias_r, log2_a_open = recurrence
     width, memory = h.size, conv.shape[0]
     heads, size = weight_i.shape[0], weight_i.shape[1]

@@ -2,8 +2,8 @@
 
 A loop in Python would write each sum to memory after each of its products: the compiler cannot know
 that arrays do not overlap. So the inner loop is written as the compiler's own code, for a tile of
-rows and columns that fills the registers (Goto and van de Geijn, "Anatomy of High-Performance Matrix
-Multiplication", 2008).
+rows and columns that fills the registers (Goto and van de Geijn, "Anatomy of High-Performance
+Matrix Multiplication", 2008).
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ from typing import Any
 
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-WIDE = bool(get_host_cpu_features().get("avx512f"))
+
+def _has_avx512() -> bool:
+    """Of the processor that Numba compiles for: this one, unless its settings say otherwise."""
+    given: str | None = config.CPU_FEATURES
+    if given is not None:
+        return "+avx512f" in given
+    return bool(get_host_cpu_features().get("avx512f"))
+
+
+WIDE = _has_avx512()
 """Whether there are 32 registers of 16 numbers; else 16 of 8, or 32 of 4, are reckoned with."""
 LANES = 16 if WIDE else 8
 """Numbers of a vector."""
