@@ -121,7 +121,8 @@ class RecurrentBlock(SharedInputBlock):
     ) -> mx.array:
         y, x = self.project(x)
         if cache is not None and cache.history is not None:
-            self._remember(x, layout, cache)
+            few = layout.few_steps
+            self.remember(x, layout.kind if few else step_kinds(layout.reset, layout.mask), cache)
         if cache is not None and layout.few_steps:
             out, cache.conv, cache.h = recurrent_step(
                 y, x, self._weights(), cache.conv, cache.h, layout.kind
@@ -135,10 +136,15 @@ class RecurrentBlock(SharedInputBlock):
             y, x = y[:, -1:], x[:, -1:]
         return self.linear_out(gated_gelu(y, x))
 
-    def _remember(self, x: mx.array, layout: TokenLayout, cache: RecurrentCache) -> None:
-        """Note how to get the state after the first tokens of this call: by reading them again."""
+    def remember(self, x: mx.array, kind: mx.array | None, cache: RecurrentCache) -> None:
+        """Note how to get the state after the first tokens of a call: by reading them again.
+
+        Args:
+            x: (B, L, lru_width). What the convolution is about to read.
+            kind: What each step does, from `step_kinds`; None when all are normal.
+            cache: As it is before the call.
+        """
         conv, h = cache.conv, cache.h
-        kind = layout.kind if layout.few_steps else step_kinds(layout.reset, layout.mask)
 
         def undo(cache: RecurrentCache, kept: int) -> None:
             cache.conv, cache.h = conv, h

@@ -1,13 +1,14 @@
-"""A decode step on a Linux CPU by compiled loops: a token a row through a whole model.
+"""A few tokens on a Linux CPU by compiled loops: a decode step, or the check of a draft.
 
 A step reads every weight once, and little else. Through MLX's operations that takes several times
 as long as the memory does: the BLAS copies a matrix into panels before it multiplies a single row
-with it, and hundreds of small operations are handed out one by one. Here each part of a layer is a
-loop over the weights as they lie.
+with it, and hundreds of small operations are handed out one by one. Here each layer is a loop over
+the weights as they lie.
 
 It serves a model with float32 weights in plain layers (or quantized ones that are held in float32
-too), a few sequences, for all of which each weight is read once, and a state that goes on.
-Everything else takes the model's own way, which gives the same within float32's accuracy.
+too), a few tokens of one or more sequences, for all of which each weight is read once, and a state
+that goes on. Everything else takes the model's own way, which gives the same within float32's
+accuracy.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from mlx_rgemma.ops.team import attentive
 
 LEAST_WEIGHTS = 1 << 23
 """Elements of a model from which on it is worth it: a smaller one stays in the caches."""
-MOST_ROWS = 8
-"""Sequences up to which it is worth it: for many, products of matrices are."""
+MOST_TOKENS = 12
+"""Tokens, of all sequences, up to which it is worth it: for many, products of matrices are."""
 
 
 class LoopStep:
@@ -60,27 +61,36 @@ class LoopStep:
         """Whether these are still the model's weights."""
         return self.snapshot.holds()
 
-    def __call__(self, tokens: list[int], cache: Sequence[GriffinCache]) -> mx.array:
-        """Logits of a token's successor, (rows, words); the state goes on by a token a row."""
-        x = self.embedding[tokens] * self.scale
-        angles = rotary_angles(mx.array(cache[0].positions)[:, None], self.frequencies)
-        cos, sin = (np.asarray(z).reshape(len(x), -1) for z in angles)
-        logits = np.empty((len(x), len(self.embedding)), np.float32)
+    def __call__(
+        self, tokens: list[list[int]], cache: Sequence[GriffinCache], *, last_only: bool = False
+    ) -> mx.array:
+        """Have a state go on by tokens, (B, L).
+
+        Returns:
+            Logits of their successors, (B, L, words), of the last ones alone (B, 1, words).
+        """
+        batch, length, words = len(tokens), len(tokens[0]), len(self.embedding)
+        x = self.embedding[np.array(tokens).flatten()] * self.scale
+        positions = mx.array(cache[0].positions)[:, None] + mx.arange(length)
+        angles = rotary_angles(positions, self.frequencies)
+        cos, sin = (np.asarray(mx.contiguous(z)).reshape(len(x), -1) for z in angles)
         with attentive():
             for layer, its in zip(self.layers, cache, strict=True):
                 state: Any = its
                 layer(x, state, cos, sin)
-                state.advance(1)
-            given = (x, self.norm, self.embedding, self.cap, logits)
-            loops.run("capped_scores", len(self.embedding), *given)
+                state.advance(length)
+            if last_only:
+                x = np.ascontiguousarray(x[length - 1 :: length])
+            logits = np.empty((len(x), words), np.float32)
+            loops.run("capped_scores", words, x, self.norm, self.embedding, self.cap, logits)
         mx.async_eval([layer.state for layer in cache])
-        return mx.array(logits)
+        return mx.array(logits).reshape(batch, -1, words)
 
 
 class _RecurrentLayer:
     def __init__(self, layer: ResidualBlock) -> None:
-        block: Any = layer.temporal_block
-        conv, unit = block.conv_1d, block.rg_lru
+        self.block: Any = layer.temporal_block
+        block, conv, unit = self.block, self.block.conv_1d, self.block.rg_lru
         arrays = [
             *(conv.weight[..., 0].T, conv.bias),
             *(unit.input_gate_weight, unit.input_gate_bias.flatten()),
@@ -91,10 +101,15 @@ class _RecurrentLayer:
         self.weights = _entry(layer), recurrence, _linear(block.linear_out), _mlp(layer)
 
     def __call__(self, x: View, state: RecurrentCache, _cos: View, _sin: View) -> None:
-        """The tokens' residual stream, (R, D), which changes, and their layer's state."""
+        """The tokens' residual stream, (B L, D), which changes, and their layer's state."""
         conv, h = np.array(state.conv), np.array(state.h)
-        made = [np.empty((len(x), n), np.float32) for n in (2 * h.shape[1], h.shape[1])]
-        loops.together("recurrent_layer", x, *self.weights, conv, h, *made, _inner(x, self.weights))
+        batch, width = h.shape
+        yx, out = (np.empty((len(x), n), np.float32) for n in (2 * width, width))
+        inner = _inner(x, self.weights)
+        loops.together("recurrent_layer", x, *self.weights, conv, h, yx, out, inner)
+        if state.history is not None:
+            read = mx.array(yx[:, width:]).reshape(batch, -1, width)
+            self.block.remember(read, None, state)
         state.conv, state.h = mx.array(conv), mx.array(h)
 
 
@@ -105,8 +120,13 @@ class _AttentionLayer:
         self.weights = _entry(layer), _linear(block.o_proj), _mlp(layer)
 
     def __call__(self, x: View, state: AttentionCache, cos: View, sin: View) -> None:
-        """As for a recurrent layer; the token is put into the ring when that is next looked at."""
-        seen = np.minimum(state.positions, self.window)
+        """As for a recurrent layer; tokens are put into the ring when that is next looked at."""
+        batch = state.batch_size
+        length = len(x) // batch
+        if state.history is not None:
+            state.save_slots(length)
+        positions = np.array(state.positions)[:, None]
+        seen = np.minimum(positions, self.window - np.arange(length)).flatten()
         scale = np.float32(self.dim**-0.5)
         heads, dim, parts = self.heads, self.dim, (loops.crew(), self.heads)
         shapes = (heads + 2, dim), parts, parts, (*parts, dim), (heads, dim)
@@ -114,15 +134,14 @@ class _AttentionLayer:
         place = (cos, sin, np.asarray(state.kv), state.head, seen, scale)
         inner = _inner(x, self.weights)
         loops.together("attention_layer", x, *self.weights, *place, qkv, *made, inner)
-        del place  # nobody else is to hold the ring when the token is written
-        state.ring = state.ring.appended(mx.array(qkv[:, heads:])[:, :, None])
+        del place  # nobody else is to hold the ring when the tokens are written
+        kv = mx.array(qkv[:, heads:]).reshape(batch, length, 2, dim)
+        state.ring = state.ring.appended(kv.swapaxes(1, 2))
 
 
 def continues(cache: Sequence[GriffinCache]) -> bool:
     """Whether all sequences of a state are at their second token or later, and nothing more."""
-    return all(
-        c.history is None and c.lengths is None and min(c.positions) > 0 for c in cache
-    ) and all(
+    return all(c.lengths is None and min(c.positions) > 0 for c in cache) and all(
         (c.conv if isinstance(c, RecurrentCache) else c.kv).dtype == mx.float32 for c in cache
     )
 

@@ -18,7 +18,7 @@ from mlx_rgemma.griffin.layout import TokenLayout
 from mlx_rgemma.griffin.linear import adopt_layers
 from mlx_rgemma.griffin.loop_step import (
     LEAST_WEIGHTS,
-    MOST_ROWS,
+    MOST_TOKENS,
     LoopStep,
     continues,
     plain_arrays,
@@ -98,7 +98,7 @@ class Model(nn.Module):
             ValueError: If the tokens, positions or cache have the wrong shape.
         """
         if (logits := self._step(tokens, cache, segment_pos)) is not None:
-            return logits[:, None]
+            return logits
         return self.head(self._hidden(tokens, cache, segment_pos))
 
     def next_logits(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> mx.array:
@@ -114,8 +114,8 @@ class Model(nn.Module):
         Raises:
             ValueError: If the tokens or the cache have the wrong shape.
         """
-        if (logits := self._step(tokens, cache)) is not None:
-            return logits
+        if (logits := self._step(tokens, cache, last_only=True)) is not None:
+            return logits[:, 0]
         return self.head(self._hidden(tokens, cache, None, last_only=True)[:, -1])
 
     def read(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> None:
@@ -128,7 +128,7 @@ class Model(nn.Module):
         Raises:
             ValueError: If the tokens or the cache have the wrong shape.
         """
-        if self._step(tokens, cache) is None:
+        if self._step(tokens, cache, last_only=True) is None:
             self._hidden(tokens, cache, None, last_only=True)
 
     def _step(
@@ -136,9 +136,13 @@ class Model(nn.Module):
         tokens: mx.array,
         cache: Sequence[GriffinCache] | None,
         segment_pos: mx.array | None = None,
+        *,
+        last_only: bool = False,
     ) -> mx.array | None:
-        """Logits after a step by compiled loops, (B, vocab_size); None where they do not serve."""
-        if tokens.ndim != 2 or tokens.shape[1] != 1 or not 0 < tokens.shape[0] <= MOST_ROWS:
+        """Logits by compiled loops, (B, L or 1, vocab_size); None where they do not serve."""
+        if tokens.ndim != 2 or not 0 < tokens.size <= MOST_TOKENS:
+            return None
+        if tokens.shape[1] > self.args.past_window:
             return None
         if cache is None or segment_pos is not None or self.training:
             return None
@@ -156,10 +160,10 @@ class Model(nn.Module):
                 return None
             self._loop_step = LoopStep(self.model, self.args.logits_soft_cap)
         try:
-            numbers: Any = tokens[:, 0].tolist()
+            numbers: Any = tokens.tolist()
         except ValueError:  # within `mx.compile`, where they have no value
             return None
-        return self._loop_step(numbers, cache)
+        return self._loop_step(numbers, cache, last_only=last_only)
 
     def _hidden(
         self,

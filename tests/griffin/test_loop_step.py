@@ -16,6 +16,7 @@ from random_models import CONFIG
 from mlx_rgemma import Model
 from mlx_rgemma.griffin import loop_step
 from mlx_rgemma.griffin import model as model_module
+from mlx_rgemma.griffin.cache import RecurrentCache
 from mlx_rgemma.ops import loops, team
 from mlx_rgemma.tuner.initialization import initialize
 
@@ -30,9 +31,9 @@ def steps(monkeypatch) -> list[int]:
     tokens: list[int] = []
     step = loop_step.LoopStep.__call__
 
-    def noted(self, numbers, cache):
-        tokens.extend(numbers)
-        return step(self, numbers, cache)
+    def noted(self, numbers, cache, **options):
+        tokens.extend(number for row in numbers for number in row)
+        return step(self, numbers, cache, **options)
 
     monkeypatch.setattr(loops, "LEAST", 1)
     monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1)
@@ -72,7 +73,7 @@ def test_logits_are_googles(model_name, steps, monkeypatch, cores, rows):
     assert max_error(np.concatenate(found, axis=1), expected) < LOGITS_ATOL
 
 
-@pytest.mark.parametrize("rows", [2, 3, loop_step.MOST_ROWS])
+@pytest.mark.parametrize("rows", [2, 3, loop_step.MOST_TOKENS])
 def test_rows_at_different_places(steps, monkeypatch, rows):
     """Prompts of different lengths, some behind the window; rows that leave, and one that joins."""
     model = evaluated("tiny-2b")
@@ -103,16 +104,73 @@ def test_rows_at_different_places(steps, monkeypatch, rows):
     assert all(np.abs(x - y).max() < 1e-5 for x, y in zip(state, its_state, strict=True))
 
 
-def test_after_a_prompt_and_before_more_of_it(model_name, steps):
+@pytest.mark.parametrize("rows, few", [(1, (1, 1, 8, 3, 1, 5, 2, 7)), (2, (4, 1, 3, 2, 4, 4))])
+def test_a_few_tokens_at_once(model_name, steps, rows, few):
+    """After a prompt and before more of it, until far behind the window."""
     model = evaluated(model_name)
     data = golden(f"decode/{model_name}.npz")
-    tokens, expected = mx.array(data["tokens"][:1]), data["google_full"][:1]
-    cache, found, at = model.make_cache(1), [], 0
-    for size in (9, 1, 1, 3, 1, 5, 1):
+    tokens, expected = mx.array(data["tokens"][:rows]), data["google_full"][:rows]
+    cache, found, at, sizes = model.make_cache(rows), [], 0, [9, *few]
+    while at < tokens.shape[1]:
+        size, *sizes = sizes or few
         found.append(np.array(model(tokens[:, at : at + size], cache=cache)))
         at += size
-    assert len(steps) == 4
-    assert max_error(np.concatenate(found, axis=1), expected[:, :at]) < LOGITS_ATOL
+    assert at > 2 * model.args.attention_window_size
+    assert len(steps) == rows * (tokens.shape[1] - 9)
+    assert max_error(np.concatenate(found, axis=1), expected) < LOGITS_ATOL
+
+
+@pytest.mark.parametrize("kept", range(5))
+def test_tokens_that_are_taken_back(steps, monkeypatch, kept):
+    """After drafts, of which some stay, the state is what it is when only those were read."""
+    model = evaluated("tiny-2b")
+    model.next_logits(mx.array([[1, 2, 3]]), cache := model.make_cache(1))
+    for layer in cache:
+        layer.keep_history(5)
+    drafts, stay = np.random.default_rng(kept).integers(0, 90, (20, 5)), []
+    for draft in drafts:
+        logits = np.array(model(mx.array(draft[None]), cache=cache))
+        for layer in cache:
+            layer.trim(5 - kept)
+        stay += draft[:kept].tolist()
+    assert steps == drafts.flatten().tolist()
+
+    def plain():
+        other = model.make_cache(1)
+        model(mx.array([[1, 2, 3, *stay[: len(stay) - kept]]]), cache=other)
+        expected = np.array(model(mx.array(drafts[-1:]), cache=copy.deepcopy(other)))
+        if kept:
+            model.read(mx.array([stay[-kept:]]), other)
+        return expected, other
+
+    expected, other = plainly(monkeypatch, plain)
+    assert np.abs(logits - expected).max() < 3e-5
+    for mine, its in zip(cache, other, strict=True):
+        assert mine.positions == its.positions
+        for name in ("conv", "h") if isinstance(mine, RecurrentCache) else ():
+            assert max_error(getattr(mine, name), np.array(getattr(its, name))) < 1e-5
+        if not isinstance(mine, RecurrentCache):
+            held = min(mine.positions[0], mine.ring.kv.shape[2])
+            newest = (c.ring.newest(held) for c in (mine, its))
+            assert max_error(next(newest), np.array(next(newest))) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["next_logits", "read"])
+def test_the_last_of_a_few_tokens(steps, monkeypatch, name):
+    model = evaluated("tiny-2b")
+    cache = model.make_cache(2)
+    model(mx.array([[1, 2, 3], [4, 5, 6]]), cache=cache)
+    tokens = mx.array([[7, 8, 9, 10], [11, 12, 13, 14]])
+    heads = []
+    monkeypatch.setattr(Model, "head", lambda self, x: heads.append(x))
+    expected = model(tokens, cache=copy.deepcopy(cache))
+    assert expected.shape == (2, 4, model.args.vocab_size)
+    found = getattr(model, name)(tokens, cache)
+    assert len(steps) == 16 and not heads
+    if name == "next_logits":
+        assert mx.array_equal(found, expected[:, -1])
+    else:
+        assert found is None and cache[0].positions == [7, 7]
 
 
 def test_the_state_is_the_models_own(steps, monkeypatch):
@@ -227,8 +285,8 @@ def test_training_lets_go_of_what_a_step_held(steps):
 
 
 def test_what_takes_the_models_own_way(steps):
-    """The first token, many rows, packed documents, states that can be trimmed, half precision."""
-    one, many = mx.array([[3]]), loop_step.MOST_ROWS + 1
+    """The first token, many tokens, packed and padded rows, half precision."""
+    one, many = mx.array([[3]]), loop_step.MOST_TOKENS + 1
     model = evaluated("tiny-2b")
 
     def continued(model, rows=1, prepare=lambda cache: None):
@@ -247,7 +305,11 @@ def test_what_takes_the_models_own_way(steps):
         layer.extend(other)
     model(mx.array([[3], [4]]), cache=late)  # the first token of one of two rows
     model(one, cache=continued(model), segment_pos=mx.array([[2]]))
-    model(one, cache=continued(model, prepare=lambda c: c.keep_history(4)))
+    model(mx.array([[3] * many]), cache=continued(model))
+    model(mx.array([[3] * 3] * 3), cache=continued(model, 3))
+    narrow = evaluated("tiny-2b", attention_window_size=4)
+    assert narrow.args.past_window < 8
+    narrow(mx.array([[3] * (narrow.args.past_window + 1)]), cache=continued(narrow))
     model(one, cache=continued(model, prepare=lambda c: c.prepare(lengths=[1])))
     half = evaluated("tiny-2b", dtype=mx.bfloat16)
     half(one, cache=continued(half))

@@ -355,10 +355,11 @@ RINGS = [(1, 0, 41), (1, 1, 41), (3, 7, 41), (20, 30, 41), (20, 5, 41), (41, 40,
 RINGS += [(300, 150, 300), (257, 0, 300), (130, 290, 600)]
 
 
+@pytest.mark.parametrize("new", [1, 5])
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("heads, dim", [(3, 16), (8, 64), (10, 80), (16, 128), (17, 24)])
 @pytest.mark.parametrize("seen, begin, slots", RINGS)
-def test_a_step_over_a_ring(parts, heads, dim, seen, begin, slots):
+def test_attention_to_a_ring(parts, heads, dim, seen, begin, slots, new):
     """In parts, of a ring that is not full, goes around its end, or is full; against float64."""
     from mlx_rgemma.ops.compiled.attention import attend_to_ring, join_parts
 
@@ -366,15 +367,15 @@ def test_a_step_over_a_ring(parts, heads, dim, seen, begin, slots):
     ring = rng.normal(size=(2, slots, dim)).astype(np.float32)
     older = (begin - 1 - np.arange(slots)) % slots
     ring[:, older[seen:]] = np.nan  # of no use to anybody
-    q, own = (rng.normal(size=(n, dim)).astype(np.float32) for n in (heads, 2))
+    q, own = (rng.normal(size=(*n, dim)).astype(np.float32) for n in ((heads,), (new, 2)))
     found = [np.empty((parts, heads, *n), np.float32) for n in ((), (), (dim,))]
     out, scale = np.empty_like(q), np.float32(dim**-0.5)
     for part in range(parts):
         places = (x[part] for x in found)
         attend_to_ring(part, parts, q, ring[0], ring[1], begin, seen, scale, *places)
     for n in range(heads):
-        join_parts(q[n], *own, scale, tuple(x[:, n] for x in found), out[n])
-    visible = np.concatenate([ring[:, older[:seen]], own[:, None]], axis=1)
+        join_parts(q[n], own, scale, tuple(x[:, n] for x in found), out[n])
+    visible = np.concatenate([ring[:, older[:seen]], own.swapaxes(0, 1)], axis=1)
     keys, values = visible.astype(np.float64)
     scores = q @ keys.T * dim**-0.5
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -385,7 +386,7 @@ def test_a_step_over_a_ring(parts, heads, dim, seen, begin, slots):
 def test_attention_on_a_processor_without_wide_registers():
     """Its tiles have other shapes."""
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "test_attention and all or test_a_step_over_a_ring or googles"]
+    command += ["-k", "test_attention and all or test_attention_to_a_ring or googles"]
     environment = {**os.environ, "NUMBA_CPU_NAME": "generic"}
     environment.pop("NUMBA_CPU_FEATURES", None)
     done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)

@@ -223,20 +223,27 @@ def _agree(top):
 
 
 @loop
-def join_parts(q, key, value, scale, parts, out):
-    """What a head's parts of `attend_to_ring`, and the token itself, are together.
+def join_parts(q, own, scale, parts, out):
+    """What a head's parts of `attend_to_ring`, and tokens that are in no ring yet, are together.
 
-    q, key, value, out: (N,); parts: highest scores and totals, (parts,), and sums, (parts, N).
+    q, out: (N,); own: (tokens, 2, N), keys and values; parts: highest scores and totals, (parts,),
+    and sums, (parts, N).
     """
     tops, totals, sums = parts
-    own = dot(q, key) * (scale * LOG2_E)
-    top = own
+    top = LOWEST
+    scores = np.empty(own.shape[0], np.float32)
+    for k in range(scores.size):
+        scores[k] = dot(q, own[k, 0]) * (scale * LOG2_E)
+        top = max(top, scores[k])
     for part in range(tops.size):
         top = max(top, tops[part])
-    share = exp2(own - top)
-    whole_sum = share
-    for d in range(out.size):
-        out[d] = share * value[d]
+    whole_sum = ZERO
+    out[:] = ZERO
+    for k in range(scores.size):
+        share, row = exp2(scores[k] - top), own[k, 1]
+        whole_sum += share
+        for d in range(out.size):
+            out[d] += share * row[d]
     for part in range(tops.size):
         share, row = exp2(tops[part] - top), sums[part]
         whole_sum += share * totals[part]

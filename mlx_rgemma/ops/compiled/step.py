@@ -1,11 +1,12 @@
-"""A token of each of a few rows through a layer, by all cores together.
+"""A few tokens of one or more sequences through a layer, by all cores together.
 
-Each core does its part of the outputs of a matrix, which is read once for all rows, and of the
+Each core does its part of the outputs of a matrix, which is read once for all of them, and of the
 heads between two matrices. Where one needs what others make, they meet: to begin a loop of its own
 for each part would take longer than many a part does.
 
 Layers have the form ``layer(core, _, cores, arrivals, x, ...)``: one core of so many, a counter,
-(1,) int64, that begins at 0, and the residual stream, (R, D), which changes.
+(1,) int64, that begins at 0, and the residual stream, (T, D), which changes: T tokens, as many of
+each of the B sequences, one sequence behind the other.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ def recurrent_layer(
     entry: scale and epsilon of a norm, weight and bias of both projections; recurrence: taps (K,
     lru), their bias, weights (heads, lru / heads, lru / heads) and biases of the input gate and the
     recurrence gate, log2 of a where the gate is open; exit_: weight and bias; mlp: see `_mlp`;
-    conv, (R, K - 1, lru), and h, (R, lru), change. To be made: yx, (R, 2 lru), the branch that
-    gates and the one that recurs; out, (R, lru); inner, (R, channels).
+    conv, (B, K - 1, lru), and h, (B, lru), change. To be made: yx, (T, 2 lru), the branch that
+    gates and the one that recurs; out, (T, lru); inner, (T, channels).
     """
     _normalized_product(core, cores, x, entry, yx)
     meet(arrivals, cores)
-    for r in range(x.shape[0]):
-        _recur(core, cores, yx[r], recurrence, conv[r], h[r], out[r])
+    length = x.shape[0] // h.shape[0]
+    for t in range(x.shape[0]):
+        b = t // length
+        _recur(core, cores, yx[t], recurrence, conv[b], h[b], out[t])
     meet(arrivals, 2 * cores)
     _add_product(core, cores, out, exit_, x)
     meet(arrivals, 3 * cores)
@@ -47,33 +50,36 @@ def attention_layer(
 ):  # fmt: skip
     """Local attention and an MLP.
 
-    entry, exit_, mlp: as for a recurrent layer; cos, sin: (R, P); rings: (R, 2, slots, N), of which
-    each row sees so many, (R,) int64, the last of them before slot `begin`. To be made: qkv, (R,
-    H + 2, N), the heads of queries, key and value, rotated; tops, totals, (R, cores, H), and sums,
-    (R, cores, H, N), of parts; out, (R, H, N); inner.
+    entry, exit_, mlp: as for a recurrent layer; cos, sin: (T, P); rings: (B, 2, slots, N), of which
+    each token sees so many, (T,) int64, the last of them before slot `begin`, and its sequence's
+    tokens before it here. To be made: qkv, (T, H + 2, N), the heads of queries, key and value,
+    rotated; tops, totals, (T, cores, H), and sums, (T, cores, H, N), of parts; out, (T, H, N);
+    inner.
     """
-    rows, heads = x.shape[0], qkv.shape[1] - 2
-    _normalized_product(core, cores, x, entry, qkv.reshape(rows, -1))
+    tokens, heads = x.shape[0], qkv.shape[1] - 2
+    length = tokens // rings.shape[0]
+    _normalized_product(core, cores, x, entry, qkv.reshape(tokens, -1))
     meet(arrivals, cores)
-    first, last = _part(core, cores, rows * (heads + 1))
+    first, last = _part(core, cores, tokens * (heads + 1))
     for n in range(first, last):
-        r = n // (heads + 1)
-        _rotate(qkv[r, n % (heads + 1)], cos[r], sin[r])
+        t = n // (heads + 1)
+        _rotate(qkv[t, n % (heads + 1)], cos[t], sin[t])
     meet(arrivals, 2 * cores)
-    for r in range(rows):
+    for t in range(tokens):
+        ring = rings[t // length]
         attend_to_ring(
-            core, cores, qkv[r, :heads], rings[r, 0], rings[r, 1], begin, seen[r], scale,
-            tops[r, core], totals[r, core], sums[r, core],
+            core, cores, qkv[t, :heads], ring[0], ring[1], begin, seen[t], scale,
+            tops[t, core], totals[t, core], sums[t, core],
         )  # fmt: skip
     meet(arrivals, 3 * cores)
-    first, last = _part(core, cores, rows * heads)
+    first, last = _part(core, cores, tokens * heads)
     for n in range(first, last):
-        r, head = n // heads, n % heads
-        q, key, value = qkv[r, head], qkv[r, heads], qkv[r, heads + 1]
-        parts = tops[r, :, head], totals[r, :, head], sums[r, :, head]
-        join_parts(q, key, value, scale, parts, out[r, head])
+        t, head = n // heads, n % heads
+        own = qkv[t // length * length : t + 1, heads:]
+        parts = tops[t, :, head], totals[t, :, head], sums[t, :, head]
+        join_parts(qkv[t, head], own, scale, parts, out[t, head])
     meet(arrivals, 4 * cores)
-    _add_product(core, cores, out.reshape(rows, -1), exit_, x)
+    _add_product(core, cores, out.reshape(tokens, -1), exit_, x)
     meet(arrivals, 5 * cores)
     _mlp(core, cores, arrivals, 6 * cores, x, mlp, inner)
 

@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 def _has_avx512() -> bool:
     """Of the processor that Numba compiles for: this one, unless its settings say otherwise."""
-    given: str | None = config.CPU_FEATURES
+    given: str | None = getattr(config, "CPU_FEATURES", None)
     if given is not None:
         return "+avx512f" in given
     return bool(get_host_cpu_features().get("avx512f"))
