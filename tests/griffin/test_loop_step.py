@@ -306,7 +306,7 @@ def test_what_takes_the_models_own_way(steps):
     model(mx.array([[3], [4]]), cache=late)  # the first token of one of two rows
     model(one, cache=continued(model), segment_pos=mx.array([[2]]))
     model(mx.array([[3] * many]), cache=continued(model))
-    model(mx.array([[3] * 3] * 3), cache=continued(model, 3))
+    model(mx.array([[3] * 5] * 3), cache=continued(model, 3))
     narrow = evaluated("tiny-2b", attention_window_size=4)
     assert narrow.args.past_window < 8
     narrow(mx.array([[3] * (narrow.args.past_window + 1)]), cache=continued(narrow))
