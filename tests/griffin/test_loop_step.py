@@ -14,6 +14,8 @@ from mlx.utils import tree_flatten
 from random_models import CONFIG
 
 from mlx_rgemma import Model
+from mlx_rgemma.generation.decoding import plain_steps
+from mlx_rgemma.generation.speculation import SpeculationStats, speculative_steps
 from mlx_rgemma.griffin import loop_step
 from mlx_rgemma.griffin import model as model_module
 from mlx_rgemma.griffin.cache import RecurrentCache
@@ -153,6 +155,26 @@ def test_tokens_that_are_taken_back(steps, monkeypatch, kept):
             held = min(mine.positions[0], mine.ring.kv.shape[2])
             newest = (c.ring.newest(held) for c in (mine, its))
             assert max_error(next(newest), np.array(next(newest))) < 1e-5
+
+
+def test_a_text_written_with_drafts(steps):
+    """What was drafted is checked by loops, several tokens at once; the text is the model's own."""
+    model, prompt = evaluated("tiny-2b"), mx.array([1, 2, 3, 1, 2, 3, 1, 2])
+    own = plain_steps(prompt, model, prompt_cache=model.make_cache(1), max_tokens=60)
+    own = [token for token, *_ in own]
+    steps.clear()
+    stats = SpeculationStats()
+    drafted = speculative_steps(
+        prompt,
+        model,
+        prompt_cache=model.make_cache(1),
+        max_tokens=60,
+        prompt_lookup=3,
+        stats=stats,
+    )
+    assert [token for token, *_ in drafted] == own
+    assert stats.accepted > 0 and stats.passes < 60
+    assert len(steps) >= 60 + stats.drafted - stats.accepted
 
 
 @pytest.mark.parametrize("name", ["next_logits", "read"])
