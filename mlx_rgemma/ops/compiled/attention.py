@@ -158,10 +158,8 @@ def attend_to_ring(part, parts, q, keys, values, begin, seen, scale, top, total,
     for n in range(heads):
         for d in range(dim):
             queries[d, n] = q[n, d] * (scale * LOG2_E)
-    scores, into = (
-        np.empty((KEYS, LANES), np.float32),
-        np.zeros((groups * LANES, columns), np.float32),
-    )
+    scores = np.empty((KEYS, LANES), np.float32)
+    into = np.zeros((groups * LANES, columns), np.float32)
     tops, totals = np.empty((groups, QUERIES), np.float32), np.zeros((groups, QUERIES), np.float32)
     before, shrink = np.empty(QUERIES, np.float32), np.empty(QUERIES, np.float32)
     tops[:] = LOWEST

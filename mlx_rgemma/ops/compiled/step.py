@@ -88,7 +88,7 @@ def attention_layer(
 def capped_scores(first, last, x, norm, weight, cap, y):
     """The final norm, and the scores of all words, capped unless cap is 0. Units: words.
 
-    norm: scale and epsilon; weight: (words, D); y: (R, words).
+    norm: scale and epsilon; weight: (words, D); y: (T, words).
     """
     rows = _normalized(x, norm[0], norm[1])
     for n in range(first, last):
@@ -113,7 +113,7 @@ def _normalized(x, scale, eps):
 
 @loop
 def _normalized_product(core, cores, x, entry, y):
-    """A norm of x, and a projection of it: y (R, out)."""
+    """A norm of x, and a projection of it: y (T, out)."""
     scale, eps, weight, bias = entry
     rows = _normalized(x, scale, eps)
     first, last = _part(core, cores, bias.size)
@@ -124,7 +124,7 @@ def _normalized_product(core, cores, x, entry, y):
 
 @loop
 def _add_product(core, cores, x, linear, stream):
-    """A projection of x, (R, in), added to the stream, (R, out)."""
+    """A projection of x, (T, in), added to the stream, (T, out)."""
     weight, bias = linear
     first, last = _part(core, cores, bias.size)
     for n in range(first, last):
@@ -154,18 +154,15 @@ def _mlp(core, cores, arrivals, arrived, x, mlp, inner):
 
 @loop
 def _recur(core, cores, yx, recurrence, conv, h, out):
-    """What stands between a recurrent block's projections, of a row: heads of the gates."""
+    """What stands between a recurrent block's projections, of a token: heads of the gates."""
     taps, tap_bias, weight_i, bias_i, weight_r, bias_r, log2_a_open = recurrence
     width, memory = h.size, conv.shape[0]
     heads, size = weight_i.shape[0], weight_i.shape[1]
     first, last = _part(core, cores, heads)
     for head in range(first, last):
         low, high = head * size, (head + 1) * size
-        x, gate_i, gate_r = (
-            tap_bias[low:high].copy(),
-            bias_i[low:high].copy(),
-            bias_r[low:high].copy(),
-        )
+        x = tap_bias[low:high].copy()
+        gate_i, gate_r = bias_i[low:high].copy(), bias_r[low:high].copy()
         newest = yx[width + low : width + high]
         for k in range(memory):
             tap, row = taps[k, low:high], conv[k, low:high]
