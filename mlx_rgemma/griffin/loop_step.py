@@ -83,7 +83,7 @@ class LoopStep:
                 x = np.ascontiguousarray(x[length - 1 :: length])
             logits = np.empty((len(x), words), np.float32)
             loops.run("capped_scores", words, x, self.norm, self.embedding, self.cap, logits)
-        mx.async_eval([layer.state for layer in cache])
+        mx.async_eval([c.kv for c in cache if isinstance(c, AttentionCache)])
         return mx.array(logits).reshape(batch, -1, words)
 
 
