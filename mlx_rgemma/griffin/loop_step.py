@@ -23,7 +23,6 @@ from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCach
 from mlx_rgemma.griffin.layers import RecurrentBlock, ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.linear import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 from mlx_rgemma.griffin.projection import SharedInputBlock
-from mlx_rgemma.griffin.snapshot import Snapshot
 from mlx_rgemma.ops import loops, rotary_angles
 from mlx_rgemma.ops.loops import View
 from mlx_rgemma.ops.rg_lru import log2_a_at_open_gate
@@ -35,16 +34,24 @@ MOST_TOKENS = 12
 """Tokens, of all sequences, up to which it is worth it: for many, products of matrices are."""
 
 
-class LoopStep:
-    """The weights of a model as loops read them.
+def loop_step(model: Any, cap: float, least: int) -> LoopStep | None:
+    """A model's steps by loops; None where it is not made of plain float32 layers, or too small.
 
     Args:
-        model: A `griffin.model.Griffin` that has `plain_arrays`.
+        model: A `griffin.model.Griffin`.
         cap: Soft cap of the logits; 0 for none.
+        least: Elements of its weights from which on it is worth it.
     """
+    arrays = _plain_arrays(model)
+    if arrays is None or sum(x.size for x in arrays) < least:
+        return None
+    return LoopStep(model, cap)
+
+
+class LoopStep:
+    """The weights of a model as loops read them. From `loop_step`."""
 
     def __init__(self, model: Any, cap: float) -> None:
-        self.snapshot = Snapshot(model)
         self.cap = np.float32(cap)
         self.embedding = np.asarray(_matrix(model.embed_tokens))
         self.scale = np.float32(model.embedding_scale)
@@ -56,10 +63,6 @@ class LoopStep:
             else _AttentionLayer(layer)
             for layer in model.layers
         ]
-
-    def serves(self) -> bool:
-        """Whether these are still the model's weights."""
-        return self.snapshot.holds()
 
     def __call__(
         self, tokens: list[list[int]], cache: Sequence[GriffinCache], *, last_only: bool = False
@@ -146,12 +149,8 @@ def continues(cache: Sequence[GriffinCache]) -> bool:
     )
 
 
-def plain_arrays(model: Any) -> list[mx.array] | None:
-    """A model's arrays, if a `LoopStep` can be made of them; else None.
-
-    Args:
-        model: A `griffin.model.Griffin`.
-    """
+def _plain_arrays(model: Any) -> list[mx.array] | None:
+    """A model's arrays, if a `LoopStep` can be made of them; else None."""
     found = [_matrix(model.embed_tokens), model.final_norm.weight]
     for layer in model.layers:
         block, mlp = layer.temporal_block, layer.mlp_block

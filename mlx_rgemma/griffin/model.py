@@ -21,9 +21,10 @@ from mlx_rgemma.griffin.loop_step import (
     MOST_TOKENS,
     LoopStep,
     continues,
-    plain_arrays,
+    loop_step,
 )
 from mlx_rgemma.griffin.sharding import shard_model
+from mlx_rgemma.griffin.snapshot import Snapshot
 from mlx_rgemma.ops import forward_only, loops, rotary_frequencies, soft_cap
 
 
@@ -74,7 +75,8 @@ class Model(nn.Module):
         self.group: mx.distributed.Group | None = None
         self.model = Griffin(config)
         self._expanded_nbytes = 0
-        self._loop_step: LoopStep | None = None
+        self._snapshot: Snapshot | None = None
+        self._loop_step: LoopStep | None = None  # made of the weights in the snapshot
 
     def __call__(
         self,
@@ -148,17 +150,16 @@ class Model(nn.Module):
             return None
         if not loops.many(LEAST_WEIGHTS) or self.group is not None:
             return None
+        if self._snapshot is None or not self._snapshot.holds():
+            self._snapshot = Snapshot(self.model)
+            self._loop_step = loop_step(self.model, self.args.logits_soft_cap, LEAST_WEIGHTS)
+        if self._loop_step is None:
+            return None
         self.check_cache(cache)
         if any(c.batch_size != tokens.shape[0] for c in cache):
             return None
         if not continues(cache):
             return None
-        if self._loop_step is None or not self._loop_step.serves():
-            self._loop_step = None
-            arrays = plain_arrays(self.model)
-            if arrays is None or sum(x.size for x in arrays) < LEAST_WEIGHTS:
-                return None
-            self._loop_step = LoopStep(self.model, self.args.logits_soft_cap)
         try:
             numbers: Any = tokens.tolist()
         except ValueError:  # within `mx.compile`, where they have no value
@@ -183,7 +184,7 @@ class Model(nn.Module):
 
     def train(self, mode: bool = True) -> Model:
         """Set training mode, or leave it."""
-        self._loop_step = None  # holds weights that an update replaces
+        self._snapshot = self._loop_step = None  # they hold weights that an update replaces
         super().train(mode)
         return self
 

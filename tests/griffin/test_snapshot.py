@@ -1,0 +1,59 @@
+"""Whether a module still holds what it held."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from random_models import random_model
+
+from mlx_rgemma.griffin.snapshot import Snapshot
+
+
+def block(model):
+    return model.layers[1].mlp_block
+
+
+CHANGES = {
+    "a weight": lambda m: block(m).down_proj.update({"weight": block(m).down_proj.weight + 0.0}),
+    "a layer": lambda m: setattr(block(m), "down_proj", nn.Linear(256, 128)),
+    "a layer of the list": lambda m: m.layers.__setitem__(0, m.layers[0].__class__(m.args, "x")),
+    "a layer more": lambda m: m.layers.append(m.layers[0]),
+    "a parameter more": lambda m: setattr(block(m).down_proj, "scale", mx.ones(1)),
+    "a parameter less": lambda m: block(m).down_proj.pop("bias"),
+    "an attribute": lambda m: setattr(m.layers[0].temporal_pre_norm, "eps", 0.5),
+    "an attribute more": lambda m: object.__setattr__(block(m), "_fused", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_seen(change):
+    model = random_model()
+    snapshot = Snapshot(model)
+    assert snapshot.holds()
+    change(model)
+    assert not snapshot.holds()
+    assert Snapshot(model).holds()
+
+
+def test_computing_changes_nothing():
+    model = random_model()
+    snapshot = Snapshot(model.model)
+    mx.eval(model(mx.array([[1, 2, 3]]), model.make_cache(1)))
+    assert snapshot.holds()
+
+
+def test_a_model_is_let_go_with_its_snapshot():
+    """Its own, of what is within it, is no cycle: memory is free at once."""
+    model = random_model()
+    model._snapshot = Snapshot(model.model)
+    gone = weakref.ref(model.model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
