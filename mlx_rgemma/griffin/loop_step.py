@@ -33,6 +33,9 @@ LEAST_WEIGHTS = 1 << 23
 MOST_TOKENS = 12
 """Tokens, of all sequences, up to which it is worth it: for many, products of matrices are."""
 
+WEIGHTS_A_CORE = 1 << 18
+"""Weights of a layer that are worth another core: they take 50 us to read, a meeting takes 1."""
+
 
 def loop_step(model: Any, cap: float, least: int) -> LoopStep | None:
     """A model's steps by loops; None where it is not made of plain float32 layers, or too small.
@@ -102,6 +105,7 @@ class _RecurrentLayer:
         ]
         recurrence = tuple(np.asarray(mx.contiguous(z)) for z in arrays)
         self.weights = _entry(layer), recurrence, _linear(block.linear_out), _mlp(layer)
+        self.size = _size(self.weights)
 
     def __call__(self, x: View, state: RecurrentCache, _cos: View, _sin: View) -> None:
         """The tokens' residual stream, (B L, D), which changes, and their layer's state."""
@@ -109,7 +113,8 @@ class _RecurrentLayer:
         batch, width = h.shape
         yx, out = (np.empty((len(x), n), np.float32) for n in (2 * width, width))
         inner = _inner(x, self.weights)
-        loops.together("recurrent_layer", x, *self.weights, conv, h, yx, out, inner)
+        made = (conv, h, yx, out, inner)
+        loops.together("recurrent_layer", _crew(self.size), x, *self.weights, *made)
         if state.history is not None:
             read = mx.array(yx[:, width:]).reshape(batch, -1, width)
             self.block.remember(read, None, state)
@@ -121,6 +126,7 @@ class _AttentionLayer:
         block: Any = layer.temporal_block
         self.heads, self.dim, self.window = block.num_heads, block.head_dim, block.window
         self.weights = _entry(layer), _linear(block.o_proj), _mlp(layer)
+        self.size = _size(self.weights)
 
     def __call__(self, x: View, state: AttentionCache, cos: View, sin: View) -> None:
         """As for a recurrent layer; tokens are put into the ring when that is next looked at."""
@@ -131,12 +137,13 @@ class _AttentionLayer:
         positions = np.array(state.positions)[:, None]
         seen = np.minimum(positions, self.window - np.arange(length)).flatten()
         scale = np.float32(self.dim**-0.5)
-        heads, dim, parts = self.heads, self.dim, (loops.crew(), self.heads)
+        heads, dim, crew = self.heads, self.dim, _crew(self.size)
+        parts = (crew, heads)
         shapes = (heads + 2, dim), parts, parts, (*parts, dim), (heads, dim)
         qkv, *made = [np.empty((len(x), *shape), np.float32) for shape in shapes]
         place = (cos, sin, np.asarray(state.kv), state.head, seen, scale)
         inner = _inner(x, self.weights)
-        loops.together("attention_layer", x, *self.weights, *place, qkv, *made, inner)
+        loops.together("attention_layer", crew, x, *self.weights, *place, qkv, *made, inner)
         del place  # nobody else is to hold the ring when the tokens are written
         kv = mx.array(qkv[:, heads:]).reshape(batch, length, 2, dim)
         state.ring = state.ring.appended(kv.swapaxes(1, 2))
@@ -205,6 +212,15 @@ def _entry(layer: ResidualBlock) -> tuple[Any, ...]:
 def _mlp(layer: ResidualBlock) -> tuple[Any, ...]:
     mlp = layer.mlp_block
     return *_norm(layer.channel_pre_norm), *_joint(mlp), *_linear(mlp.down_proj)
+
+
+def _size(weights: Sequence[Any]) -> int:
+    return sum(z.size for part in weights for z in part if isinstance(z, np.ndarray))
+
+
+def _crew(size: int) -> int:
+    """Cores that a layer of so many weights is worth."""
+    return max(min(loops.crew(), size // WEIGHTS_A_CORE), 1)
 
 
 def _inner(x: View, weights: Sequence[Any]) -> View:

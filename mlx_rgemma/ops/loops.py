@@ -83,15 +83,16 @@ def alone(name: str, *arguments: Any) -> None:
     getattr(_loops(), name)(*arguments)
 
 
-def together(name: str, *arguments: Any) -> None:
-    """Run a loop of `compiled` on all cores at the same time, which meet on the way.
+def together(name: str, number: int, *arguments: Any) -> None:
+    """Run a loop of `compiled` on some cores at the same time, which meet on the way.
 
     Args:
         name: The loop's.
+        number: Of cores; `crew` at most.
         arguments: NumPy's arrays, numbers, and tuples of both, behind the number of cores and the
             counter of arrivals.
     """
-    number, arrivals = crew(), np.zeros(1, np.int64)
+    arrivals = np.zeros(1, np.int64)
 
     def let_go() -> None:
         arrivals[0] = 1 << 62
@@ -101,7 +102,7 @@ def together(name: str, *arguments: Any) -> None:
 
 
 def crew() -> int:
-    """Cores that work together."""
+    """Cores that can work together."""
     return min(cores(), members())
 
 

@@ -39,6 +39,7 @@ def steps(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(loops, "LEAST", 1)
     monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(loop_step, "WEIGHTS_A_CORE", 1)
     monkeypatch.setattr(loop_step.LoopStep, "__call__", noted)
     return tokens
 
@@ -63,7 +64,11 @@ def test_logits_are_googles(model_name, steps, monkeypatch, cores, rows):
     helpers = [team._Helper(number) for number in range(1, cores)]
     monkeypatch.setattr(team, "_helpers", lambda: helpers)
     monkeypatch.setattr(loops, "cores", lambda: cores)
-    assert loops.crew() == cores
+    crews = []
+    together = loops.together
+    monkeypatch.setattr(
+        loops, "together", lambda name, n, *rest: (crews.append(n), together(name, n, *rest))
+    )
     model = evaluated(model_name)
     data = golden(f"decode/{model_name}.npz")
     tokens, expected = data["tokens"][:rows], data["google_full"][:rows]
@@ -72,7 +77,16 @@ def test_logits_are_googles(model_name, steps, monkeypatch, cores, rows):
     for column in tokens.T.tolist():
         found.append(np.array(model(mx.array(column)[:, None], cache=cache)))
     assert steps == tokens.T[1:].flatten().tolist()
+    assert set(crews) == {cores}
     assert max_error(np.concatenate(found, axis=1), expected) < LOGITS_ATOL
+
+
+@pytest.mark.parametrize(
+    "weights, cores", [(1, 1), (1 << 18, 1), (1 << 19, 2), ((1 << 20) - 1, 3), (1 << 30, 4)]
+)
+def test_how_many_cores_a_layer_is_worth(monkeypatch, weights, cores):
+    monkeypatch.setattr(loops, "crew", lambda: 4)
+    assert loop_step._crew(weights) == cores
 
 
 @pytest.mark.parametrize("rows", [2, 3, loop_step.MOST_TOKENS])

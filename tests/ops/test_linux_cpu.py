@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ON_GPU, max_error, relative_error
 
-from mlx_rgemma.ops import elementwise, exponential, linear, quantized_linear
+from mlx_rgemma.ops import elementwise, exponential, linear, processor, quantized_linear
 from mlx_rgemma.ops.attention_cpu import _blocks as attention_blocks
 from mlx_rgemma.ops.attention_cpu import attend
 from mlx_rgemma.ops.cross_entropy import cross_entropies
@@ -305,3 +305,48 @@ def test_quantized_weights_expanded_or_not_multiply_alike(mode, bits, rows, at_o
         lambda x: mx.quantized_matmul(x, packed, scales, biases, transpose=True, **how), x
     )[0]
     assert relative_error(ours, np.array(its)) < 3e-6
+
+
+@pytest.mark.parametrize(
+    "own, limits, expected",
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, np.inf),
+        ("0::/a/b\n", {"a/cpu.max": "200000 100000\n", "a/b/cpu.max": "max 100000\n"}, 2.0),
+        ("0::/a\n", {"cpu.max": "50000 100000\n", "a/cpu.max": "300000 100000\n"}, 0.5),
+        ("0::/gone\n", {}, np.inf),
+        ("0::/\n", {"cpu.max": "not a number\n"}, np.inf),
+        ("0::/\n", {"cpu.max": "1 0\n"}, np.inf),
+        ("4:memory:/\n", {"memory/cpu.max": "100000 100000\n"}, np.inf),
+        (
+            "7:cpu,cpuacct:/x\n0::/\n",
+            {
+                "cpu,cpuacct/x/cpu.cfs_quota_us": "400000\n",
+                "cpu,cpuacct/x/cpu.cfs_period_us": "100000\n",
+            },
+            4.0,
+        ),
+        (
+            "7:cpu:/\n",
+            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            np.inf,
+        ),
+    ],
+)
+def test_a_containers_share_of_the_cores(tmp_path, own, limits, expected):
+    """Of either version of control groups; the narrowest of a group and those above it counts."""
+    groups, process = tmp_path / "groups", tmp_path / "cgroup"
+    groups.mkdir()
+    process.write_text(own)
+    for name, text in limits.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(text)
+    assert processor._quota(groups, process) == expected
+    assert processor._quota(groups, tmp_path / "none") == np.inf
+
+
+def test_there_is_always_a_core(monkeypatch):
+    for quota, expected in ((0.3, 1), (1.9, 1), (2.0, 2), (np.inf, 3)):
+        monkeypatch.setattr(processor, "_quota", lambda quota=quota: quota)
+        monkeypatch.setattr(processor.os, "sched_getaffinity", lambda _: {0, 1, 2})
+        assert processor.cores.__wrapped__() == expected

@@ -95,7 +95,8 @@ def meeting(cores, monkeypatch):
 
     def run(loop, *arguments):
         monkeypatch.setattr(loops, "_loops", lambda: SimpleNamespace(loop=loop))
-        loops.together("loop", *arguments)
+        assert loops.crew() == cores
+        loops.together("loop", cores, *arguments)
 
     return run, meet
 
