@@ -34,7 +34,7 @@ MOST_TOKENS = 12
 """Tokens, of all sequences, up to which it is worth it: for many, products of matrices are."""
 
 WEIGHTS_A_CORE = 1 << 18
-"""Weights of a layer that are worth another core: they take 50 us to read; two cores meet in 0.1."""
+"""Weights of a layer worth another core: they take 50 us to read, and two cores meet in 0.1."""
 
 
 def loop_step(model: Any, cap: float, least: int) -> LoopStep | None:
