@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from mlx_rgemma.measurement.engines import OURS
 
+OFTEN = 3
+"""Generation with a state that is there already takes little time, and so varies most."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -49,7 +52,7 @@ class Plan:
         quantizations: Labels, as `shapes.recipe` reads them.
         peers: Engines to compare with.
         peer_blas: See `processes.environment`.
-        trials: How often each case is timed.
+        trials: How often each case is timed; generation after a text, `OFTEN` times as often.
         warmup: Runs before that.
         delay: Seconds to rest before each trial.
         step_size: Tokens of a prompt to read at a time.
@@ -76,9 +79,14 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "engines", (OURS, *self.peers))
 
-    def rounds(self) -> Iterator[list[Case]]:
-        """Cases whose trials take turns. Training comes last: it changes the model."""
+    def rounds(self) -> Iterator[tuple[list[Case], int]]:
+        """Cases whose trials take turns, and how many those are.
+
+        Training comes last: it changes the model.
+        """
         batches = self.batch_sizes
         text = [Case("generate", n, batch) for n in self.prompt_tokens for batch in batches]
-        yield [*text, *(Case("after", n) for n in self.after)]
-        yield [Case("train", n, batch) for n in self.train_tokens for batch in batches]
+        yield text, self.trials
+        yield [Case("after", n) for n in self.after], self.trials * OFTEN
+        rows = [Case("train", n, batch) for n in self.train_tokens for batch in batches]
+        yield rows, self.trials

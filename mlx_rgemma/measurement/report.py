@@ -28,7 +28,7 @@ def opening(report: Report) -> str:
     plan = report.plan
     lines = machine.header(report.facts, report.peers)
     lines.append(f"\nModel: {report.name}, {report.parameters / 1e6:,.1f} million parameters")
-    for cases in plan.rounds():
+    for cases, _ in plan.rounds():
         for case in cases:
             lengths = f"{case.kind}_tokens" if case.kind != "generate" else "prompt_tokens"
             generated = (
@@ -63,7 +63,7 @@ def _what(report: Report, result: Result) -> str:
         words.append(result.dtype)
     if len(report.plan.quantizations) > 1:
         words.append(f"quantization {result.quantization}")
-    if sum(len(cases) for cases in report.plan.rounds()) > 1:
+    if sum(len(cases) for cases, _ in report.plan.rounds()) > 1:
         words.append(result.case.title)
     return f"{', '.join(words)}: " if words else ""
 

@@ -185,8 +185,8 @@ class _Comparison:
         for group in [engines] if together else [(name,) for name in engines]:
             with ExitStack() as stack:
                 held = [h for h in (self._load(name, stack) for name in group) if h is not None]
-                for cases in self.plan.rounds():
-                    self._take_turns(held, cases)
+                for cases, trials in self.plan.rounds():
+                    self._take_turns(held, cases, trials)
 
     def _bytes(self) -> int:
         """About what an engine takes."""
@@ -202,11 +202,11 @@ class _Comparison:
             self.dtype = loaded["dtype"]  # what the peers are to have
         return None if loaded is None else _Held(worker, loaded)
 
-    def _take_turns(self, held: Sequence[_Held], cases: Sequence[Case]) -> None:
+    def _take_turns(self, held: Sequence[_Held], cases: Sequence[Case], trials: int) -> None:
         entries = [(h, case, self._result(h, case)) for case in cases for h in held]
         for _ in range(self.plan.warmup):
             entries = [e for e in entries if self._measure(*e, keep=False)]
-        for _ in range(self.plan.trials if entries else 0):
+        for _ in range(trials if entries else 0):
             bandwidth = self.probe.ask("bandwidth")
             for entry in list(entries):
                 time.sleep(self.plan.delay)

@@ -87,16 +87,13 @@ def test_flatness_is_the_longest_by_the_shortest():
 
 
 def test_rounds_train_last():
-    plan = Plan(prompt_tokens=(8, 16), batch_sizes=(1, 4), after=(100,), train_tokens=(8,))
-    first, second = plan.rounds()
-    assert [c.title for c in first] == [
-        "prompt 8",
-        "prompt 8, batch 4",
-        "prompt 16",
-        "prompt 16, batch 4",
-        "generation after 100 tokens",
-    ]
-    assert [(c.kind, c.batch_size) for c in second] == [("train", 1), ("train", 4)]
+    sizes = {"prompt_tokens": (8, 16), "batch_sizes": (1, 4), "after": (5, 100)}
+    (first, n), (second, often), (third, last) = Plan(**sizes, train_tokens=(8,), trials=2).rounds()
+    titles = ["prompt 8", "prompt 8, batch 4", "prompt 16", "prompt 16, batch 4"]
+    assert [c.title for c in first] == titles
+    assert [c.title for c in second] == [f"generation after {n} tokens" for n in (5, 100)]
+    assert [(c.kind, c.batch_size) for c in third] == [("train", 1), ("train", 4)]
+    assert (n, often, last) == (2, 6, 2)
 
 
 def test_what_is_copied_fits_in_no_cache(tmp_path):
