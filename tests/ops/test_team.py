@@ -118,23 +118,36 @@ def test_all_meet(meeting, cores):
     assert (seen == cores * np.arange(1, 201)).all()
 
 
-def test_several_threads_have_all_meet(meeting, cores):
+def test_several_threads_have_all_meet(meeting, cores, monkeypatch):
     """Helpers take the shares of several givers in the same order: none waits for ever."""
     run, meet = meeting
+    counters, give = [], team._Helper.give
+
+    def slowly(helper, part):
+        time.sleep(0.001)  # another giver's turn, if it may have one
+        give(helper, part)
+
+    monkeypatch.setattr(team._Helper, "give", slowly)
 
     def loop(core, _, number, arrivals, done):
+        counters.append(arrivals)
         for turn in range(1, 4):
             meet(arrivals, turn * number)
         done[core] += 1
 
-    def job(_):
-        done = np.zeros(cores)
-        for _ in range(50):
-            run(loop, done)
-        return (done == 50).all()
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(job, range(8), timeout=120))
+    results = [np.zeros(cores) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda done=done: [run(loop, done) for _ in range(10)], daemon=True)
+        for done in results
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    finished = not any(thread.is_alive() for thread in threads)
+    for arrivals in counters:
+        arrivals[0] = 1 << 62
+    assert finished and all((done == 10).all() for done in results)
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
