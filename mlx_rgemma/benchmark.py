@@ -71,7 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_list(parser, "--train-tokens", "-t", count(1), "Also time training on rows as long.")
     add("--fine-tune-type", choices=("full", "lora"), default="full", help="What is trained.")
-    _add_list(parser, "--after", None, count(1), "Also time generation after reading so much.")
+    _add_list(
+        parser,
+        "--after",
+        None,
+        count(1),
+        "Also time generation after reading so much, three times as often.",
+    )
     add(
         "--flatness",
         action="store_true",

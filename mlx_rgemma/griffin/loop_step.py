@@ -32,7 +32,6 @@ LEAST_WEIGHTS = 1 << 23
 """Elements of a model from which on it is worth it: a smaller one stays in the caches."""
 MOST_TOKENS = 12
 """Tokens, of all sequences, up to which it is worth it: for many, products of matrices are."""
-
 WEIGHTS_A_CORE = 1 << 18
 """Weights of a layer worth another core: they take 50 us to read, and two cores meet in 0.1."""
 
@@ -81,8 +80,8 @@ class LoopStep:
         angles = rotary_angles(positions, self.frequencies)
         cos, sin = (np.asarray(mx.contiguous(z)).reshape(len(x), -1) for z in angles)
         with attentive():
-            for layer, its in zip(self.layers, cache, strict=True):
-                state: Any = its
+            state: Any
+            for layer, state in zip(self.layers, cache, strict=True):
                 layer(x, state, cos, sin)
                 state.advance(length)
             if last_only:

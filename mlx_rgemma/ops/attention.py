@@ -105,7 +105,7 @@ def local_attention(
         return out, appended.kv[:, :, ring.head : ring.head + 1]
     _check("local_attention", q, k, v, reach, ring, cos, sin)
     if last_only:
-        _, kv = plain_rotary(k, k, v, cos, sin)
+        kv = mx.concatenate([apply_rotary(k, cos, sin), v], axis=1)
         q = apply_rotary(q[:, :, -1:], cos[:, :, -1:], sin[:, :, -1:])
         reach = None if reach is None else reach[:, -1:]
         return plain_window(q, kv, ring, window, reach, held), kv

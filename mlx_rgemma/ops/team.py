@@ -86,11 +86,13 @@ _attention = _Attention()
 @contextmanager
 def attentive() -> Iterator[None]:
     """Have helpers look out for more: loops follow closely upon each other."""
-    _attention.wanted += 1
+    with _giving:
+        _attention.wanted += 1
     try:
         yield
     finally:
-        _attention.wanted -= 1
+        with _giving:
+            _attention.wanted -= 1
 
 
 def share(
@@ -133,6 +135,7 @@ def _helpers() -> list[_Helper]:
 
 
 _giving = Lock()
+"""Of whoever gives shares, or says that more are to come."""
 os.register_at_fork(before=_giving.acquire, after_in_parent=_giving.release)
 os.register_at_fork(after_in_child=_giving.release)
 os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not survive a fork

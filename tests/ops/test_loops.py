@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -389,5 +391,33 @@ def test_attention_on_a_processor_without_wide_registers():
     command += ["-k", "test_attention and all or test_attention_to_a_ring or googles"]
     environment = {**os.environ, "NUMBA_CPU_NAME": "generic"}
     environment.pop("NUMBA_CPU_FEATURES", None)
+    code = "from mlx_rgemma.ops import compiled; print(compiled.QUERIES)"
+    tiles = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert tiles.stdout.strip() == b"48"
     done = subprocess.run(command, env=environment, timeout=600, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_is_kept_on_disk_is_named_by_all_that_it_may_be_made_of(tmp_path, monkeypatch):
+    """Numba itself looks at the file alone that a loop stands in."""
+    code = (
+        "import numpy as np; from mlx_rgemma.ops import compiled; x = np.ones(9, np.float32)\n"
+        "compiled.gated_gelu(0, 9, x, x, x); print(compiled.compiler._DIGEST)\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    kept = [path.name for path in (tmp_path / "kept").rglob("*.nbi")]
+    assert any("gated_gelu" in name for name in kept) and any("exp2" in name for name in kept)
+    assert all(f"_{done.stdout.strip()}-" in name for name in kept)
+
+    from mlx_rgemma.ops.compiled import compiler
+
+    folder = tmp_path / "compiled"
+    shutil.copytree(Path(compiler.__file__).parent, folder)
+    monkeypatch.setattr(compiler, "__file__", str(folder / "compiler.py"))
+    before = compiler._digest()
+    assert before == compiler._DIGEST
+    with (folder / "functions.py").open("a") as file:
+        file.write("# changed")
+    assert compiler._digest() != before
