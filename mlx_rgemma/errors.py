@@ -17,3 +17,23 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint, tokenizer or cache file that is missing, damaged or of another model."""
+
+
+MAX_SHOWN = 80
+"""Characters of a value that a message repeats."""
+
+
+def shown(value: object, limit: int = MAX_SHOWN) -> str:
+    """Return `repr(value)` cut to `limit` characters, for messages that quote outside input.
+
+    Control characters are escaped by `repr`. A long text is cut before it is formatted.
+    """
+    if isinstance(value, str | bytes):
+        cut = value[: limit + 1]
+        text = repr(cut)
+    else:
+        try:
+            text = repr(value)
+        except (ValueError, RecursionError):  # a huge integer, or nesting without end
+            text = f"a {type(value).__name__} too large to print"
+    return text if len(text) <= limit + 2 else f"{text[:limit]}..."
