@@ -5,7 +5,7 @@
 //   log a_t = -8 softplus(a_param) r_t
 //   h_t     = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t
 //
-// A step's kind: 0 as above; 1 at the start of a document, where a = 0 and the input's multiplier
+// A token's type: 0 as above; 1 at the start of a document, where a = 0 and the input's multiplier
 // is 1; 2 on padding, where the state passes through.
 //
 // Threads: threadgroup (32, S), grid (ceil(D / 32), 1, B) of it. A lane is a channel. The S
@@ -17,10 +17,10 @@
 // Coefficients are only ever multiplied: 0, 1 and 1e-30 lose nothing.
 //
 // Reads x, both gates once, (B, T, D); writes y once: 8 bytes an element in half precision. Also
-// writes h_last (B, D) and entry (B, ceil(T / SEGMENT), D): the states before every SEGMENT steps,
-// from which the backward pass starts over (4 / SEGMENT bytes an element more).
+// writes h_last (B, D) and chunk_states (B, ceil(T / CHUNK), D): the states before every CHUNK steps,
+// from which the backward pass starts over (4 / CHUNK bytes an element more).
 //
-// dims: T, D, then the step of `kind` from row to row and from token to token and of the biases
+// dims: T, D, then the step of `token_type` from row to row and from token to token and of the biases
 // from channel to channel: all 0 where one value holds for all.
 
 const int length = dims[0];
@@ -34,7 +34,7 @@ const uint channel = threadgroup_position_in_grid.x * 32 + lane;
 const bool writes = channel < width;
 const uint d = metal::min(channel, width - 1);
 const ulong base = ulong(row) * ulong(length) * width + d;
-const uint segments = uint(length + SEGMENT - 1) / SEGMENT;
+const uint chunks = uint(length + CHUNK - 1) / CHUNK;
 
 // Two sets, used in turn: whoever is a tile ahead writes to the set that nobody reads any more, so
 // that one barrier a tile is enough.
@@ -62,7 +62,7 @@ for (int start = 0; start < length; start += int(splits) * STEPS) {
     value[k] = static_cast<float>(x[at]);
     gate_i[k] = static_cast<float>(input_gate[at]);
     gate_r[k] = static_cast<float>(recurrent_gate[at]);
-    what[k] = int(kind[row * uint(dims[2]) + uint(t) * uint(dims[3])]);
+    what[k] = int(token_type[row * uint(dims[2]) + uint(t) * uint(dims[3])]);
     what[k] = first + k < length ? what[k] : 2;  // beyond the end is padding
   }
 
@@ -96,8 +96,8 @@ for (int start = 0; start < length; start += int(splits) * STEPS) {
   set = 1 - set;
 
   if (writes) {
-    if (first < length && first % SEGMENT == 0) {
-      entry[(row * segments + uint(first) / SEGMENT) * width + d] = entering;
+    if (first < length && first % CHUNK == 0) {
+      chunk_states[(row * chunks + uint(first) / CHUNK) * width + d] = entering;
     }
     UNROLL
     for (int k = 0; k < STEPS; ++k) {

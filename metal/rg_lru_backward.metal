@@ -11,13 +11,13 @@
 // a^2. Where a document starts a = 0, so that nothing reaches the recurrence gate nor the state
 // before; on padding dh passes through.
 //
-// Threads: as forward, from the last tile to the first. A tile is SEGMENT steps, unless all T steps
-// are less: it begins where the forward pass has left its state in `entry`. The simdgroups exchange
+// Threads: as forward, from the last tile to the first. A tile is CHUNK steps, unless all T steps
+// are less: it begins where the forward pass has left its state in `chunk_states`. The simdgroups exchange
 // the products of their coefficients (the same ones in both directions), what their steps add to
 // the state and what they add to its gradient, all behind one barrier.
 //
-// Why from `entry` and not from y: y would be 2 bytes an element more to read (16 in place of
-// 14 + 8 / SEGMENT in half precision), and has lost the state's lower bits.
+// Why from `chunk_states` and not from y: y would be 2 bytes an element more to read (16 in place of
+// 14 + 8 / CHUNK in half precision), and has lost the state's lower bits.
 //
 // Reads x, both gates, dy once; writes dx, d_input_gate, d_recurrent_gate once, dh0 (B, D), and
 // d_channels (B, 3, D): each row's share of da_param and of the gradients of both gates' biases.
@@ -33,7 +33,7 @@ const uint channel = threadgroup_position_in_grid.x * 32 + lane;
 const bool writes = channel < width;
 const uint d = metal::min(channel, width - 1);
 const ulong base = ulong(row) * ulong(length) * width + d;
-const uint segments = uint(length + SEGMENT - 1) / SEGMENT;
+const uint chunks = uint(length + CHUNK - 1) / CHUNK;
 const int tile = int(splits) * STEPS;
 
 // Two sets, used in turn, as forward.
@@ -67,12 +67,12 @@ for (int start = (length - 1) / tile * tile; start >= 0; start -= tile) {
     gate_i[k] = static_cast<float>(input_gate[at]);
     gate_r[k] = static_cast<float>(recurrent_gate[at]);
     g[k] = static_cast<float>(dy[at]);
-    what[k] = int(kind[row * uint(dims[2]) + uint(t) * uint(dims[3])]);
+    what[k] = int(token_type[row * uint(dims[2]) + uint(t) * uint(dims[3])]);
     // Beyond the end is padding, without a gradient.
     g[k] = first + k < length ? g[k] : 0.0f;
     what[k] = first + k < length ? what[k] : 2;
   }
-  float h = entry[(row * segments + uint(start) / SEGMENT) * width + d];
+  float h = chunk_states[(row * chunks + uint(start) / CHUNK) * width + d];
 
   // From here on value, gate_i, gate_r hold x, i and r; all three are 0 on padding, which leaves
   // no gradient there.

@@ -5,8 +5,7 @@
     model, tokenizer = load()  # the embedded model; or a folder, or a Hub repository
     print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
 
-Everything is imported when it is first used, so that importing the package costs nothing. On Linux
-it sees to it that MLX, once it is imported, finds a fast BLAS: see `mlx_rgemma.blas`.
+Everything is imported when it is first used, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from mlx_rgemma import blas
 
 __version__ = "0.1.0"
 
@@ -92,5 +89,3 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
-
-blas.install()

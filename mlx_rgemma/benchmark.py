@@ -14,7 +14,6 @@ from mlx_rgemma import command_line
 from mlx_rgemma.griffin.config import DTYPES
 from mlx_rgemma.measurement.engines import PEERS
 from mlx_rgemma.measurement.files import check_folder, write_whole
-from mlx_rgemma.measurement.processes import PEER_BLAS
 from mlx_rgemma.measurement.shapes import SHAPES, UNQUANTIZED
 
 if TYPE_CHECKING:
@@ -90,12 +89,6 @@ def build_parser() -> argparse.ArgumentParser:
         _one_of("engine", PEERS),
         f"Others to run on the same weights: {', '.join(PEERS)} (extra: parity).",
     )
-    add(
-        "--peer-blas",
-        choices=PEER_BLAS,
-        default=PEER_BLAS[0],
-        help="mlx-lm multiplies through the same BLAS, or its own. Default: %(default)s.",
-    )
     add("--startup", action="store_true", help="Time the way to the first token instead.")
     add("--json", action="store_true", help="Print one JSON object, and nothing else.")
     add("--output", type=Path, metavar="FILE", help="Also write the figures to a file, as JSON.")
@@ -164,7 +157,6 @@ def _plan(args: argparse.Namespace) -> Plan:
         dtypes=args.dtype or (None,),
         quantizations=args.quantize or (UNQUANTIZED,),
         peers=args.compare,
-        peer_blas=args.peer_blas,
         trials=args.num_trials,
         warmup=args.warmup,
         delay=args.delay,

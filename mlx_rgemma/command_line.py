@@ -170,12 +170,8 @@ def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
     )
     if getattr(args, "seed", None) is not None:
         mx.random.seed(args.seed)  # now: loading a shared model draws numbers, too
-    if model.expanded_nbytes and distributed.rank() == 0:
-        print(
-            f"Quantized weights are held in float32 too, {model.expanded_nbytes / 1e9:.3f} GB:"
-            " faster on a CPU. MLX_RGEMMA_EXPAND=off saves that memory.",
-            file=sys.stderr,
-        )
+    if model.preparation_note and distributed.rank() == 0:
+        print(model.preparation_note, file=sys.stderr)
     if args.kv_bits is not None or args.max_kv_size is not None:
         megabytes = state_nbytes(model.make_cache()) / 1e6
         raise UserError(

@@ -150,12 +150,9 @@ def _run(args: SimpleNamespace) -> None:
     services = service_names(args.report_to) if args.train and distributed.rank() == 0 else []
     print("Loading pretrained model")
     model, tokenizer = load(args.model, dtype=args.dtype, window=args.window, lazy=True)
-    model.lay_out(expand=not args.grad_checkpoint)
-    if model.expanded_nbytes:
-        print(
-            f"Quantized weights are held in float32 too, {model.expanded_nbytes / 1e9:.3f} GB:"
-            " faster on a CPU. --grad-checkpoint saves that memory."
-        )
+    model.prepare_for_inference(dequantize=not args.grad_checkpoint)
+    if model.preparation_note:
+        print(model.preparation_note)
     if args.num_layers is None:
         args.num_layers = min(DEFAULTS["num_layers"], len(model.layers))
     print("Loading datasets")

@@ -107,7 +107,7 @@ def load_prompt_cache(path: str | Path, model: Model) -> list[GriffinCache]:
     cache, metadata = read_prompt_cache(path, model)
     pending = pending_token(path, model, metadata)
     if pending is not None:
-        model.read(mx.array([[pending]]), cache)
+        model.prefill(mx.array([[pending]]), cache)
         mx.eval([layer.state for layer in cache])
     return cache
 

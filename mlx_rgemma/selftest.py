@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import mlx.core as mx
 
-    from mlx_rgemma.ops.kernels import Kernel
+    from mlx_rgemma.ops.metal import MetalKernel
 
 TIMINGS = ("none", "example", "model")
 
@@ -70,9 +70,9 @@ def _selftest(args: argparse.Namespace) -> int:
 
     from mlx_rgemma import __version__, ops  # noqa: F401  (importing them registers the kernels)
     from mlx_rgemma.errors import UserError
-    from mlx_rgemma.ops import kernels
+    from mlx_rgemma.ops import metal
 
-    chosen = kernels.registered()
+    chosen = metal.registered()
     unknown = set(args.kernel) - {kernel.name for kernel in chosen}
     if unknown:
         names = ", ".join(kernel.name for kernel in chosen)
@@ -83,59 +83,59 @@ def _selftest(args: argparse.Namespace) -> int:
     device = mx.device_info().get("device_name", "unknown device")
     mlx_version = version("mlx")
     head = {"mlx_rgemma": __version__, "mlx": mlx_version, "device": device}
-    missing = kernels.missing()
-    timing = args.timing or ("none" if kernels.stand_in() else "model")
+    unavailable = metal.unavailable_reason()
+    timing = args.timing or ("model" if mx.metal.is_available() else "none")
     rows: list[Row] = []
-    if missing is None:
-        device_type = mx.cpu if kernels.stand_in() else mx.gpu
-        with mx.stream(device_type):
+    if unavailable is None:
+        with mx.stream(mx.gpu if mx.metal.is_available() else mx.cpu):
             for kernel in chosen:
                 for variant in kernel.variants:
                     rows.append(_examine(kernel, variant, timing, args.repeat))
-    failed = any(row.state != "agrees" for row in rows)
+    failed = any(row.state != "passed" for row in rows)
     if args.json:
         found = [row._asdict() for row in rows]
         untried = [kernel.name for kernel in chosen]
-        print(json.dumps({**head, "not_run": missing, "kernels": found or untried}, indent=1))
+        print(json.dumps({**head, "not_run": unavailable, "kernels": found or untried}, indent=1))
     else:
         print(f"mlx_rgemma {__version__}, MLX {mlx_version}, {device}")
         _print_rows(rows)
-        if missing is not None:
-            print(f"kernels not run: {missing}; plain MLX operations take their place.")
+        if unavailable is not None:
+            print(f"kernels not run: {unavailable}; plain MLX operations take their place.")
             print(f"kernels: {', '.join(kernel.name for kernel in chosen)}")
         elif failed:
             print("Kernels that are off are replaced by plain MLX operations, at a cost in speed.")
     return int(failed)
 
 
-def _examine(kernel: Kernel, variant: tuple[Any, ...], timing: str, repeat: int) -> Row:
-    from mlx_rgemma.ops import kernels
+def _examine(kernel: MetalKernel, variant: tuple[Any, ...], timing: str, repeat: int) -> Row:
+    from mlx_rgemma.ops import backend, metal
 
     error = allowed = kernel_ms = plain_ms = None
     try:
-        shapes = _shapes(kernel.example(*variant))
+        shapes = _shapes(kernel.sample_inputs(*variant))
         found = kernel.compare(*variant)
         worst = max(range(len(found.errors)), key=lambda i: found.errors[i] / found.allowed[i])
-        error, allowed, reason = found.errors[worst], found.allowed[worst], found.fault
+        error, allowed, reason = found.errors[worst], found.allowed[worst], found.error
         if timing != "none" and not reason:
-            make = kernel.example if timing == "example" else kernel.workload
+            small = timing == "example" or kernel.benchmark_inputs is None
+            make: Any = kernel.sample_inputs if small else kernel.benchmark_inputs
             arguments = make(*variant)
             shapes = _shapes(arguments)
             kernel_ms = _milliseconds(kernel.launch, arguments, repeat)
-            with kernels.plain_only():
+            with backend.use(backend.Backend.MLX):
                 plain_ms = _milliseconds(kernel.reference, arguments, repeat)
     except Exception as exception:  # a compiler or a driver may raise anything
         shapes, reason = "", f"{type(exception).__name__}: {exception}"
     return Row(
         name=kernel.name,
         file=kernel.file,
-        variant=kernels.words(variant),
+        variant=metal.format_variant(variant),
         shapes=shapes,
         error=error,
         allowed=allowed,
         kernel_ms=kernel_ms,
         plain_ms=plain_ms,
-        state="off" if reason else "agrees",
+        state="off" if reason else "passed",
         reason=reason,
     )
 

@@ -267,7 +267,7 @@ class Session:
         """A copy of the state for mlx-lm's functions and `batch_generate`: all tokens are read."""
         state = self._state.copy()
         if state.last_token is not None:
-            self.model.read(mx.array([[state.last_token]]), state.cache)
+            self.model.prefill(mx.array([[state.last_token]]), state.cache)
             state.evaluate()
         return list(state.cache)
 

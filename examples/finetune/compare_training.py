@@ -70,7 +70,7 @@ def mlx_step(
     if engine == "mlx_rgemma":
         from mlx_rgemma import load_model
         from mlx_rgemma.checkpoints.adapters import AdapterConfig, add_adapters
-        from mlx_rgemma.tuner.adam import in_one_pass
+        from mlx_rgemma.cpu.adam import fuse_adam
         from mlx_rgemma.tuner.batch import Batch
         from mlx_rgemma.tuner.loss import batch_loss
 
@@ -81,7 +81,7 @@ def mlx_step(
         def loss(model: Any) -> mx.array:
             return batch_loss(model, batch)[0] / tokens
 
-        optimizer = in_one_pass(optim.Adam(learning_rate=1e-5))
+        optimizer = fuse_adam(optim.Adam(learning_rate=1e-5))
     else:
         import mlx_lm.models.recurrent_gemma as theirs
         from mlx_lm.tuner.utils import linear_to_lora_layers

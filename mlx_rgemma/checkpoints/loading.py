@@ -74,7 +74,7 @@ def load(
     if adapter_path is not None:
         load_adapters(model, adapter_path)
         if not lazy:
-            model.lay_out()
+            model.prepare_for_inference()
     return model, tokenizer
 
 
@@ -168,5 +168,5 @@ def _load_model(
     del weights
     model.eval()
     if not lazy:
-        model.lay_out()
+        model.prepare_for_inference()
     return model, config

@@ -94,7 +94,7 @@ def plain_steps(
 
     def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
         with mx.stream(generation_stream):
-            logits = processors(model.next_logits(tokens[None], prompt_cache))
+            logits = processors(model.last_logits(tokens[None], prompt_cache))
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             token = choose(logprobs)
             processors.see(token)
@@ -105,7 +105,7 @@ def plain_steps(
     progress(done, total)
     while total - done > prefill_step_size:
         with mx.stream(generation_stream):
-            model.read(prompt[None, done : done + prefill_step_size], prompt_cache)
+            model.prefill(prompt[None, done : done + prefill_step_size], prompt_cache)
             mx.eval([layer.state for layer in prompt_cache])
             mx.clear_cache()
         done += prefill_step_size

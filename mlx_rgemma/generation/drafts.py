@@ -68,10 +68,10 @@ class DraftModel:
         self.pending: list[int] = []  # tokens of the text that the model has not read
         self.drafted: mx.array = NOTHING.tokens
         for layer in cache:
-            layer.keep_history(limit + 1)
+            layer.enable_rollback(limit + 1)
 
     def read(self, tokens: mx.array) -> None:
-        self.model.read(tokens[None], self.cache)
+        self.model.prefill(tokens[None], self.cache)
         mx.eval([layer.state for layer in self.cache])
 
     def draft(self, last: int, n: int, process: Process) -> Draft:
@@ -110,7 +110,7 @@ class DraftModel:
             self.read(mx.array(unread, mx.int32))
         self.pending = []
         for layer in self.cache:
-            layer.keep_history(0)
+            layer.enable_rollback(0)
         mx.eval([layer.state for layer in self.cache])
 
 

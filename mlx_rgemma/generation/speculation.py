@@ -1,7 +1,7 @@
 """Speculative decoding: several tokens for one pass of the model, the text unchanged.
 
 A drafter proposes tokens, the model reads them all in one pass, and those that it would have
-written itself stay; its state is then taken back to the last of them (`Trimmable.trim`). Greedy
+written itself stay; its state is then taken back to the last of them (`Rollback.trim`). Greedy
 output is the model's own. Sampled output has the model's own distribution: a token drawn with
 probability q is kept with probability min(1, p / q), and the first one that is not is drawn anew
 from max(p - q, 0) (Leviathan et al., arXiv:2211.17192, algorithm 1).
@@ -118,14 +118,14 @@ def speculative_steps(
     progress(0, prompt.size)
     for first in range(0, prompt.size - 1, prefill_step_size):
         chunk = prompt[first : min(first + prefill_step_size, prompt.size - 1)]
-        model.read(chunk[None], cache)
+        model.prefill(chunk[None], cache)
         mx.eval([layer.state for layer in cache])
         drafter.read(chunk)
         progress(first + chunk.size, prompt.size)
         mx.clear_cache()
 
     for layer in cache:
-        layer.keep_history(limit + 1)
+        layer.enable_rollback(limit + 1)
     last: Any = prompt[-1].item()
     unread: int | None = None  # the last token handed out, where the model has not read it
     written = 0
@@ -163,9 +163,9 @@ def speculative_steps(
             written += len(tokens)
     finally:
         for layer in cache:
-            layer.keep_history(0)
+            layer.enable_rollback(0)
         if unread is not None:
-            model.read(mx.array([[unread]]), cache)
+            model.prefill(mx.array([[unread]]), cache)
         drafter.finish(unread)
         mx.eval([layer.state for layer in cache])
 

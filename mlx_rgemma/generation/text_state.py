@@ -59,7 +59,7 @@ class TextState:
         cache = self.cache
         if len(tokens) > 1:
             cache = handles(cache)
-            model.read(mx.array([tokens[:-1]]), cache)
+            model.prefill(mx.array([tokens[:-1]]), cache)
             mx.eval(_arrays(cache))
             if len(tokens) > 2:
                 mx.clear_cache()

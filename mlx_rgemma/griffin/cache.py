@@ -12,11 +12,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.errors import CheckpointError
-from mlx_rgemma.griffin.history import Trimmable
-from mlx_rgemma.ops import Ring
+from mlx_rgemma.griffin.rollback import Rollback
+from mlx_rgemma.ops import RingBuffer
 
 
-class _StateCache(Trimmable):
+class _StateCache(Rollback):
     """What both kinds of cache share: positions, and the lengths of right-padded prompts.
 
     Attributes:
@@ -70,7 +70,7 @@ class _StateCache(Trimmable):
         """Count a call of `length` tokens a row as read."""
         valid = self.valid(length)
         if next_positions is not None or self.lengths is not None:
-            self.forget()  # rows moved by different numbers of tokens
+            self.clear_history()  # rows moved by different numbers of tokens
         if next_positions is not None:
             self.positions = list(next_positions)
         elif valid is None:
@@ -90,7 +90,7 @@ class _StateCache(Trimmable):
                 f" {batch_size}."
             )
         self.positions = [0] * batch_size
-        self.forget()
+        self.clear_history()
         self._allocate(batch_size)
 
     def _allocate(self, batch_size: int) -> None:
@@ -158,7 +158,7 @@ class RecurrentCache(_StateCache):
         if not ok:
             raise CheckpointError("the file does not hold the state of a recurrent block.")
         self.h, self.conv, self.positions = h, conv, positions
-        self.forget()
+        self.clear_history()
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep these rows, in this order."""
@@ -195,12 +195,12 @@ class AttentionCache(_StateCache):
 
     The ring has ``window + 1`` slots, the query's own among them, so that a token is written
     first and all the slots are read as they lie. The newest token of every row lies in slot
-    ``head - 1``; how far back a row may look is for its position to say, so that slots never
+    ``write_pos - 1``; how far back a row may look is for its position to say, so that slots never
     written need no bookkeeping.
 
     Attributes:
         kv: (B, 2, window + 1, head_dim). Rotated keys, then values.
-        head: The slot that the next token goes to.
+        write_pos: The slot that the next token goes to.
         window: How many past tokens a query sees beside its own.
     """
 
@@ -208,22 +208,22 @@ class AttentionCache(_StateCache):
         self.positions = [0] * batch_size
         self.lengths = None
         self.window = window
-        self.head = 0
+        self.write_pos = 0
         self.kv = mx.zeros((batch_size, 2, window + 1, head_dim), dtype)
 
     def _allocate(self, batch_size: int) -> None:
-        self.head = 0
+        self.write_pos = 0
         self.kv = mx.zeros((batch_size, *self.kv.shape[1:]), self.kv.dtype)
 
     @property
-    def ring(self) -> Ring:
-        return Ring(self.kv, self.head)
+    def ring(self) -> RingBuffer:
+        return RingBuffer(self.kv, self.write_pos)
 
     @ring.setter
-    def ring(self, ring: Ring) -> None:
-        self.kv, self.head = ring
+    def ring(self, ring: RingBuffer) -> None:
+        self.kv, self.write_pos = ring
 
-    def keep_history(self, tokens: int) -> None:
+    def enable_rollback(self, tokens: int) -> None:
         """Make the last `tokens` tokens of calls to come ones that `trim` can take back.
 
         Raises:
@@ -231,16 +231,16 @@ class AttentionCache(_StateCache):
         """
         if tokens > self.window:
             raise ValueError(f"[cache] a window of {self.window} cannot keep {tokens} tokens.")
-        super().keep_history(tokens)
+        super().enable_rollback(tokens)
 
     def save_slots(self, length: int) -> None:
         """Remember the slots that a call of `length` tokens is about to write over."""
         if self.history is None or length > self.history.limit:
-            self.forget()
+            self.clear_history()
             return
-        head, slots = self.head, self.kv.shape[2]
-        end = head + length
-        old = self.kv[:, :, head : min(end, slots)]
+        write_pos, slots = self.write_pos, self.kv.shape[2]
+        end = write_pos + length
+        old = self.kv[:, :, write_pos : min(end, slots)]
         if end > slots:
             old = mx.concatenate([old, self.kv[:, :, : end - slots]], axis=2)
         old = mx.contiguous(old)
@@ -248,10 +248,10 @@ class AttentionCache(_StateCache):
         (self.kv,) = mx.depends([self.kv], [old])
 
         def undo(cache: AttentionCache, kept: int) -> None:
-            start = Ring(cache.kv, (head + kept) % slots)
-            cache.kv, cache.head = start.appended(old[:, :, kept:]).kv, start.head
+            start = RingBuffer(cache.kv, (write_pos + kept) % slots)
+            cache.kv, cache.write_pos = start.appended(old[:, :, kept:]).kv, start.write_pos
 
-        self.remember(length, undo)
+        self.record_call(length, undo)
 
     def write(self, kv: mx.array) -> None:
         """Write the keys and values of a call: (B, 2, L, head_dim)."""
@@ -263,12 +263,12 @@ class AttentionCache(_StateCache):
             history = mx.concatenate([self.ring.in_order(), kv], axis=2)
             index = mx.array(valid)[:, None] + mx.arange(slots)
             self.kv = mx.take_along_axis(history, index[:, None, :, None], axis=2)
-            self.head = 0
+            self.write_pos = 0
         elif length >= slots:
             self.kv = mx.contiguous(kv[:, :, length - slots :])
-            self.head = 0
+            self.write_pos = 0
         else:
-            self.kv, self.head = self.ring.appended(kv)
+            self.kv, self.write_pos = self.ring.appended(kv)
 
     @property
     def nbytes(self) -> int:
@@ -282,24 +282,24 @@ class AttentionCache(_StateCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Arrays only: kv, [head, window] (2,) int64, positions (B,) int64."""
-        ring = mx.array([self.head, self.window], mx.int64)
+        """Arrays only: kv, [write_pos, window] (2,) int64, positions (B,) int64."""
+        ring = mx.array([self.write_pos, self.window], mx.int64)
         return self.kv, ring, mx.array(self.positions, mx.int64)
 
     @state.setter
     def state(self, state: Any) -> None:
         try:
             kv, ring, positions = state
-            head, window = _counts(ring, 2)
+            write_pos, window = _counts(ring, 2)
             ok = kv.ndim == 4 and kv.shape[1] == 2 and kv.shape[2] == window + 1
-            ok = ok and head <= window
+            ok = ok and write_pos <= window
             positions = _counts(positions, kv.shape[0])
         except (TypeError, ValueError, AttributeError):
             ok = False
         if not ok:
             raise CheckpointError("the file does not hold the state of an attention block.")
-        self.kv, self.head, self.window, self.positions = kv, head, window, positions
-        self.forget()
+        self.kv, self.write_pos, self.window, self.positions = kv, write_pos, window, positions
+        self.clear_history()
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep these rows, in this order."""
@@ -309,8 +309,8 @@ class AttentionCache(_StateCache):
 
     def extend(self, other: AttentionCache) -> None:
         """Append the rows of another cache."""
-        if self.head != other.head:
-            self.kv, self.head = self.ring.in_order(), 0
+        if self.write_pos != other.write_pos:
+            self.kv, self.write_pos = self.ring.in_order(), 0
             other_kv = other.ring.in_order()
         else:
             other_kv = other.kv
@@ -321,7 +321,7 @@ class AttentionCache(_StateCache):
         """A cache of its own for one row."""
         cache = AttentionCache.__new__(AttentionCache)
         cache.kv = mx.contiguous(self.kv[idx : idx + 1])
-        cache.head, cache.window = self.head, self.window
+        cache.write_pos, cache.window = self.write_pos, self.window
         cache.positions, cache.lengths = [self.positions[idx]], None
         return cache
 
@@ -332,7 +332,7 @@ class AttentionCache(_StateCache):
             raise ValueError("[cache] only caches of the same model can be merged.")
         cache = cls.__new__(cls)
         cache.kv = mx.concatenate([c.ring.in_order() for c in caches])
-        cache.head, cache.window = 0, caches[0].window
+        cache.write_pos, cache.window = 0, caches[0].window
         cache.positions, cache.lengths = [p for c in caches for p in c.positions], None
         return cache
 
@@ -362,14 +362,14 @@ def _rows(batch_indices: Any) -> tuple[list[int], mx.array]:
 
 
 def _keep_rows(cache: _StateCache, rows: list[int]) -> None:
-    cache.forget()
+    cache.clear_history()
     cache.positions = [cache.positions[r] for r in rows]
     if cache.lengths is not None:
         cache.lengths = [cache.lengths[r] for r in rows]
 
 
 def _append_rows(cache: _StateCache, other: _StateCache) -> None:
-    cache.forget()
+    cache.clear_history()
     if cache.lengths is not None or other.lengths is not None:
         mine = cache.lengths or [0] * cache.batch_size
         cache.lengths = mine + (other.lengths or [0] * other.batch_size)

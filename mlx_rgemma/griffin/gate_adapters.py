@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_rgemma.griffin.layers import RGLRU
-from mlx_rgemma.griffin.layout import TokenLayout
+from mlx_rgemma.griffin.sequence_info import SequenceInfo
 
 GATES = ("input_gate", "recurrent_gate")
 
@@ -38,9 +38,9 @@ class LoRAGates(nn.Module):
             self[f"{gate}_lora_b"] = mx.zeros((heads, rank, outputs))
 
     def __call__(
-        self, x: mx.array, layout: TokenLayout, h0: mx.array | None
+        self, x: mx.array, info: SequenceInfo, h0: mx.array | None
     ) -> tuple[mx.array, mx.array]:
-        return RGLRU.__call__(self, x, layout, h0)  # type: ignore[arg-type]
+        return RGLRU.__call__(self, x, info, h0)  # type: ignore[arg-type]
 
     @property
     def recurrent_param(self) -> mx.array:

@@ -13,21 +13,21 @@ import mlx.nn as nn
 
 from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
-from mlx_rgemma.griffin.layout import TokenLayout
-from mlx_rgemma.griffin.projection import SharedInputBlock
+from mlx_rgemma.griffin.fused_projection import FusedInputBlock
+from mlx_rgemma.griffin.sequence_info import SequenceInfo
 from mlx_rgemma.ops import (
     RecurrentWeights,
     add_rms_norm,
-    add_to_stream,
     block_diagonal,
     causal_conv1d,
+    decode_attention,
     gated_gelu,
-    local_attention,
-    recurrent_step,
+    prefill_attention,
+    recurrent_decode,
+    residual_add,
     rg_lru,
-    ring_step,
     rms_norm,
-    step_kinds,
+    token_types,
 )
 
 
@@ -42,8 +42,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return rms_norm(x, self.weight, self.eps, dtype=self.weight.dtype)
 
-    def after_adding(self, x: mx.array, delta: mx.array) -> tuple[mx.array, mx.array]:
-        """-> ``x + delta``, and its norm."""
+    def add_and_norm(self, x: mx.array, delta: mx.array) -> tuple[mx.array, mx.array]:
+        """Return ``x + delta``, and its norm."""
         return add_rms_norm(x, delta, self.weight, self.eps, dtype=self.weight.dtype)
 
 
@@ -56,15 +56,15 @@ class Conv1d(nn.Module):
         self.bias = mx.zeros((channels,))
 
     def __call__(
-        self, x: mx.array, layout: TokenLayout, state: mx.array | None
+        self, x: mx.array, info: SequenceInfo, state: mx.array | None
     ) -> tuple[mx.array, mx.array]:
         return causal_conv1d(
             x,
             self.weight,
             self.bias,
             state,
-            segment_pos=layout.segment_pos,
-            lengths=layout.lengths,
+            segment_pos=info.segment_pos,
+            lengths=info.lengths,
         )
 
 
@@ -82,7 +82,7 @@ class RGLRU(nn.Module):
         self.recurrent_gate_bias = mx.zeros((num_heads, block))
 
     def __call__(
-        self, x: mx.array, layout: TokenLayout, h0: mx.array | None
+        self, x: mx.array, info: SequenceInfo, h0: mx.array | None
     ) -> tuple[mx.array, mx.array]:
         return rg_lru(
             x,
@@ -90,14 +90,14 @@ class RGLRU(nn.Module):
             block_diagonal(x, self.recurrent_gate_weight),
             self.recurrent_param,
             h0,
-            reset=layout.reset,
-            mask=layout.mask,
+            reset=info.reset,
+            mask=info.mask,
             input_gate_bias=self.input_gate_bias.flatten(),
             recurrent_gate_bias=self.recurrent_gate_bias.flatten(),
         )
 
 
-class RecurrentBlock(SharedInputBlock):
+class RecurrentBlock(FusedInputBlock):
     """``linear_out(gelu(linear_y(x)) * RG-LRU(conv(linear_x(x))))``."""
 
     shared = ("linear_y", "linear_x")
@@ -114,34 +114,38 @@ class RecurrentBlock(SharedInputBlock):
     def __call__(
         self,
         x: mx.array,
-        layout: TokenLayout,
+        info: SequenceInfo,
         cache: RecurrentCache | None,
         *,
         last_only: bool = False,
     ) -> mx.array:
         y, x = self.project(x)
         if cache is not None and cache.history is not None:
-            few = layout.few_steps
-            self.remember(x, layout.kind if few else step_kinds(layout.reset, layout.mask), cache)
-        if cache is not None and layout.few_steps:
-            out, cache.conv, cache.h = recurrent_step(
-                y, x, self._weights(), cache.conv, cache.h, layout.kind
+            few = info.is_short
+            self.record_inputs(
+                x, info.token_type if few else token_types(info.reset, info.mask), cache
+            )
+        if cache is not None and info.is_short:
+            out, cache.conv, cache.h = recurrent_decode(
+                y, x, self._weights(), cache.conv, cache.h, info.token_type
             )
             return self.linear_out(out[:, -1:] if last_only else out)
-        x, conv = self.conv_1d(x, layout, None if cache is None else cache.conv)
-        x, h = self.rg_lru(x, layout, None if cache is None else cache.h)
+        x, conv = self.conv_1d(x, info, None if cache is None else cache.conv)
+        x, h = self.rg_lru(x, info, None if cache is None else cache.h)
         if cache is not None:
             cache.conv, cache.h = conv, h
         if last_only:
             y, x = y[:, -1:], x[:, -1:]
         return self.linear_out(gated_gelu(y, x))
 
-    def remember(self, x: mx.array, kind: mx.array | None, cache: RecurrentCache) -> None:
-        """Note how to get the state after the first tokens of a call: by reading them again.
+    def record_inputs(
+        self, x: mx.array, token_type: mx.array | None, cache: RecurrentCache
+    ) -> None:
+        """Record how to restore the state after the first tokens of a call: by reading them again.
 
         Args:
-            x: (B, L, lru_width). What the convolution is about to read.
-            kind: What each step does, from `step_kinds`; None when all are normal.
+            x: (B, L, lru_width). The convolution's inputs.
+            token_type: (1 or B, L), from `token_types`; None when all are normal.
             cache: As it is before the call.
         """
         conv, h = cache.conv, cache.h
@@ -150,12 +154,14 @@ class RecurrentBlock(SharedInputBlock):
             cache.conv, cache.h = conv, h
             if kept:
                 first = x[:, :kept]
-                what = kind if kind is None or kind.ndim == 1 else kind[:, :kept]
-                _, cache.conv, cache.h = recurrent_step(
-                    first, first, self._weights(), conv, h, what
+                types = token_type
+                if types is not None and types.ndim > 1:
+                    types = types[:, :kept]
+                _, cache.conv, cache.h = recurrent_decode(
+                    first, first, self._weights(), conv, h, types
                 )
 
-        cache.remember(x.shape[1], undo)
+        cache.record_call(x.shape[1], undo)
 
     def _weights(self) -> RecurrentWeights:
         conv, rg_lru = self.conv_1d, self.rg_lru
@@ -170,7 +176,7 @@ class RecurrentBlock(SharedInputBlock):
         )
 
 
-class LocalAttentionBlock(SharedInputBlock):
+class LocalAttentionBlock(FusedInputBlock):
     """Sliding-window attention, many query heads over one key/value head."""
 
     shared = ("q_proj", "k_proj", "v_proj")
@@ -189,7 +195,7 @@ class LocalAttentionBlock(SharedInputBlock):
     def __call__(
         self,
         x: mx.array,
-        layout: TokenLayout,
+        info: SequenceInfo,
         cache: AttentionCache | None,
         *,
         last_only: bool = False,
@@ -200,24 +206,24 @@ class LocalAttentionBlock(SharedInputBlock):
         k, v = k[:, None], v[:, None]
         if cache is not None and cache.history is not None:
             cache.save_slots(length)
-        ring = None if cache is None or layout.fresh else cache.ring
-        place: dict[str, Any] = {
+        ring = None if cache is None or info.fresh else cache.ring
+        options: dict[str, Any] = {
             "window": self.window,
-            "reach": layout.reach,
+            "max_lookback": info.max_lookback,
             "ring": ring,
-            "held": layout.held,
+            "cached_len": info.cached_len,
         }
-        if cache is not None and layout.one_step:
-            out, cache.ring = ring_step(q, k, v, layout.cos, layout.sin, **place)
+        if cache is not None and info.is_decode:
+            out, cache.ring = decode_attention(q, k, v, info.cos, info.sin, **options)
         else:
-            place["last_only"] = last_only
-            out, kv = local_attention(q, k, v, layout.cos, layout.sin, **place)
+            options["last_only"] = last_only
+            out, kv = prefill_attention(q, k, v, info.cos, info.sin, **options)
             if cache is not None:
                 cache.write(kv)
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, out.shape[2], -1))
 
 
-class MLPBlock(SharedInputBlock):
+class MLPBlock(FusedInputBlock):
     """``down(gelu(gate(x)) * up(x))``."""
 
     shared = ("gate_proj", "up_proj")
@@ -249,22 +255,22 @@ class ResidualBlock(nn.Module):
         self.channel_pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_block = MLPBlock(config)
 
-    def join_projections(self) -> None:
-        """Join the projections that read the same input."""
-        self.temporal_block.join_projections()
-        self.mlp_block.join_projections()
+    def fuse_projections(self) -> None:
+        """Fuse the projections that read the same input."""
+        self.temporal_block.fuse_projections()
+        self.mlp_block.fuse_projections()
 
     def __call__(
         self,
         x: mx.array,
-        layout: TokenLayout,
+        info: SequenceInfo,
         cache: Any = None,
         *,
         last_only: bool = False,
     ) -> mx.array:
         x_in, block = self.temporal_pre_norm(x), self.temporal_block
-        delta = block(x_in, layout, cache, last_only=last_only)
-        if last_only:  # nobody reads what the others give
+        delta = block(x_in, info, cache, last_only=last_only)
+        if last_only:  # the other positions are not needed
             x = x[:, -1:]
-        x, normalized = self.channel_pre_norm.after_adding(x, delta)
-        return add_to_stream(x, self.mlp_block(normalized))
+        x, normalized = self.channel_pre_norm.add_and_norm(x, delta)
+        return residual_add(x, self.mlp_block(normalized))

@@ -12,20 +12,10 @@ import mlx.nn as nn
 
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
-from mlx_rgemma.griffin.expansion import expand_quantized
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
-from mlx_rgemma.griffin.layout import TokenLayout
-from mlx_rgemma.griffin.linear import adopt_layers
-from mlx_rgemma.griffin.loop_step import (
-    LEAST_WEIGHTS,
-    MOST_TOKENS,
-    LoopStep,
-    continues,
-    loop_step,
-)
+from mlx_rgemma.griffin.sequence_info import SequenceInfo
 from mlx_rgemma.griffin.sharding import shard_model
-from mlx_rgemma.griffin.snapshot import Snapshot
-from mlx_rgemma.ops import forward_only, loops, rotary_frequencies, soft_cap
+from mlx_rgemma.ops import backend, inference_mode, rotary_frequencies, soft_cap
 
 
 class Griffin(nn.Module):
@@ -51,13 +41,13 @@ class Griffin(nn.Module):
         last_only: bool = False,
     ) -> mx.array:
         batch, length = tokens.shape
-        layout = TokenLayout(batch, length, cache, segment_pos, self.window, self._frequencies)
+        info = SequenceInfo(batch, length, cache, segment_pos, self.window, self._frequencies)
         x = self.embed_tokens(tokens).astype(mx.float32) * self.embedding_scale
         last = len(self.layers) - 1 if last_only else None
         for i, layer in enumerate(self.layers):
-            x = layer(x, layout, None if cache is None else cache[i], last_only=i == last)
+            x = layer(x, info, None if cache is None else cache[i], last_only=i == last)
         for c in cache or ():
-            c.advance(length, layout.next_positions)
+            c.advance(length, info.next_positions)
         return self.final_norm(x)
 
 
@@ -74,9 +64,7 @@ class Model(nn.Module):
         self.model_type = config.model_type
         self.group: mx.distributed.Group | None = None
         self.model = Griffin(config)
-        self._expanded_nbytes = 0
-        self._snapshot: Snapshot | None = None
-        self._loop_step: LoopStep | None = None  # made of the weights in the snapshot
+        self.preparation_note = ""  # one line for the user about memory of the backend
 
     def __call__(
         self,
@@ -99,12 +87,12 @@ class Model(nn.Module):
         Raises:
             ValueError: If the tokens, positions or cache have the wrong shape.
         """
-        if (logits := self._step(tokens, cache, segment_pos)) is not None:
+        if segment_pos is None and (logits := self._decode(tokens, cache)) is not None:
             return logits
         return self.head(self._hidden(tokens, cache, segment_pos))
 
-    def next_logits(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> mx.array:
-        """Logits of the successor of the last token alone, computed for no other.
+    def last_logits(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> mx.array:
+        """Return the logits of the last token, computed for no other.
 
         Args:
             tokens: (B, L), int, without padding.
@@ -116,12 +104,12 @@ class Model(nn.Module):
         Raises:
             ValueError: If the tokens or the cache have the wrong shape.
         """
-        if (logits := self._step(tokens, cache, last_only=True)) is not None:
+        if (logits := self._decode(tokens, cache, last_only=True)) is not None:
             return logits[:, 0]
         return self.head(self._hidden(tokens, cache, None, last_only=True)[:, -1])
 
-    def read(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> None:
-        """Have a state go on by tokens after which nobody asks for logits: a chunk of a prompt.
+    def prefill(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> None:
+        """Advance a state by a chunk of a prompt, without computing logits.
 
         Args:
             tokens: (B, L), int, without padding.
@@ -130,41 +118,21 @@ class Model(nn.Module):
         Raises:
             ValueError: If the tokens or the cache have the wrong shape.
         """
-        if self._step(tokens, cache, last_only=True) is None:
+        if self._decode(tokens, cache, last_only=True) is None:
             self._hidden(tokens, cache, None, last_only=True)
 
-    def _step(
+    def _decode(
         self,
         tokens: mx.array,
         cache: Sequence[GriffinCache] | None,
-        segment_pos: mx.array | None = None,
         *,
         last_only: bool = False,
     ) -> mx.array | None:
-        """Logits by compiled loops, (B, L or 1, vocab_size); None where they do not serve."""
-        if tokens.ndim != 2 or not 0 < tokens.size <= MOST_TOKENS:
+        """Return logits by the backend's decoder, (B, L or 1, vocab_size); None without one."""
+        if cache is None or self.training or self.group is not None or tokens.ndim != 2:
             return None
-        if tokens.shape[1] > self.args.past_window:
-            return None
-        if cache is None or segment_pos is not None or self.training:
-            return None
-        if not loops.many(LEAST_WEIGHTS) or self.group is not None:
-            return None
-        if self._snapshot is None or not self._snapshot.holds():
-            self._snapshot = Snapshot(self.model)
-            self._loop_step = loop_step(self.model, self.args.logits_soft_cap, LEAST_WEIGHTS)
-        if self._loop_step is None:
-            return None
-        self.check_cache(cache)
-        if any(c.batch_size != tokens.shape[0] for c in cache):
-            return None
-        if not continues(cache):
-            return None
-        try:
-            numbers: Any = tokens.tolist()
-        except ValueError:  # within `mx.compile`, where they have no value
-            return None
-        return self._loop_step(numbers, cache, last_only=last_only)
+        decoder = backend.decoder(self)
+        return None if decoder is None else decoder(tokens, cache, last_only=last_only)
 
     def _hidden(
         self,
@@ -177,16 +145,10 @@ class Model(nn.Module):
         if segment_pos is not None:
             segment_pos = mx.array(segment_pos)
         self._check(tokens, cache, segment_pos)
-        # A model in evaluation mode that continues a state generates: no gradient is asked for.
+        # In evaluation mode with a cache, no gradient is needed.
         generating = cache is not None and not self.training
-        with forward_only() if generating else nullcontext():
+        with inference_mode() if generating else nullcontext():
             return self.model(tokens, cache, segment_pos, last_only=last_only)
-
-    def train(self, mode: bool = True) -> Model:
-        """Set training mode, or leave it."""
-        self._snapshot = self._loop_step = None  # they hold weights that an update replaces
-        super().train(mode)
-        return self
 
     def head(self, x: mx.array) -> mx.array:
         """Logits of what `self.model` gives: (..., hidden_size) -> (..., vocab_size), fp32."""
@@ -237,48 +199,26 @@ class Model(nn.Module):
         ]
 
     def fuse_projections(self) -> None:
-        """Lay out projections of the same input end to end, so that a decode step has fewer.
+        """Concatenate projections of the same input, so that a decode step has fewer products.
 
         Layer by layer, without storing anything twice. Training and adapters may follow: layers
         that they replace run by themselves again.
         """
-        self.adopt_layers()
         for layer in self.layers:
-            layer.join_projections()
+            layer.fuse_projections()
 
-    def adopt_layers(self) -> None:
-        """Have linear layers and the embedding multiply in the way that is fast on a CPU.
+    def prepare_for_inference(self, **options: Any) -> None:
+        """Evaluate the weights of a model that was just loaded, laid out for the active backend.
 
-        They stay instances of MLX's classes, but are no longer of exactly those.
-        """
-        adopt_layers(self)
-
-    def expand_quantized(self) -> int:
-        """Hold quantized weights in float32 too where that is faster and there is room: a CPU.
-
-        Returns:
-            Bytes that it takes.
-        """
-        self._expanded_nbytes = expand_quantized(self)
-        return self._expanded_nbytes
-
-    def lay_out(self, *, expand: bool = True) -> None:
-        """Compute the weights of a model that was just loaded, laid out for speed.
-
-        Joining comes first: the memory of a layer's parts then serves those of the next.
+        Projections are fused before they are evaluated, so that each layer's buffers are reused by
+        the next.
 
         Args:
-            expand: Hold quantized weights in float32 too, where that is faster and there is room.
+            **options: Of the backend, see `mlx_rgemma.ops.backend.prepare`.
         """
         self.fuse_projections()
         mx.eval(self.parameters())
-        if expand:
-            self.expand_quantized()
-
-    @property
-    def expanded_nbytes(self) -> int:
-        """Bytes of float32 weights that stand beside quantized ones."""
-        return self._expanded_nbytes
+        self.preparation_note = backend.prepare(self, **options)
 
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Names and layouts of a file as this class has them. Does nothing to its own output."""

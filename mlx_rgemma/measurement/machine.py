@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,10 +18,10 @@ def describe() -> dict[str, Any]:
     """The machine, and this package in it."""
     import mlx.core as mx
 
-    from mlx_rgemma import __version__, blas
-    from mlx_rgemma.ops import kernels
+    from mlx_rgemma import __version__
+    from mlx_rgemma.ops import metal
 
-    reason = kernels.unavailable()
+    reason = metal.unavailable_reason()
     gpu = mx.default_device().type == mx.gpu
     return {
         "machine": platform.machine(),
@@ -37,7 +36,7 @@ def describe() -> dict[str, Any]:
             "mlx-rgemma": __version__,
             **{name: _version(name) for name in ("mlx", "mlx-lm")},
         },
-        "blas": blas.in_use(),
+        "blas": _numpy_blas() if not gpu else "MLX",
         "kernels": "Metal" if reason is None else f"off: {reason}",
         "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
     }
@@ -55,9 +54,7 @@ def describe_peer(name: str) -> dict[str, Any]:
             "blas": f"{own}{onednn}, in the torch wheel",
             "cores": torch.get_num_threads(),
         }
-    from mlx_rgemma import blas
-
-    return {"packages": {"mlx-lm": _version("mlx-lm")}, "blas": blas.in_use()}
+    return {"packages": {"mlx-lm": _version("mlx-lm")}, "blas": "of MLX's wheel or the system"}
 
 
 def header(facts: dict[str, Any], peers: dict[str, dict[str, Any]]) -> list[str]:
@@ -69,18 +66,22 @@ def header(facts: dict[str, Any], peers: dict[str, dict[str, Any]]) -> list[str]
         f"Machine: {facts['cpu']}, {facts['cores']} cores{gpu},"
         f" {facts['memory_bytes'] / 2**30:.0f} GB, {facts['system']}",
         f"Packages: {packages}, Python {facts['python']}",
-        f"Runs on: {facts['device'].upper()}; BLAS: {_named(facts['blas'])}{threads};"
+        f"Runs on: {facts['device'].upper()}; BLAS: {facts['blas']}{threads};"
         f" kernels: {facts['kernels']}",
     ]
     for name, peer in peers.items():
         packages = " ".join(f"{package} {found}" for package, found in peer["packages"].items())
-        lines.append(f"Compared with {name}: {packages}; BLAS: {_named(peer['blas'])}")
+        lines.append(f"Compared with {name}: {packages}; BLAS: {peer['blas']}")
     return lines
 
 
-def _named(library: str) -> str:
-    """A BLAS as `blas.in_use` describes it, with its file's name in place of the whole path."""
-    return re.sub(r"/\S*/", "", library)
+def _numpy_blas() -> str:
+    """Name and version of the BLAS in NumPy's wheel, which the CPU backend multiplies with."""
+    import numpy as np
+
+    config: Any = np.show_config(mode="dicts")
+    found = config.get("Build Dependencies", {}).get("blas", {})
+    return f"{found.get('name', 'unknown')} {found.get('version', '')}, in NumPy {np.__version__}"
 
 
 def _system() -> str:

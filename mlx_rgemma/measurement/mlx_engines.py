@@ -156,11 +156,11 @@ class Ours(_MlxEngine):
         if config.quantization is not None and quantization != UNQUANTIZED:
             raise UserError(f"--quantize {quantization}: the model is quantized already.")
         quantize(loaded, quantization)
-        loaded.lay_out()
+        loaded.prepare_for_inference()
         return loaded
 
     def _more_to_read(self) -> int:
-        expanded: int = self.model.expanded_nbytes
+        expanded: int = self.model.dequantized_nbytes
         packed = sum(
             layer[key].nbytes
             for _, layer in self.model.named_modules()
@@ -196,9 +196,9 @@ class Ours(_MlxEngine):
         return total / counted
 
     def _optimizer(self) -> optim.Optimizer:
-        from mlx_rgemma.tuner.adam import in_one_pass
+        from mlx_rgemma.cpu.adam import fuse_adam
 
-        return in_one_pass(super()._optimizer())
+        return fuse_adam(super()._optimizer())
 
     def _compiled(self) -> bool:
         return False

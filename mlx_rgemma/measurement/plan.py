@@ -51,7 +51,6 @@ class Plan:
         dtypes: dtypes of the weights; None leaves the choice to `load`.
         quantizations: Labels, as `shapes.recipe` reads them.
         peers: Engines to compare with.
-        peer_blas: See `processes.environment`.
         trials: How often each case is timed; generation after a text, `OFTEN` times as often.
         warmup: Runs before that.
         delay: Seconds to rest before each trial.
@@ -69,7 +68,6 @@ class Plan:
     dtypes: tuple[str | None, ...] = (None,)
     quantizations: tuple[str, ...] = ("none",)
     peers: tuple[str, ...] = ()
-    peer_blas: str = "same"
     trials: int = 5
     warmup: int = 1
     delay: float = 0.0

@@ -10,9 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_rgemma import blas
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.measurement.engines import MLX_LM, TRANSFORMERS, Unsupported
+from mlx_rgemma.measurement.engines import TRANSFORMERS, Unsupported
 
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -21,9 +20,6 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """What a measured process finds in its environment: nothing to download, nothing to say."""
-
-
-PEER_BLAS = ("same", "own")
 
 
 class WorkerError(UserError):
@@ -95,14 +91,6 @@ class Worker:
         self.close()
 
 
-def environment(name: str, peer_blas: str) -> dict[str, str | None]:
-    """Variables for an engine's process.
-
-    Args:
-        name: Of the engine.
-        peer_blas: "same": mlx-lm multiplies through the BLAS that this package finds, too. "own":
-            as it is shipped. PyTorch always has its own.
-    """
-    if name == MLX_LM and peer_blas == "own":
-        return {"LD_PRELOAD": None, blas.VARIABLE: "off"}
+def environment(name: str) -> dict[str, str | None]:
+    """Return environment variables for an engine's process; PyTorch brings its own BLAS."""
     return {"LD_PRELOAD": None} if name == TRANSFORMERS else {}

@@ -108,7 +108,7 @@ def run(report: Report, begun: Callable[[Report], None], listener: Listener) -> 
         probe = stack.enter_context(Worker(OURS))
         report.facts = probe.ask("describe")
         for name in plan.peers:
-            with Worker(name, environment(name, plan.peer_blas)) as worker:
+            with Worker(name, environment(name)) as worker:
                 report.peers[name] = worker.ask("describe")
         load = os.getloadavg()[0]
         if load > BUSY * report.facts["cores"]:
@@ -195,7 +195,7 @@ class _Comparison:
         return self.report.parameters * per_weight * copies
 
     def _load(self, name: str, stack: ExitStack) -> _Held | None:
-        worker = stack.enter_context(Worker(name, environment(name, self.plan.peer_blas)))
+        worker = stack.enter_context(Worker(name, environment(name)))
         request = {"model": self.model, "dtype": self.dtype, "quantization": self.label}
         loaded = self._asked(worker, "load", request, "loading")
         if loaded is not None and name == OURS:

@@ -1,22 +1,19 @@
-"""Cross entropy of soft-capped scores, and its gradient as one array of the size of the scores.
+"""Cross entropy of soft-capped logits, and its gradient as one array of the size of the logits.
 
-Automatic gradients make several such arrays. On a Linux CPU the gradient is computed along with the
-loss, out of the same powers, and rows are shared between two threads.
+Automatic gradients make several such arrays.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_rgemma.ops.elementwise import soft_cap
-from mlx_rgemma.ops.exponential import LOG2_E, exp2, tanh
-from mlx_rgemma.ops.fused import custom_function, forward_only
-from mlx_rgemma.ops.lanes import in_halves
-from mlx_rgemma.ops.processor import on_linux_cpu
+from mlx_rgemma.ops.activations import soft_cap
+from mlx_rgemma.ops.autograd import custom_function
+from mlx_rgemma.ops.backend import Operation
 
 
 def cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
-    """``logsumexp(logits) - logits[target]`` of each row, where ``logits = soft_cap(scores)``.
+    """Return ``logsumexp(logits) - logits[target]`` per row, where ``logits = soft_cap(scores)``.
 
     Differentiable in `scores`.
 
@@ -28,11 +25,12 @@ def cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array
     Returns:
         (N,), fp32, in nats.
     """
-    return (_on_cpu if on_linux_cpu() else _anywhere)(scores, targets, cap)
+    losses: mx.array = CROSS_ENTROPIES(scores, targets, cap=cap)
+    return losses
 
 
-def _anywhere(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
-    """By MLX's own operations."""
+def reference(scores: mx.array, targets: mx.array, *, cap: float) -> mx.array:
+    """`cross_entropies` in plain MLX."""
 
     def forward(scores):
         logits = soft_cap(scores, mx.array(cap)) if cap else scores.astype(mx.float32)
@@ -54,6 +52,9 @@ def _anywhere(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
     return result
 
 
+CROSS_ENTROPIES = Operation(reference)
+
+
 def _slopes(
     logits: mx.array,
     normalizers: mx.array,
@@ -68,32 +69,3 @@ def _slopes(
 
 
 _compiled_slopes = mx.compile(_slopes, shapeless=True)
-
-
-def _on_cpu(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
-    """Out of `exponential`, for a Linux CPU."""
-
-    def rows(scores, wanted):
-        logits = tanh(scores * (1.0 / cap)) * cap if cap else scores
-        top = logits.max(axis=-1, keepdims=True)
-        powers = exp2((logits - top) * LOG2_E)
-        total = powers.sum(axis=-1, keepdims=True)
-        loss = mx.log(total) + top - mx.take_along_axis(logits, wanted, axis=-1)
-        # softmax - one-hot, times the slope of the soft cap
-        slopes = powers * mx.reciprocal(total)
-        at_target = mx.take_along_axis(slopes, wanted, axis=-1) - 1.0
-        slopes = mx.put_along_axis(slopes, wanted, at_target, axis=-1)
-        return loss, slopes * (1.0 - mx.square(logits * (1.0 / cap))) if cap else slopes
-
-    @custom_function
-    def losses(scores):
-        with forward_only():  # what has a gradient of its own in there need not keep for it
-            loss, slopes = in_halves(rows, scores.astype(mx.float32), targets[:, None])
-        return [loss[:, 0], slopes]
-
-    @losses.vjp
-    def gradient(scores, cotangents, outputs):
-        return ((outputs[1] * cotangents[0][:, None]).astype(scores.dtype),)
-
-    result: mx.array = losses(scores)[0]
-    return result

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.model import Model, tied_head
-from mlx_rgemma.ops import forward_only
+from mlx_rgemma.ops import inference_mode
 
 TOKENS_AT_ONCE = 256
 """Tokens that go through a model together: the logits of no more are ever held."""
@@ -207,7 +207,7 @@ def _predictions(model: Model, rows: Rows) -> Iterator[tuple[mx.array, mx.array]
         step = max(TOKENS_AT_ONCE // len(batch), 1)
         for start in range(0, int(lengths.max()), step):
             stop = min(start + step, int(lengths.max()))
-            with forward_only():
+            with inference_mode():
                 x = model.model(mx.array(padded[:, start:stop]), cache)
             # What is behind the end of a row was computed for nothing, and is dropped.
             counts = np.arange(start, stop)[None] < lengths[:, None]

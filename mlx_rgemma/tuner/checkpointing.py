@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from mlx_rgemma.griffin.cache import GriffinCache, RecurrentCache
 from mlx_rgemma.griffin.layers import ResidualBlock
-from mlx_rgemma.griffin.layout import TokenLayout
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.sequence_info import SequenceInfo
 
 
 def checkpoint_layers(model: Model) -> None:
@@ -31,28 +31,28 @@ class _Checkpointed(ResidualBlock):
     """
 
     def __call__(
-        self, x: mx.array, layout: TokenLayout, cache: Any = None, *, last_only: bool = False
+        self, x: mx.array, info: SequenceInfo, cache: Any = None, *, last_only: bool = False
     ) -> mx.array:
         if not self.training:
-            return super().__call__(x, layout, cache, last_only=last_only)
+            return super().__call__(x, info, cache, last_only=last_only)
         seed = _draw_seed()
-        heads: list[int] = []
+        write_positions: list[int] = []
 
         def run(parameters: Any, x: mx.array, state: list[mx.array]) -> Any:
             self.update(parameters)
             own = copy.copy(cache)
             _set_arrays(own, state)
             mx.random.seed(seed)
-            x = ResidualBlock.__call__(self, x, layout, own)
-            heads.append(getattr(own, "head", 0))
+            x = ResidualBlock.__call__(self, x, info, own)
+            write_positions.append(getattr(own, "write_pos", 0))
             return [x, *_arrays(own)]
 
         parameters = self.trainable_parameters()
         x, *state = mx.checkpoint(run)(parameters, x, _arrays(cache))
         self.update(parameters)
         _set_arrays(cache, state)
-        if hasattr(cache, "head"):
-            cache.head = heads[0]
+        if hasattr(cache, "write_pos"):
+            cache.write_pos = write_positions[0]
         return x
 
 

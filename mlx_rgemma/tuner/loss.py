@@ -17,9 +17,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.ops import forward_only, on_linux_cpu
+from mlx_rgemma.ops import inference_mode
+from mlx_rgemma.ops.autograd import custom_function
+from mlx_rgemma.ops.backend import Backend, active
 from mlx_rgemma.ops.cross_entropy import cross_entropies
-from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.tuner.batch import Batch
 
 CHUNK_LOGITS, MIN_CHUNK = 1 << 24, 16
@@ -115,7 +116,7 @@ def head_loss(
         total = mx.array(0.0)
         for part, wanted in _chunks(x, targets, size):
             (part,) = mx.depends([part], [total])
-            with forward_only():  # nothing is kept for a gradient
+            with inference_mode():  # nothing is kept for a gradient
                 total = total + chunk_loss(part, wanted, arrays)
         return [total]
 
@@ -158,7 +159,7 @@ def head_loss(
 def chunk_tokens(vocabulary: int) -> int:
     """Tokens whose logits are held at once."""
     most = max(CHUNK_LOGITS // vocabulary, MIN_CHUNK)
-    if not on_linux_cpu():
+    if active() is not Backend.CPU:
         return most
     return min(most, max(CPU_CHUNK_LOGITS // vocabulary, CPU_MIN_CHUNK))
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.tuner.adam import in_one_pass
+from mlx_rgemma.ops import backend
 from mlx_rgemma.tuner.rules import decays
 from mlx_rgemma.tuner.settings import check_keys
 
@@ -51,7 +51,7 @@ def make_optimizer(args: SimpleNamespace) -> optim.Optimizer:
         # Some values are not looked at before an update.
         nothing = {"weight": mx.zeros((2, 2))}
         mx.eval(build().apply_gradients(nothing, nothing))
-        return in_one_pass(build())
+        return backend.optimizer(build())
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"optimizer_config.{args.optimizer}: does not do ({reason}).") from error

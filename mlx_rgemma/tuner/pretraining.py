@@ -22,6 +22,7 @@ from mlx_rgemma.checkpoints.tokenizer import SENTENCEPIECE, load_tokenizer
 from mlx_rgemma.checkpoints.writing import save_model
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops import backend
 from mlx_rgemma.tuner.average import WeightAverage
 from mlx_rgemma.tuner.batch import Batch
 from mlx_rgemma.tuner.batches import MixedRows, RowBatches, StreamedRows
@@ -266,7 +267,7 @@ class Pretraining:
                 f"the tokenizer has {tokens} tokens, the model {model.args.vocab_size}; train it"
                 " with its own tokenizer."
             )
-        model.adopt_layers()
+        backend.prepare(model, dequantize=False)
         if recipe.dropout:
             add_dropout(model, recipe.dropout)
         return model

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from mlx_rgemma.tuner.adam import in_one_pass
+from mlx_rgemma.ops import backend
 
 DECAYS = ("cosine", "linear", "constant")
 
@@ -79,4 +79,4 @@ def adamw(
             learning_rate, betas=list(betas), weight_decay=decay, bias_correction=True
         )
 
-    return in_one_pass(optim.MultiOptimizer([group(weight_decay), group(0.0)], [decays]))
+    return backend.optimizer(optim.MultiOptimizer([group(weight_decay), group(0.0)], [decays]))

@@ -13,7 +13,7 @@ from mlx_rgemma.generation import decoding, speculation
 from mlx_rgemma.generation.decoding import Processors, plain_steps
 from mlx_rgemma.generation.single import stream_generate
 from mlx_rgemma.griffin.layers import LocalAttentionBlock, RecurrentBlock
-from mlx_rgemma.griffin.linear import Linear
+from mlx_rgemma.cpu.layers import Linear
 
 PROMPT = mx.array([2, *range(40, 80)])
 
@@ -32,11 +32,11 @@ class Counted:
 
     def read(self, tokens, cache):
         self.lengths.append(tokens.shape[1])
-        self.model.read(tokens, cache)
+        self.model.prefill(tokens, cache)
 
-    def next_logits(self, tokens, cache):
+    def last_logits(self, tokens, cache):
         self.lengths.append(tokens.shape[1])
-        return self.model.next_logits(tokens, cache)
+        return self.model.last_logits(tokens, cache)
 
 
 @pytest.mark.parametrize(
@@ -170,14 +170,14 @@ def test_logits_of_the_last_token_alone(ending_in, length, rows):
     every, one, none = (ending_in.make_cache(rows) for _ in range(3))
     for part in tokens:  # at the beginning, and with a state
         expected = ending_in(part, every)[:, -1]
-        assert mx.allclose(ending_in.next_logits(part, one), expected, atol=5e-5)
+        assert mx.allclose(ending_in.last_logits(part, one), expected, atol=5e-5)
         ending_in.read(part, none)
         for caches in zip(every, one, none, strict=True):
             for x, y, z in zip(*(c.state for c in caches), strict=True):
                 assert mx.allclose(x, y, atol=5e-5) and mx.allclose(x, z, atol=5e-5)
 
 
-@pytest.mark.parametrize("name", ["read", "next_logits"])
+@pytest.mark.parametrize("name", ["read", "last_logits"])
 def test_the_last_layer_computes_one_token_where_nobody_asks_for_more(ending_in, monkeypatch, name):
     """But for what its state is made of: its first projections."""
     rows: dict[int, int] = {}
@@ -207,5 +207,5 @@ def test_no_logits_but_the_last_are_computed(embedded, monkeypatch):
     monkeypatch.setattr(
         type(model), "head", lambda self, x: (rows.append(x.shape), head(self, x))[1]
     )
-    model.next_logits(PROMPT[None], model.make_cache())
+    model.last_logits(PROMPT[None], model.make_cache())
     assert rows == [(1, model.args.hidden_size)]

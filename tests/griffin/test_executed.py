@@ -19,7 +19,7 @@ from mlx_rgemma.ops import kernels
 _compiler, _reason = compiler()
 pytestmark = pytest.mark.skipif(_compiler is None, reason=f"kernels not executed: {_reason}")
 
-INFERENCE = {"rms_norm", "add_rms_norm", "recurrent_step", "ring_attention"}
+INFERENCE = {"rms_norm", "add_rms_norm", "recurrent_decode", "ring_attention"}
 PREFILL = {"rms_norm", "add_rms_norm", "causal_conv1d", "rg_lru", "rotary", "windowed_attention"}
 
 
@@ -130,8 +130,8 @@ def fresh_verdicts():
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("recurrent_step.metal", "kept + input", "kept"),
-        ("recurrent_step.metal", "float state =", "flaot state ="),
+        ("recurrent_decode.metal", "kept + input", "kept"),
+        ("recurrent_decode.metal", "float state =", "flaot state ="),
     ],
     ids=["wrong", "does-not-compile"],
 )

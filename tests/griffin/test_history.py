@@ -20,7 +20,7 @@ def test_a_trimmed_state_is_that_of_the_tokens_that_stayed(name):
     for _ in range(2):
         cache, stayed = model.make_cache(), []
         for layer in cache:
-            layer.keep_history(8)
+            layer.enable_rollback(8)
         while len(stayed) < 40:
             tokens = rng.integers(3, 96, rng.integers(1, 7)).tolist()
             model(mx.array([tokens]), cache=cache)
@@ -43,7 +43,7 @@ def test_whole_calls_are_taken_back_bit_by_bit():
     cache = model.make_cache(2)
     model(mx.array([[2, 3, 4], [5, 6, 7]]), cache=cache)
     for layer in cache:
-        layer.keep_history(4)
+        layer.enable_rollback(4)
     before = [[np.array(a) for a in layer.state] for layer in cache]
     heads = [getattr(layer, "head", None) for layer in cache]
     for call in ([[8], [9]], [[1, 2], [3, 4]], [[5], [5]]):
@@ -65,7 +65,7 @@ def test_a_cache_never_promises_what_it_cannot_take_back():
     for layer in cache:
         with pytest.raises(ValueError, match="cannot take back 1 tokens: 0 are kept"):
             layer.trim(1)
-        layer.keep_history(3)
+        layer.enable_rollback(3)
     assert not any(layer.is_trimmable() for layer in cache)  # nothing has been read since
     model(mx.array([[2, 3]]), cache=cache)
     assert all(layer.is_trimmable() and layer.trimmable == 2 for layer in cache)
@@ -79,14 +79,14 @@ def test_a_cache_never_promises_what_it_cannot_take_back():
         layer.filter([0, 0])
     assert not any(layer.is_trimmable() for layer in cache)
     with pytest.raises(ValueError, match="a window of 16 cannot keep 17 tokens"):
-        next(c for c in cache if hasattr(c, "window")).keep_history(17)
+        next(c for c in cache if hasattr(c, "window")).enable_rollback(17)
 
 
 def test_a_history_does_not_grow():
     model = golden_model("tiny-9b")
     cache = model.make_cache()
     for layer in cache:
-        layer.keep_history(5)
+        layer.enable_rollback(5)
     for length in (1, 2, 1, 1, 3, 1, 1, 1, 4, 5, 1):
         model(mx.array([[3] * length]), cache=cache)
         assert all(layer.trimmable <= 9 and len(layer.history.calls) <= 5 for layer in cache)

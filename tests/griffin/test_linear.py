@@ -15,7 +15,7 @@ from random_models import CONFIG, TOKENS, random_model, read
 from mlx_rgemma import Model
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin import expansion
-from mlx_rgemma.griffin.linear import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
+from mlx_rgemma.cpu.layers import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 
 STEPS = (1,) * TOKENS.shape[1]
 
@@ -117,7 +117,7 @@ def test_expanded_weights_change_neither_results_nor_parameters(quantized, joine
         quantized.fuse_projections()
     layers = [m for _, m in quantized.named_modules() if "scales" in m]
     taken = quantized.expand_quantized()
-    assert taken == quantized.expanded_nbytes == sum(layer.expanded.nbytes for layer in layers)
+    assert taken == quantized.dequantized_nbytes == sum(layer.expanded.nbytes for layer in layers)
     after = dict(tree_flatten(quantized.parameters()))
     assert after.keys() == before.keys()
     assert all(np.array_equal(after[name], before[name]) for name in before)

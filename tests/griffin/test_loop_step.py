@@ -140,9 +140,9 @@ def test_a_few_tokens_at_once(model_name, steps, rows, few):
 def test_tokens_that_are_taken_back(steps, monkeypatch, kept):
     """After drafts, of which some stay, the state is what it is when only those were read."""
     model = evaluated("tiny-2b")
-    model.next_logits(mx.array([[1, 2, 3]]), cache := model.make_cache(1))
+    model.last_logits(mx.array([[1, 2, 3]]), cache := model.make_cache(1))
     for layer in cache:
-        layer.keep_history(5)
+        layer.enable_rollback(5)
     drafts, stay = np.random.default_rng(kept).integers(0, 90, (20, 5)), []
     for draft in drafts:
         logits = np.array(model(mx.array(draft[None]), cache=cache))
@@ -156,7 +156,7 @@ def test_tokens_that_are_taken_back(steps, monkeypatch, kept):
         model(mx.array([[1, 2, 3, *stay[: len(stay) - kept]]]), cache=other)
         expected = np.array(model(mx.array(drafts[-1:]), cache=copy.deepcopy(other)))
         if kept:
-            model.read(mx.array([stay[-kept:]]), other)
+            model.prefill(mx.array([stay[-kept:]]), other)
         return expected, other
 
     expected, other = plainly(monkeypatch, plain)
@@ -191,7 +191,7 @@ def test_a_text_written_with_drafts(steps):
     assert len(steps) >= 60 + stats.drafted - stats.accepted
 
 
-@pytest.mark.parametrize("name", ["next_logits", "read"])
+@pytest.mark.parametrize("name", ["last_logits", "read"])
 def test_the_last_of_a_few_tokens(steps, monkeypatch, name):
     model = evaluated("tiny-2b")
     cache = model.make_cache(2)
@@ -203,7 +203,7 @@ def test_the_last_of_a_few_tokens(steps, monkeypatch, name):
     assert expected.shape == (2, 4, model.args.vocab_size)
     found = getattr(model, name)(tokens, cache)
     assert len(steps) == 16 and not heads
-    if name == "next_logits":
+    if name == "last_logits":
         assert mx.array_equal(found, expected[:, -1])
     else:
         assert found is None and cache[0].positions == [7, 7]
@@ -215,7 +215,7 @@ def test_the_state_is_the_models_own(steps, monkeypatch):
 
     def read(cache):
         model(mx.array([[1, 2, 3]]), cache=cache)
-        return [model.next_logits(mx.array([[token]]), cache) for token in range(4, 90)]
+        return [model.last_logits(mx.array([[token]]), cache) for token in range(4, 90)]
 
     expected = plainly(monkeypatch, lambda: read(caches[0]))
     assert not steps
@@ -233,16 +233,16 @@ def test_the_state_is_the_models_own(steps, monkeypatch):
 def test_the_ring_is_written_where_it_lies(steps, rows):
     model = evaluated("tiny-2b")
     cache = model.make_cache(rows)
-    model.next_logits(mx.array([[1, 2, 3]] * rows), cache)
+    model.last_logits(mx.array([[1, 2, 3]] * rows), cache)
     ring = next(c for c in cache if hasattr(c, "kv"))
 
     def place() -> int:
         return np.asarray(ring.kv).__array_interface__["data"][0]
 
-    model.next_logits(mx.array([[4]] * rows), cache)
+    model.last_logits(mx.array([[4]] * rows), cache)
     first = place()
     for token in range(60):
-        model.next_logits(mx.array([[token]] * rows), cache)
+        model.last_logits(mx.array([[token]] * rows), cache)
         assert place() == first
     assert len(steps) == 61 * rows
 
@@ -250,11 +250,11 @@ def test_the_ring_is_written_where_it_lies(steps, rows):
 def test_a_copy_of_the_state_does_not_change(steps):
     model = evaluated("tiny-2b")
     cache = model.make_cache(1)
-    model.next_logits(mx.array([[1, 2, 3]]), cache)
-    model.next_logits(mx.array([[4]]), cache)
+    model.last_logits(mx.array([[1, 2, 3]]), cache)
+    model.last_logits(mx.array([[4]]), cache)
     copied, held = copy.deepcopy(cache), [x for c in cache for x in c.state]
     before = [np.array(x) for x in held]
-    model.next_logits(mx.array([[5]]), cache)
+    model.last_logits(mx.array([[5]]), cache)
     assert all(np.array_equal(x, y) for x, y in zip(held, before, strict=True))
     kept = [x for c in copied for x in c.state]
     assert all(np.array_equal(x, y) for x, y in zip(kept, before, strict=True))
@@ -268,12 +268,12 @@ def test_quantized_weights_that_are_held_in_float32(steps, monkeypatch):
     initialize(model, seed=0)
     model.eval()
     nn.quantize(model, group_size=32, bits=8, class_predicate=model.quant_predicate)
-    model.lay_out(expand=False)
+    model.prepare_for_inference(expand=False)
     cache = model.make_cache(1)
 
     def read(cache):
         model(mx.array([[1, 2, 3]]), cache=cache)
-        return [np.array(model.next_logits(mx.array([[token]]), cache)) for token in range(4, 20)]
+        return [np.array(model.last_logits(mx.array([[token]]), cache)) for token in range(4, 20)]
 
     expected = read(cache)
     assert not steps  # they are packed
@@ -292,7 +292,7 @@ def test_weights_that_are_replaced(steps, monkeypatch):
     def logits():
         cache = model.make_cache(1)
         model(mx.array([[1, 2, 3]]), cache=cache)
-        return np.array(model.next_logits(mx.array([[4]]), cache))
+        return np.array(model.last_logits(mx.array([[4]]), cache))
 
     first = logits()
     assert len(steps) == 1

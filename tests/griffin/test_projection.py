@@ -11,7 +11,7 @@ import pytest
 from conftest import LOGITS_ATOL, golden, golden_model, max_error
 from mlx.utils import tree_flatten
 
-from mlx_rgemma.griffin.projection import FusedProjection
+from mlx_rgemma.griffin.fused_projection import FusedProjection
 
 
 def decode(model, tokens: mx.array) -> np.ndarray:

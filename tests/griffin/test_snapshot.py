@@ -10,7 +10,7 @@ import mlx.nn as nn
 import pytest
 from random_models import random_model
 
-from mlx_rgemma.griffin.snapshot import Snapshot
+from mlx_rgemma.cpu.parameter_guard import Snapshot
 
 
 def block(model):

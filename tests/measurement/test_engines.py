@@ -157,7 +157,7 @@ def test_what_is_held_in_float32_is_read_in_float32(folder, monkeypatch):
     monkeypatch.delenv("MLX_RGEMMA_EXPAND")
     held = engine.load(folder, "float32", "4")
     assert held.weight_bytes == packed.weight_bytes
-    expanded = engine.model.expanded_nbytes  # none on a GPU
+    expanded = engine.model.dequantized_nbytes  # none on a GPU
     assert held.read_bytes == (plain.read_bytes if expanded else packed.read_bytes)
 
 

@@ -259,7 +259,7 @@ def check(file: str, mode: str) -> list[Launch]:
                     case.q, case.k, case.v, window=case.window, reach=case.reach, ring=case.ring
                 )
             else:
-                out, kv = ops.local_attention(
+                out, kv = ops.prefill_attention(
                     *(case.q, case.k, case.v, *case.angles()),
                     window=case.window,
                     reach=case.reach,

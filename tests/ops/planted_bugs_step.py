@@ -10,7 +10,7 @@ from step_cases import Case
 
 from mlx_rgemma import ops
 
-STEP = "recurrent_step.metal"
+STEP = "recurrent_decode.metal"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 BUGS = (
@@ -193,7 +193,7 @@ def check(file: str, mode: str) -> list[Launch]:
     launches: list[Launch] = []
     for case in CASES:
         with executed(mode) as launched:
-            results = ops.recurrent_step(*case.arrays)
+            results = ops.recurrent_decode(*case.arrays)
             mx.eval(results)
         launches += launched
         for (name, exact), value in zip(case.expected().items(), results, strict=True):

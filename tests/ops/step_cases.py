@@ -15,7 +15,7 @@ WEIGHTS = RecurrentWeights._fields
 
 @dataclass
 class Case:
-    """One call of `recurrent_step`.
+    """One call of `recurrent_decode`.
 
     Attributes:
         batch, steps, heads, block, taps: Sizes.
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def arrays(self):
-        """Arguments of `recurrent_step`."""
+        """Arguments of `recurrent_decode`."""
         kind = None if self.kind is None else mx.array(self.kind, mx.uint8)
         return self.y_branch, self.x_branch, self.weights, self.conv_state, self.h0, kind
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_rgemma import ops
 from mlx_rgemma.ops import attention, attention_kernels, kernels
 from mlx_rgemma.ops.attention_kernels import RING, ROTARY, WINDOW
-from mlx_rgemma.ops.fused import forward_only
+from mlx_rgemma.ops.autograd import inference_mode
 
 pytestmark = needs_compiler
 
@@ -40,7 +40,7 @@ def window(case: Case, **how):
 def local(case: Case, **how):
     """-> the attention of a whole call, what belongs into the ring, the launches."""
     with executed(**how) as launches:
-        out, kv = ops.local_attention(
+        out, kv = ops.prefill_attention(
             *(case.q, case.k, case.v, *case.angles()),
             window=case.window,
             reach=case.reach,
@@ -193,7 +193,7 @@ def test_golden(name):
     cos, sin = ops.rotary_angles(positions, ops.rotary_frequencies(q.shape[-1] // 2, 10000.0))
     reach = None if segment_pos is None else mx.minimum(positions, size)
     with executed():
-        out, _ = ops.local_attention(q, k, v, cos, sin, window=size, reach=reach)
+        out, _ = ops.prefill_attention(q, k, v, cos, sin, window=size, reach=reach)
     # In case `offset`, the reference's own float32 angles at position 5,000 limit the rotation.
     tolerance = 2e-4 if name == "offset" else 2e-6
     assert relative_error(out.swapaxes(1, 2), field("out_keys_window_plus_1")) < tolerance
@@ -209,7 +209,7 @@ def test_chunks_and_steps_agree(chunks):
         for length in chunks:
             part = slice(first, first + length)
             arrays = (whole.q, whole.k, whole.v, cos, sin)
-            out, new = ops.local_attention(
+            out, new = ops.prefill_attention(
                 *(x[:, :, part] for x in arrays),
                 window=size,
                 reach=whole.reach[:, part],
@@ -303,7 +303,7 @@ def dispatched(function, *arrays: mx.array) -> list[str]:
         if call["type"] == "primitive" and call["name"] not in views:
             names.append(call["name"])
 
-    with forward_only():
+    with inference_mode():
         mx.export_function(note, function, *arrays)
     return names
 
@@ -316,7 +316,7 @@ def test_launches_of_a_layer(length, launches, monkeypatch):
 
     def layer(q, k, v):
         q = q.reshape(1, length, 3, 16).swapaxes(1, 2)
-        out, _ = ops.local_attention(q, k, v, cos, sin, window=7, ring=ops.Ring(kv, 3))
+        out, _ = ops.prefill_attention(q, k, v, cos, sin, window=7, ring=ops.Ring(kv, 3))
         return out.swapaxes(1, 2).reshape(1, length, 48)
 
     mx.eval(kv, cos, sin)
@@ -333,7 +333,7 @@ def test_gradients_are_those_of_the_plain_operations(length):
 
     def loss(q, k, v, cos, sin, kv):
         ring = ops.Ring(kv, case.head)
-        out, new = ops.local_attention(
+        out, new = ops.prefill_attention(
             *(q, k, v, cos, sin), window=case.window, reach=case.reach, ring=ring
         )
         return (out * weight).sum() + mx.square(new).sum()
@@ -396,4 +396,4 @@ def test_wrong_shapes_are_named():
         ops.windowed_attention(case.q, case.k, case.v, window=6, ring=ring)
     with pytest.raises(ValueError, match="cos has shape"):
         cos, sin = case.angles()
-        ops.local_attention(case.q, case.k, case.v, cos[:, :, 1:], sin, window=6)
+        ops.prefill_attention(case.q, case.k, case.v, cos[:, :, 1:], sin, window=6)

@@ -14,7 +14,7 @@ from executing import executed, launched, needs_compiler
 from mlx_rgemma import ops
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.ops import kernels
-from mlx_rgemma.ops.fused import forward_only
+from mlx_rgemma.ops.autograd import inference_mode
 
 SCAN = {kernel.name: kernel for kernel in kernels.registered()}["linear_scan"]
 
@@ -258,7 +258,7 @@ def test_graphs_are_recorded_with_kernels(monkeypatch, transform):
 
     function = mx.compile(loss) if transform == "compile" else loss
     x = mx.zeros((2, 40, 9))
-    with forward_only():
+    with inference_mode():
         graph = Recorded(function, x, x, mx.zeros((9,)), mx.zeros((2, 9)))
     assert graph.primitives.count("CustomKernel") == 1
 
@@ -284,7 +284,7 @@ def test_a_recorded_call_is_one_primitive(monkeypatch):
         (rg_lru, (x, x, vector, h0, reset)),
         (conv, (x, weight, vector, mx.zeros((2, 3, 9)))),
     ):
-        with forward_only():
+        with inference_mode():
             assert Recorded(function, *arrays).primitives == ["CustomKernel"], function
 
 
@@ -306,7 +306,7 @@ def test_the_plain_form_is_exported_and_imported(tmp_path, transform):
     }[transform]
     expected = function(*arrays)
     file = str(tmp_path / "function.mlxfn")
-    with forward_only():
+    with inference_mode():
         mx.export_function(file, function, *arrays)
     (found,) = mx.import_function(file)(*arrays)
     assert mx.allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -20,7 +20,7 @@ from float64 import to64
 from mlx_rgemma.ops import (
     add_rms_norm,
     causal_conv1d,
-    forward_only,
+    inference_mode,
     gated_gelu,
     kernels,
     loops,
@@ -47,7 +47,7 @@ def both(compute, ran: list[str]) -> tuple[list[mx.array], list[mx.array]]:
     plain = compute()
     mx.eval(plain)
     assert not ran
-    with forward_only():
+    with inference_mode():
         found = compute()
     assert ran
     return plain, found
@@ -72,7 +72,7 @@ def test_gelu(ran, shape, dtype):
 
 def test_gelu_of_numbers_far_out(ran):
     gate = mx.array([[-np.inf, -1e30, -90.0, -0.0, 0.0, 90.0, 1e30, np.inf, np.nan]] * 16)
-    with forward_only():
+    with inference_mode():
         found = np.array(gated_gelu(gate, mx.ones(gate.shape)))
     assert ran == ["gated_gelu"]
     assert (np.abs(found[:, 1:5]) < 1e-8).all() and np.isnan(found[:, 8]).all()
@@ -127,7 +127,7 @@ def test_convolution_in_float64(ran, layout):
     where = far if given is None else np.array(pos)
     arrays = (to64(z) for z in (x, weight, bias, state))
     expected = conv64(*arrays, where, np.full(batch, length), *zeros)
-    with forward_only():
+    with inference_mode():
         y, new_state = causal_conv1d(x, weight, bias, state, segment_pos=given)
     assert ran and relative_error(y, expected["y"]) < 5e-7
     assert relative_error(new_state, expected["new_state"]) == 0.0
@@ -159,7 +159,7 @@ def test_rg_lru(ran, shape, kinds, dtype):
     zeros = np.zeros(shape), np.zeros(h0.shape)
     exact = [to64(z) for z in arrays]
     expected = rg_lru64(*exact[:5], kind, *exact[5:], *zeros)
-    with forward_only():
+    with inference_mode():
         y, h_last = compute(*arrays)
     assert relative_error(y.astype(mx.float32), expected["y"]) < 2e-6 + ROUNDING[dtype]
     assert relative_error(h_last, expected["h_last"]) < 2e-6
@@ -208,7 +208,7 @@ def test_shares_make_no_difference(ran, monkeypatch, cores):
     arrays = [normal(2, 33, 40, seed=i) for i in range(3)]
 
     def compute():
-        with forward_only():
+        with inference_mode():
             found = [gated_gelu(*arrays[:2]), *add_rms_norm(*arrays[:2], arrays[2][0, 0])]
             found += rg_lru(*arrays, arrays[0][0, 0])
             q, kv = arrays[0].reshape(2, 4, 33, 10), arrays[1].reshape(2, 4, 33, 10)
@@ -258,11 +258,11 @@ def test_a_model_that_is_trained_runs_none(ran):
 def test_small_arrays_and_other_devices_run_none(ran, monkeypatch):
     monkeypatch.setattr(loops, "LEAST", 40 * 64)
     x = normal(1, 40, 64)
-    with forward_only():
+    with inference_mode():
         assert loops.worthwhile(x) and not loops.worthwhile(x[:, :-1])
         assert not loops.worthwhile(normal(64, 15, 64))  # a batch of steps
     assert not loops.worthwhile(x)
-    with forward_only(), monkeypatch.context() as patch:
+    with inference_mode(), monkeypatch.context() as patch:
         patch.setattr(loops, "on_linux_cpu", lambda: False)
         assert not loops.worthwhile(x)
 
@@ -270,7 +270,7 @@ def test_small_arrays_and_other_devices_run_none(ran, monkeypatch):
 def test_without_numba_plain_operations_run(ran, monkeypatch):
     monkeypatch.setattr(loops, "_installed", lambda: False)
     gate = normal(1, 64, 64)
-    with forward_only():
+    with inference_mode():
         found = gated_gelu(gate, gate)
     assert mx.array_equal(found, gated_gelu(gate, gate)) and not ran
 
@@ -301,7 +301,7 @@ def test_arrays_without_values_take_plain_operations(ran):
         return everything(x[None], q[None], k[None], v[None])
 
     plain = everything(x, *cos)
-    with forward_only():
+    with inference_mode():
         mapped = mx.vmap(lists)(x, *cos)
     assert not ran
     for a, b in zip(plain, mapped, strict=True):
@@ -314,7 +314,7 @@ def test_in_other_threads(ran):
     found = []
 
     def work():
-        with forward_only():
+        with inference_mode():
             found.append(np.array(gated_gelu(gate, gate)))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -328,9 +328,9 @@ def test_in_other_threads(ran):
 def test_importing_and_decoding_do_not_load_numba():
     """It takes a third of a second."""
     code = (
-        "import sys, mlx_rgemma; from mlx_rgemma.ops import gated_gelu, forward_only\n"
+        "import sys, mlx_rgemma; from mlx_rgemma.ops import gated_gelu, inference_mode\n"
         "import mlx.core as mx\n"
-        "with forward_only(): mx.eval(gated_gelu(mx.ones((1, 1, 99999)), mx.ones((1, 1, 99999))))\n"
+        "with inference_mode(): mx.eval(gated_gelu(mx.ones((1, 1, 99999)), mx.ones((1, 1, 99999))))\n"
         "assert 'numba' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -363,7 +363,7 @@ RINGS += [(300, 150, 300), (257, 0, 300), (130, 290, 600)]
 @pytest.mark.parametrize("seen, begin, slots", RINGS)
 def test_attention_to_a_ring(parts, heads, dim, seen, begin, slots, new):
     """In parts, of a ring that is not full, goes around its end, or is full; against float64."""
-    from mlx_rgemma.ops.compiled.attention import attend_to_ring, join_parts
+    from mlx_rgemma.cpu.kernels.attention import attend_to_ring, join_parts
 
     rng = np.random.default_rng(seen + begin)
     ring = rng.normal(size=(2, slots, dim)).astype(np.float32)
@@ -411,7 +411,7 @@ def test_what_is_kept_on_disk_is_named_by_all_that_it_may_be_made_of(tmp_path, m
     assert any("gated_gelu" in name for name in kept) and any("exp2" in name for name in kept)
     assert all(f"_{done.stdout.strip()}-" in name for name in kept)
 
-    from mlx_rgemma.ops.compiled import compiler
+    from mlx_rgemma.cpu.kernels import compiler
 
     folder = tmp_path / "compiled"
     shutil.copytree(Path(compiler.__file__).parent, folder)

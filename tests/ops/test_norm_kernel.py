@@ -21,8 +21,8 @@ from float64 import to64
 
 from mlx_rgemma import ops
 from mlx_rgemma.ops import kernels
-from mlx_rgemma.ops.fused import forward_only
-from mlx_rgemma.ops.norm import ADD_NORM, NORM
+from mlx_rgemma.ops.autograd import inference_mode
+from mlx_rgemma.ops.rms_norm import ADD_NORM, NORM
 
 pytestmark = needs_compiler
 
@@ -141,7 +141,7 @@ def test_is_one_launch(monkeypatch):
             if call["type"] == "primitive" and call["name"] not in views:
                 names.append(call["name"])
 
-        with forward_only():
+        with inference_mode():
             mx.export_function(note, function, x, delta, weight)
         assert names == ["CustomKernel"]
 

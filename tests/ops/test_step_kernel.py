@@ -21,8 +21,8 @@ from step_cases import WEIGHTS, Case
 
 from mlx_rgemma import ops
 from mlx_rgemma.ops import kernels
-from mlx_rgemma.ops.fused import forward_only
-from mlx_rgemma.ops.step import STEP
+from mlx_rgemma.ops.autograd import inference_mode
+from mlx_rgemma.ops.recurrent_decode import STEP
 
 pytestmark = needs_compiler
 
@@ -31,9 +31,9 @@ RESULTS = ("out", "conv_state", "h")
 
 def run(case: Case, **how):
     with executed(**how) as launches:
-        results = ops.recurrent_step(*case.arrays)
+        results = ops.recurrent_decode(*case.arrays)
         mx.eval(results)
-    assert launched(launches) == ["recurrent_step"]
+    assert launched(launches) == ["recurrent_decode"]
     return results, launches[0]
 
 
@@ -100,13 +100,13 @@ def test_any_call(data):
 def test_kinds_as_the_scan_has_them():
     reset, mask = mx.array([[False, True, False]]), mx.array([[True, True, False]])
     for kind, same in (
-        (ops.step_kinds(None, None), None),
-        (ops.step_kinds(reset, None), [[NORMAL, RESET, NORMAL]]),
-        (ops.step_kinds(reset, mask), [[NORMAL, RESET, PADDING]]),
+        (ops.token_types(None, None), None),
+        (ops.token_types(reset, None), [[NORMAL, RESET, NORMAL]]),
+        (ops.token_types(reset, mask), [[NORMAL, RESET, PADDING]]),
     ):
         case = Case(2, 3, kind=same)
         with executed():
-            results = ops.recurrent_step(*case.arrays[:-1], kind)
+            results = ops.recurrent_decode(*case.arrays[:-1], kind)
         for name, value in zip(RESULTS, results, strict=True):
             assert_close(name, value, case.expected()[name], FORWARD_RTOL)
 
@@ -131,7 +131,7 @@ def test_one_call_or_many():
     expected, outputs = whole.expected(), []
     with executed():
         for part in (slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 8)):
-            out, conv, h = ops.recurrent_step(
+            out, conv, h = ops.recurrent_decode(
                 y[:, part], x[:, part], weights, conv, h, kind[:, part]
             )
             outputs.append(out)
@@ -159,12 +159,12 @@ def test_golden(name):
         case["recurrent_param"],
     )
     conv, states = mx.zeros((batch, 1, width)), []
-    kind = ops.step_kinds(case["segment_pos"] == 0, None)
+    kind = ops.token_types(case["segment_pos"] == 0, None)
     with executed():
         for first in range(0, length, ops.MAX_STEPS):
             part = slice(first, first + ops.MAX_STEPS)
             y = mx.full(u[:, part].shape, 32.0)  # gelu(32) = 32
-            out, conv, h = ops.recurrent_step(y, u[:, part], weights, conv, h, kind[:, part])
+            out, conv, h = ops.recurrent_decode(y, u[:, part], weights, conv, h, kind[:, part])
             states.append(out / 32.0)
     got = mx.concatenate(states, axis=1)
     assert relative_error(got, GOLDEN[f"{name}/y"]) < FORWARD_RTOL
@@ -214,14 +214,14 @@ def test_is_one_launch(monkeypatch):
     *arrays, weights, conv, h0, _ = case.arrays
 
     def step(y, x, conv, h0, *weights):
-        return ops.recurrent_step(y, x, ops.RecurrentWeights(*weights), conv, h0)
+        return ops.recurrent_decode(y, x, ops.RecurrentWeights(*weights), conv, h0)
 
     def note(call):
         if call["type"] == "primitive":
             names.append(call["name"])
 
     mx.eval(case.arrays[:-1])
-    with forward_only():
+    with inference_mode():
         mx.export_function(note, step, *arrays, conv, h0, *weights)
     assert names == ["CustomKernel"]
 
@@ -232,14 +232,14 @@ def test_gradients_are_those_of_the_plain_operations():
     arrays = (y, x, conv, h0, *weights)
 
     def loss(y, x, conv, h0, *weights):
-        results = ops.recurrent_step(y, x, ops.RecurrentWeights(*weights), conv, h0, kind)
+        results = ops.recurrent_decode(y, x, ops.RecurrentWeights(*weights), conv, h0, kind)
         return sum(mx.square(r).sum() for r in results)
 
     gradient = mx.grad(loss, argnums=tuple(range(len(arrays))))
     with executed() as launches:
         got = gradient(*arrays)
         mx.eval(got)
-    assert "recurrent_step" in launched(launches)
+    assert "recurrent_decode" in launched(launches)
     with executed(switch="off"):
         expected = gradient(*arrays)
     for name, one, other in zip(("y", "x", "conv", "h0", *WEIGHTS), got, expected, strict=True):
@@ -260,8 +260,8 @@ def test_trial(rows):
 )
 def test_what_the_kernel_does_not_take_goes_the_plain_way(case):
     with executed() as launches:
-        results = ops.recurrent_step(*case.arrays)
-    assert "recurrent_step" not in launched(launches)
+        results = ops.recurrent_decode(*case.arrays)
+    assert "recurrent_decode" not in launched(launches)
     for name, value in zip(RESULTS, results, strict=True):
         assert_close(name, value, case.expected()[name], FORWARD_RTOL)
 
@@ -269,8 +269,8 @@ def test_what_the_kernel_does_not_take_goes_the_plain_way(case):
 def test_wrong_shapes_are_named():
     y, x, weights, conv, h0, _ = Case(2, 3).arrays
     with pytest.raises(ValueError, match=r"y_branch has shape \(2, 2, 32\)"):
-        ops.recurrent_step(y[:, 1:], x, weights, conv, h0)
+        ops.recurrent_decode(y[:, 1:], x, weights, conv, h0)
     with pytest.raises(ValueError, match=r"kind has shape \(3, 3\)"):
-        ops.recurrent_step(y, x, weights, conv, h0, mx.zeros((3, 3), mx.uint8))
+        ops.recurrent_decode(y, x, weights, conv, h0, mx.zeros((3, 3), mx.uint8))
     with pytest.raises(ValueError, match="input_bias has shape"):
-        ops.recurrent_step(y, x, weights._replace(input_bias=h0), conv, h0)
+        ops.recurrent_decode(y, x, weights._replace(input_bias=h0), conv, h0)

@@ -90,7 +90,7 @@ def test_callers_in_several_threads(cores):
 def meeting(cores, monkeypatch):
     """Run ``loop(core, _, cores, arrivals, ...)`` on all cores; where it can meet the others."""
     monkeypatch.setattr(loops, "cores", lambda: cores)
-    meet = import_module("mlx_rgemma.ops.compiled.threads").meet
+    meet = import_module("mlx_rgemma.cpu.kernels.threads").meet
     meet(np.zeros(1, np.int64), 1)  # compiled
 
     def run(loop, *arguments):

@@ -14,7 +14,7 @@ from conftest import ON_GPU, golden_model
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_rgemma.ops import loops
-from mlx_rgemma.tuner.adam import in_one_pass
+from mlx_rgemma.cpu.adam import fuse_adam
 from mlx_rgemma.tuner.batch import Batch
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.optimizers import make_optimizer
@@ -79,7 +79,7 @@ OPTIMIZERS = {
 def test_updates_are_those_of_mlx_bit_for_bit(ran, make):
     expected = trained(make())
     assert not ran
-    assert same(trained(in_one_pass(make())), expected)
+    assert same(trained(fuse_adam(make())), expected)
     expected_runs = {"adam": 2 * 4, "alone": 0 if make is OPTIMIZERS["two groups"] else 4 * 4}
     assert {name: ran.count(name) for name in expected_runs} == expected_runs
 
@@ -87,23 +87,23 @@ def test_updates_are_those_of_mlx_bit_for_bit(ran, make):
 def test_few_numbers_stay_mlxs(ran, monkeypatch):
     """Also where they are many together, as adapters are."""
     monkeypatch.setattr(loops, "LEAST", 30 * 40 + 1)
-    assert same(trained(in_one_pass(optim.Adam(1e-2))), trained(optim.Adam(1e-2)))
+    assert same(trained(fuse_adam(optim.Adam(1e-2))), trained(optim.Adam(1e-2)))
     assert not ran
     monkeypatch.setattr(loops, "LEAST", loops.LEAST - 1)
-    trained(in_one_pass(optim.Adam(1e-2)))
+    trained(fuse_adam(optim.Adam(1e-2)))
     assert set(ran) == {"adam", "alone"}
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adafactor", "Lion", "Adamax"])
 def test_other_optimizers_stay_what_they_are(ran, name):
     make = getattr(optim, name)
-    assert same(trained(in_one_pass(make(1e-2))), trained(make(1e-2)))
+    assert same(trained(fuse_adam(make(1e-2))), trained(make(1e-2)))
     assert not ran
 
 
 def test_half_precision_stays_mlxs(ran):
     found = []
-    for wrap in (lambda x: x, in_one_pass):
+    for wrap in (lambda x: x, fuse_adam):
         model, optimizer = small_model(), wrap(optim.Adam(1e-2))
         model.set_dtype(mx.bfloat16)
         gradients = tree_map(lambda x: normal(*x.shape).astype(x.dtype), model.parameters())
@@ -115,7 +115,7 @@ def test_half_precision_stays_mlxs(ran):
 def test_within_a_compiled_step(ran):
     """As mlx-lm's trainer compiles it: arrays have no values there."""
     model, other = small_model(), small_model()
-    optimizer, plain = in_one_pass(optim.AdamW(1e-2)), optim.AdamW(1e-2)
+    optimizer, plain = fuse_adam(optim.AdamW(1e-2)), optim.AdamW(1e-2)
     state = [model.state, optimizer.state]
     gradients = tree_map(lambda x: normal(*x.shape), model.parameters())
 
@@ -136,7 +136,7 @@ def test_what_was_held_of_a_model_does_not_change(ran):
     model = small_model()
     held = dict(tree_flatten(model.parameters()))
     before = {name: np.array(x) for name, x in held.items()}
-    optimizer = in_one_pass(optim.AdamW(0.1))
+    optimizer = fuse_adam(optim.AdamW(0.1))
     for _ in range(2):
         optimizer.update(model, tree_map(lambda x: normal(*x.shape), model.parameters()))
         mx.eval(model.parameters())
@@ -148,7 +148,7 @@ def test_what_was_held_of_a_model_does_not_change(ran):
 def test_one_array_in_two_places(ran):
     """Each place is updated with its own gradient, from the value that both had."""
     found = []
-    for wrap in (lambda x: x, in_one_pass):
+    for wrap in (lambda x: x, fuse_adam):
         model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
         model.layers[0].weight = model.layers[1].weight = normal(20, 20)
         gradients = {"layers": [{"weight": normal(20, 20, seed=s)} for s in (1, 2)]}
@@ -169,7 +169,7 @@ def test_one_gradient_of_two_parameters_is_refused(ran):
     model, x = _Sum(), normal(20, 20)
     gradients = mx.grad(lambda p: ((p["a"] + p["b"]) * x).sum())(model.parameters())
     with pytest.raises(ValueError, match=r"\[adam\] two parameters share one gradient"):
-        in_one_pass(optim.Adam(0.1)).update(model, gradients)
+        fuse_adam(optim.Adam(0.1)).update(model, gradients)
     assert ran == ["adam"]
 
 
@@ -178,7 +178,7 @@ def test_no_two_parameters_of_a_griffin_share_one(ran, model_name):
     ids = mx.arange(41)[None] % 90 + 2
     batch = Batch(ids[:, :-1], ids[:, 1:], mx.ones((1, 40), mx.bool_), mx.arange(40)[None])
     found = []
-    for wrap in (lambda x: x, in_one_pass):
+    for wrap in (lambda x: x, fuse_adam):
         model, optimizer = golden_model(model_name, fuse=False), wrap(optim.AdamW(1e-2))
         model.train()
         gradients = nn.value_and_grad(model, lambda m: batch_loss(m, batch)[0])
@@ -192,7 +192,7 @@ def test_no_two_parameters_of_a_griffin_share_one(ran, model_name):
 def test_no_parameter_but_one_is_there_twice(ran):
     """While gradients are computed one after the other, as an update needs them."""
     model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(16)])
-    optimizer = in_one_pass(optim.Adam(1e-3))
+    optimizer = fuse_adam(optim.Adam(1e-3))
     optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), optimizer.state)
     one = 4 * 256 * 256

@@ -88,7 +88,7 @@ def test_2b_fits_a_16_gb_mac():
 def test_an_update_in_full_holds_nothing_of_before():
     """Weights, two moments, gradients: four arrays a weight, and what is at work."""
     model = griffin("rrarra", 256, 512)
-    model.lay_out()
+    model.prepare_for_inference()
     ids = mx.arange(9)[None]
     batch = Batch(ids[:, :-1], ids[:, 1:], mx.ones((1, 8), mx.bool_))
     state = TrainingState(model, adamw(1e-4, weight_decay=0.1))

@@ -1,0 +1,71 @@
+"""The Linux CPU backend: products by NumPy, Numba kernels where numba is installed.
+
+`mlx_rgemma.ops.backend` imports this package by name, on Linux only, and nothing else does. It
+registers implementations of operations, and has three hooks for more than an operation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import mlx.nn as nn
+
+from mlx_rgemma.cpu import (  # noqa: F401  (they register their implementations)
+    activations,
+    attention,
+    causal_conv1d,
+    cross_entropy,
+    linear,
+    rg_lru,
+    rms_norm,
+)
+from mlx_rgemma.cpu.layers import replace_linear_layers
+
+if TYPE_CHECKING:
+    import mlx.optimizers as optim
+
+    from mlx_rgemma.cpu.decode_step import Decoder
+
+
+def prepare(model: nn.Module, *, dequantize: bool = True) -> str:
+    """Multiply by NumPy in all layers of a model, and dequantize weights where there is room.
+
+    Args:
+        model: A `griffin.model.Model`, with its projections fused, if they are to be.
+        dequantize: Keep quantized weights in float32 too, where that is faster and there is room.
+
+    Returns:
+        One line for the user about memory that this takes, or an empty string.
+    """
+    from mlx_rgemma.cpu.dequantize import cache_dequantized
+    from mlx_rgemma.griffin.fused_projection import FusedInputBlock
+
+    replace_linear_layers(model)
+    for module in model.modules():
+        if isinstance(module, FusedInputBlock) and (fused := module.fused_projection()):
+            replace_linear_layers(fused.layer)
+    nbytes = cache_dequantized(model) if dequantize else 0
+    if not nbytes:
+        return ""
+    return (
+        f"Quantized weights are held in float32 too, {nbytes / 1e9:.3f} GB: faster on a CPU."
+        " MLX_RGEMMA_DEQUANTIZE=off saves that memory."
+    )
+
+
+def decoder(model: Any) -> Decoder | None:
+    """Return decode steps of a model by Numba kernels; None where they do not serve."""
+    from mlx_rgemma.cpu import numba_runtime
+
+    if not numba_runtime.available():
+        return None
+    from mlx_rgemma.cpu.decode_step import decoder_of
+
+    return decoder_of(model)
+
+
+def optimizer(inner: optim.Optimizer) -> optim.Optimizer:
+    """Return an optimizer whose Adam updates run in one pass."""
+    from mlx_rgemma.cpu.adam import fuse_adam
+
+    return fuse_adam(inner)

@@ -1,0 +1,96 @@
+"""Runs Numba kernels over the memory of MLX's arrays.
+
+MLX's CPU backend computes each elementwise operation by itself and on one thread: GELU is thirty
+operations that pass through memory thirty times. A Numba kernel (`kernels`) passes through it once,
+on all threads. Its inputs must be evaluated first, so kernels are used for inference only: in
+training, evaluating early would keep every activation alive.
+
+Within `mx.compile` and `mx.vmap`, where arrays have no values, the reference runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_rgemma.cpu.device import num_threads
+from mlx_rgemma.cpu.thread_pool import num_workers, parallel_for
+
+MIN_ELEMENTS = 1 << 16
+"""Elements from which on a kernel is worth evaluating its inputs."""
+MIN_TOKENS = 16
+"""Tokens from which on a call is a prompt rather than steps of a decode loop."""
+
+
+def is_long(x: mx.array, *_arrays: Any, **_options: Any) -> bool:
+    """Return whether Numba kernels should run over activations like these, (..., L, channels)."""
+    return x.ndim > 1 and x.shape[-2] >= MIN_TOKENS and is_large(x.size)
+
+
+def is_large(elements: int) -> bool:
+    """Return whether so many elements are worth a Numba kernel."""
+    return elements >= MIN_ELEMENTS and available()
+
+
+@cache
+def available() -> bool:
+    """Return whether Numba is installed."""
+    return find_spec("numba") is not None
+
+
+def run(name: str, items: int, *arguments: Any) -> None:
+    """Run a kernel over all its work items, a slice per thread.
+
+    Args:
+        name: The kernel's.
+        items: Work items.
+        arguments: NumPy's arrays, and numbers.
+    """
+    slices = max(min(num_threads(), items), 1)
+    splits = [items * i // slices for i in range(slices + 1)]
+    parallel_for(getattr(_kernels(), name), splits, arguments)
+
+
+def run_serial(name: str, *arguments: Any) -> None:
+    """Run a kernel on this thread, with these arguments and no others."""
+    getattr(_kernels(), name)(*arguments)
+
+
+def run_region(name: str, threads: int, *arguments: Any) -> None:
+    """Run a kernel on several threads at the same time, which synchronize at its barriers.
+
+    Args:
+        name: The kernel's.
+        threads: `max_region_threads` at most.
+        arguments: NumPy's arrays, numbers, and tuples of both, after the number of threads and the
+            barrier's counter.
+    """
+    barrier = np.zeros(1, np.int64)
+
+    def abort() -> None:
+        barrier[0] = 1 << 62
+
+    parallel_for(
+        getattr(_kernels(), name), range(threads + 1), (threads, barrier, *arguments), abort
+    )
+
+
+def max_region_threads() -> int:
+    """Return the number of threads that can run at the same time."""
+    return min(num_threads(), num_workers() + 1)
+
+
+def constant(name: str) -> int:
+    """Return an integer of `kernels` that depends on the processor."""
+    found: int = getattr(_kernels(), name)
+    return found
+
+
+@cache
+def _kernels() -> Any:
+    return import_module("mlx_rgemma.cpu.kernels")  # takes half a second: only when needed
