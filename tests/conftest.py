@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def golden_model(name: str, dtype: mx.Dtype = mx.float32, *, fuse: bool = True, 
     model.load_weights(kept)
     mx.eval(model.parameters())
     if fuse:
-        model.fuse_projections()
+        model.prepare_for_inference(dequantize=False)
     return model
 
 
@@ -70,15 +71,32 @@ def model_name(request) -> str:
     return request.param
 
 
+CPU_BACKEND = sys.platform == "linux" and not ON_GPU
+
+
+@pytest.fixture(autouse=True)
+def cpu_backend(request):
+    """Select the CPU backend for its tests, whatever the environment says."""
+    from mlx_rgemma.ops import backend
+
+    if request.path.parent.name != "cpu":
+        yield
+        return
+    with backend.use(backend.Backend.CPU):
+        yield
+
+
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """The names of the compiled loops that run, each time; any array is large enough for one."""
-    from mlx_rgemma.ops import loops
+    """The names of the Numba kernels that run, each time; any array is large enough for one."""
+    from mlx_rgemma.cpu import numba_runtime
 
     names: list[str] = []
-    run = loops.run
-    monkeypatch.setattr(loops, "LEAST", 1)
-    monkeypatch.setattr(loops, "run", lambda name, *rest: (names.append(name), run(name, *rest)))
+    run = numba_runtime.run
+    monkeypatch.setattr(numba_runtime, "MIN_ELEMENTS", 1)
+    monkeypatch.setattr(
+        numba_runtime, "run", lambda name, *rest: (names.append(name), run(name, *rest))
+    )
     return names
 
 
@@ -116,6 +134,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+    if not CPU_BACKEND:
+        skip = pytest.mark.skip(reason="the CPU backend runs on Linux only")
+        for item in items:
+            if item.path.parent.name == "cpu":
+                item.add_marker(skip)
 
     compiler, reason = metal_cpu.compiler()
     if compiler is None:

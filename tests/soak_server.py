@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 
-from running_server import BAD_BODIES, BAD_FIELDS, CHAT, COMPLETIONS, STORY, Running
+from helpers.running_server import BAD_BODIES, BAD_FIELDS, CHAT, COMPLETIONS, STORY, Running
 
 GROWTH_MB = 40
 """What an allocator may take on; 10 minutes bring tens of thousands of states of 0.1 MB."""

@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import LOGITS_ATOL, golden, golden_model, max_error
-from random_models import EMBEDDED, TOKENS, random_model, write
+from helpers.random_models import EMBEDDED, TOKENS, random_model, write
 
 import mlx_rgemma
 from mlx_rgemma import distributed, load, register

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from launching import Launched, free_ports, launch
-from random_models import EMBEDDED, random_checkpoint
-from running_server import Running
+from helpers.random_models import EMBEDDED, random_checkpoint
+from helpers.running_server import Running
 
 from mlx_rgemma import convert, generate, load
 from mlx_rgemma.generate import main as generate_alone

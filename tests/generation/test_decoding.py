@@ -6,14 +6,14 @@ import io
 
 import mlx.core as mx
 import pytest
-from random_models import SHAPE, random_model
+from helpers.random_models import SHAPE, random_model
 
 from mlx_rgemma import GriffinConfig, Session, load, session
+from mlx_rgemma.cpu.layers import Linear
 from mlx_rgemma.generation import decoding, speculation
 from mlx_rgemma.generation.decoding import Processors, plain_steps
 from mlx_rgemma.generation.single import stream_generate
 from mlx_rgemma.griffin.layers import LocalAttentionBlock, RecurrentBlock
-from mlx_rgemma.cpu.layers import Linear
 
 PROMPT = mx.array([2, *range(40, 80)])
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import golden_model, max_error
-from random_models import SMALL
+from helpers.random_models import SMALL
 
 from mlx_rgemma import GriffinConfig, Model, generate, load, stream_generate
 from mlx_rgemma.errors import UserError

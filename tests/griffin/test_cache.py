@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import LOGITS_ATOL, golden_model, max_error
-from random_models import SMALL
+from helpers.random_models import SMALL
 
 from mlx_rgemma import GriffinConfig, Model
 from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache, state_nbytes

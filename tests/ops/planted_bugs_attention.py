@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
-from attention_cases import Case, counted, packed
-from executing import FORWARD_RTOL, assert_close, executed
+from helpers.attention_cases import Case, counted, packed
+from helpers.emulated import FORWARD_RTOL, assert_close, executed
 from metal_cpu import Launch
 from planting import Bug
 

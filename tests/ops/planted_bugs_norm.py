@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
-from executing import FORWARD_RTOL, assert_close, executed
-from float64 import to64
+from helpers.emulated import FORWARD_RTOL, assert_close, executed
+from helpers.float64 import to64
 from metal_cpu import Launch
 from planting import Bug
 

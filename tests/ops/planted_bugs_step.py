@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mlx.core as mx
-from executing import FORWARD_RTOL, assert_close, executed
+from helpers.emulated import FORWARD_RTOL, assert_close, executed
 from metal_cpu import Launch
 from planting import Bug
-from step_cases import Case
+from helpers.recurrent_decode_cases import Case
 
 from mlx_rgemma import ops
 

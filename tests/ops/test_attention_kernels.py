@@ -5,15 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from attention_cases import Case, counted, packed
+from helpers.attention_cases import Case, counted, packed
 from conftest import golden, relative_error
-from executing import FORWARD_RTOL, GRADIENT_RTOL, assert_close, executed, needs_compiler
+from helpers.emulated import FORWARD_RTOL, GRADIENT_RTOL, assert_close, executed, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_rgemma.ops.attention_kernels import RING, ROTARY, WINDOW
 
 from mlx_rgemma import ops
 from mlx_rgemma.ops import attention, attention_kernels, kernels
-from mlx_rgemma.ops.attention_kernels import RING, ROTARY, WINDOW
 from mlx_rgemma.ops.autograd import inference_mode
 
 pytestmark = needs_compiler

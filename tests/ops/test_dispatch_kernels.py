@@ -9,7 +9,7 @@ import warnings
 
 import mlx.core as mx
 import pytest
-from executing import executed, launched, needs_compiler
+from helpers.emulated import executed, launched, needs_compiler
 
 from mlx_rgemma import ops
 from mlx_rgemma.errors import UserError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from executing import executed, launched, needs_compiler
+from helpers.emulated import executed, launched, needs_compiler
 from test_golden_ops import test_causal_conv1d, test_linear_scan, test_rg_lru
 
 pytestmark = needs_compiler

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import golden, relative_error
-from executing import (
+from helpers.emulated import (
     FLOATS,
     FORWARD_RTOL,
     GRADIENT_RTOL,
@@ -17,7 +17,7 @@ from executing import (
     launched,
     needs_compiler,
 )
-from float64 import to64
+from helpers.float64 import to64
 
 from mlx_rgemma import ops
 from mlx_rgemma.ops import kernels

@@ -9,7 +9,7 @@ import planted_bugs_attention
 import planted_bugs_norm
 import planted_bugs_step
 import pytest
-from executing import executed, needs_compiler
+from helpers.emulated import executed, needs_compiler
 from planting import Bug, finder, static_findings
 
 from mlx_rgemma.ops import kernels

@@ -6,8 +6,8 @@ import functools
 
 import mlx.core as mx
 import pytest
-from executing import FORWARD_RTOL, GRADIENT_RTOL, assert_close, executed, needs_compiler
-from float64 import to64
+from helpers.emulated import FORWARD_RTOL, GRADIENT_RTOL, assert_close, executed, needs_compiler
+from helpers.float64 import to64
 from metal_cpu import KernelError
 from planted_bugs import BUGS, Bug
 

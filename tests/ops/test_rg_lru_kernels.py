@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import float64
+from helpers import float64
 import mlx.core as mx
 import numpy as np
 import pytest
-from executing import (
+from helpers.emulated import (
     FLOATS,
     FORWARD_RTOL,
     GRADIENT_RTOL,
@@ -16,7 +16,7 @@ from executing import (
     launched,
     needs_compiler,
 )
-from float64 import PADDING, RESET, to64
+from helpers.float64 import PADDING, RESET, to64
 
 from mlx_rgemma import ops
 

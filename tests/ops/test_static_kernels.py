@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from executing import executed, needs_compiler
+from helpers.emulated import executed, needs_compiler
 from metal_cpu import check_launch
 from planted_bugs import BUGS
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import golden, relative_error
-from executing import (
+from helpers.emulated import (
     FORWARD_RTOL,
     GRADIENT_RTOL,
     assert_close,
@@ -14,10 +14,10 @@ from executing import (
     launched,
     needs_compiler,
 )
-from float64 import NORMAL, PADDING, RESET
+from helpers.float64 import NORMAL, PADDING, RESET
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_cases import WEIGHTS, Case
+from helpers.recurrent_decode_cases import WEIGHTS, Case
 
 from mlx_rgemma import ops
 from mlx_rgemma.ops import kernels

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from running_server import BAD_BODIES, BAD_FIELDS, CHAT, COMPLETIONS, STORY, Running
+from helpers.running_server import BAD_BODIES, BAD_FIELDS, CHAT, COMPLETIONS, STORY, Running
 
 from mlx_rgemma import convert, generate, load
 from mlx_rgemma.checkpoints.source import EMBEDDED

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from running_server import BAD_BODIES, BAD_FIELDS, CHAT, COMPLETIONS, Running
+from helpers.running_server import BAD_BODIES, BAD_FIELDS, CHAT, COMPLETIONS, Running
 
 BAD_MESSAGES = [
     None,

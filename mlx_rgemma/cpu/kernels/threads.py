@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir
 from numba import int64, types
 from numba.extending import intrinsic
-from numba.thread import cgutils
+from numba.core import cgutils
 
 from mlx_rgemma.cpu.kernels.compiler import kernel
 

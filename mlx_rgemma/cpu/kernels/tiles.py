@@ -16,7 +16,7 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import config, types
 from numba.extending import intrinsic
-from numba.thread import cgutils
+from numba.core import cgutils
 
 
 def _has_avx512() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -10,27 +9,25 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import ON_GPU, golden_model
+from conftest import golden_model
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_rgemma.ops import loops
+from mlx_rgemma.cpu import numba_runtime
 from mlx_rgemma.cpu.adam import fuse_adam
 from mlx_rgemma.tuner.batch import Batch
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.optimizers import make_optimizer
 from mlx_rgemma.tuner.rules import adamw
 
-pytestmark = pytest.mark.skipif(
-    ON_GPU or not sys.platform.startswith("linux"), reason="loops run on a Linux CPU only"
-)
-
 
 @pytest.fixture
 def ran(ran, monkeypatch) -> list[str]:
-    """Those shared by all cores: of arrays of 64 elements and more. Smaller ones go by "alone"."""
-    monkeypatch.setattr(loops, "LEAST", 64)
-    alone = loops.alone
-    monkeypatch.setattr(loops, "alone", lambda *rest: (ran.append("alone"), alone(*rest)))
+    """Those shared by all cores: of arrays of 64 elements and more. Smaller ones go by "serial"."""
+    monkeypatch.setattr(numba_runtime, "MIN_ELEMENTS", 64)
+    serial = numba_runtime.run_serial
+    monkeypatch.setattr(
+        numba_runtime, "run_serial", lambda *rest: (ran.append("serial"), serial(*rest))
+    )
     return ran
 
 
@@ -80,18 +77,18 @@ def test_updates_are_those_of_mlx_bit_for_bit(ran, make):
     expected = trained(make())
     assert not ran
     assert same(trained(fuse_adam(make())), expected)
-    expected_runs = {"adam": 2 * 4, "alone": 0 if make is OPTIMIZERS["two groups"] else 4 * 4}
+    expected_runs = {"adam": 2 * 4, "serial": 0 if make is OPTIMIZERS["two groups"] else 4 * 4}
     assert {name: ran.count(name) for name in expected_runs} == expected_runs
 
 
 def test_few_numbers_stay_mlxs(ran, monkeypatch):
     """Also where they are many together, as adapters are."""
-    monkeypatch.setattr(loops, "LEAST", 30 * 40 + 1)
+    monkeypatch.setattr(numba_runtime, "MIN_ELEMENTS", 30 * 40 + 1)
     assert same(trained(fuse_adam(optim.Adam(1e-2))), trained(optim.Adam(1e-2)))
     assert not ran
-    monkeypatch.setattr(loops, "LEAST", loops.LEAST - 1)
+    monkeypatch.setattr(numba_runtime, "MIN_ELEMENTS", numba_runtime.MIN_ELEMENTS - 1)
     trained(fuse_adam(optim.Adam(1e-2)))
-    assert set(ran) == {"adam", "alone"}
+    assert set(ran) == {"adam", "serial"}
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adafactor", "Lion", "Adamax"])

@@ -11,7 +11,7 @@ import metal_cpu
 import mlx.core as mx
 import numpy as np
 import pytest
-from float64 import Array, to64
+from helpers.float64 import Array, to64
 
 from mlx_rgemma.ops import kernels
 

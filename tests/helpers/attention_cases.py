@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from float64 import to64
+from helpers.float64 import to64
 
 from mlx_rgemma.ops import Ring, apply_rotary, rotary_angles, rotary_frequencies
 

@@ -1,4 +1,4 @@
-"""Whether a module still holds what it held."""
+"""Replaced parameters are detected."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import weakref
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from random_models import random_model
+from helpers.random_models import random_model
 
-from mlx_rgemma.cpu.parameter_guard import Snapshot
+from mlx_rgemma.cpu.parameter_guard import ParameterGuard
 
 
 def block(model):
@@ -32,24 +32,24 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_change_is_seen(change):
     model = random_model()
-    snapshot = Snapshot(model)
-    assert snapshot.holds()
+    guard = ParameterGuard(model)
+    assert guard.unchanged()
     change(model)
-    assert not snapshot.holds()
-    assert Snapshot(model).holds()
+    assert not guard.unchanged()
+    assert ParameterGuard(model).unchanged()
 
 
 def test_computing_changes_nothing():
     model = random_model()
-    snapshot = Snapshot(model.model)
+    guard = ParameterGuard(model.model)
     mx.eval(model(mx.array([[1, 2, 3]]), model.make_cache(1)))
-    assert snapshot.holds()
+    assert guard.unchanged()
 
 
-def test_a_model_is_let_go_with_its_snapshot():
-    """Its own, of what is within it, is no cycle: memory is free at once."""
+def test_a_guard_does_not_keep_its_model_alive():
+    """A guard of the inner module is no reference cycle: memory is freed at once."""
     model = random_model()
-    model._snapshot = Snapshot(model.model)
+    object.__setattr__(model, "_decoder", (ParameterGuard(model.model), None))
     gone = weakref.ref(model.model)
     gc.disable()
     try:

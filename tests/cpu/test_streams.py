@@ -1,36 +1,31 @@
-"""Halves of large arrays on two threads of a Linux CPU give what the whole gives, bit for bit."""
+"""Splitting large arrays across two streams changes no bit."""
 
 from __future__ import annotations
 
-import sys
 import threading
 
 import mlx.core as mx
 import pytest
 
-from mlx_rgemma.ops import gated_gelu, lanes, rg_lru, windowed_attention
-from mlx_rgemma.ops.attention_plain import Ring
+from mlx_rgemma.cpu import streams
+from mlx_rgemma.ops import gated_gelu, rg_lru
 from mlx_rgemma.ops.cross_entropy import cross_entropies
-
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="work is shared on a Linux CPU only"
-)
 
 
 @pytest.fixture
 def same(monkeypatch):
     """Computes arrays with one core and with two: the second thread is used, the bits agree."""
-    beside, used = lanes._beside, []
-    monkeypatch.setattr(lanes, "_beside", lambda: (used.append(1), beside())[1])
-    monkeypatch.setattr(lanes, "LEAST", 64)
+    side, used = streams._side_stream, []
+    monkeypatch.setattr(streams, "_side_stream", lambda: (used.append(1), side())[1])
+    monkeypatch.setattr(streams, "MIN_ELEMENTS", 64)
 
     def check(compute):
         results = []
-        for cores in (1, 2):
-            monkeypatch.setattr(lanes, "cores", lambda cores=cores: cores)
+        for threads in (1, 2):
+            monkeypatch.setattr(streams, "num_threads", lambda threads=threads: threads)
             results.append(compute())
             mx.eval(results[-1])
-            assert bool(used) == (cores == 2)
+            assert bool(used) == (threads == 2)
         assert all(mx.array_equal(x, y).item() for x, y in zip(*results, strict=True))
 
     return check
@@ -70,17 +65,6 @@ def test_cross_entropy(same, cap):
     same(lambda: [cross_entropies(scores, targets, cap), mx.grad(total)(scores)])
 
 
-@pytest.mark.parametrize("past", [0, 200])
-def test_attention(same, past):
-    q, k, v = (normal(2, heads, 400, 16, seed=heads) for heads in (3, 1, 1))
-    ring = Ring(normal(2, 2, past, 16, seed=5), 0) if past else None
-
-    def attend(q):
-        return windowed_attention(q, k, v, window=150, ring=ring)
-
-    same(lambda: [attend(q), mx.grad(lambda q: attend(q).sum())(q)])
-
-
 def test_in_other_threads():
     gate = normal(1, 512, 512)
     mx.eval(gate)  # what is not computed yet belongs to its thread
@@ -97,7 +81,8 @@ def test_in_other_threads():
     assert len(found) == 3 and len(set(found)) == 1
 
 
-def test_small_arrays_stay_where_they_are(monkeypatch):
-    monkeypatch.setattr(lanes, "cores", lambda: 2)
-    assert not lanes.worthwhile(lanes.LEAST - 1)
-    assert lanes.worthwhile(lanes.LEAST) == (mx.default_device().type == mx.cpu)
+def test_small_arrays_stay_on_one_stream(monkeypatch):
+    monkeypatch.setattr(streams, "num_threads", lambda: 2)
+    monkeypatch.setattr(streams, "_side_stream", lambda: pytest.fail("a second stream was used"))
+    small = normal(streams.MIN_ELEMENTS // 64 - 1, 64)
+    streams.split_across_streams(lambda x: (x + 1.0,), small)

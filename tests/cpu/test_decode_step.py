@@ -1,46 +1,40 @@
-"""A decode step by compiled loops: Google's logits, the model's state, and only where it may."""
+"""Decode steps by Numba kernels: Google's logits, the model's state, and only where supported."""
 
 from __future__ import annotations
 
 import copy
-import sys
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL, ON_GPU, golden, golden_model, max_error
+from conftest import LOGITS_ATOL, golden, golden_model, max_error
 from mlx.utils import tree_flatten
-from random_models import CONFIG
+from helpers.random_models import CONFIG
 
 from mlx_rgemma import Model
+from mlx_rgemma.cpu import decode_step, dequantize, numba_runtime, thread_pool
 from mlx_rgemma.generation.decoding import plain_steps
 from mlx_rgemma.generation.speculation import SpeculationStats, speculative_steps
-from mlx_rgemma.griffin import loop_step
-from mlx_rgemma.griffin import model as model_module
 from mlx_rgemma.griffin.cache import RecurrentCache
-from mlx_rgemma.ops import loops, team
+from mlx_rgemma.ops import backend
+from mlx_rgemma.ops.backend import Backend
 from mlx_rgemma.tuner.initialization import initialize
-
-pytestmark = pytest.mark.skipif(
-    ON_GPU or not sys.platform.startswith("linux"), reason="loops run on a Linux CPU only"
-)
 
 
 @pytest.fixture
 def steps(monkeypatch) -> list[int]:
-    """The tokens that steps by loops have read, of all rows; small models are worth them."""
+    """The tokens that the kernels have read, of all sequences; small models are worth them."""
     tokens: list[int] = []
-    step = loop_step.LoopStep.__call__
+    step = decode_step.Decoder._step
 
-    def noted(self, numbers, cache, **options):
-        tokens.extend(number for row in numbers for number in row)
-        return step(self, numbers, cache, **options)
+    def noted(self, ids, cache, last_only):
+        tokens.extend(token for sequence in ids for token in sequence)
+        return step(self, ids, cache, last_only)
 
-    monkeypatch.setattr(loops, "LEAST", 1)
-    monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1)
-    monkeypatch.setattr(loop_step, "WEIGHTS_A_CORE", 1)
-    monkeypatch.setattr(loop_step.LoopStep, "__call__", noted)
+    monkeypatch.setattr(decode_step, "MIN_WEIGHTS", 1)
+    monkeypatch.setattr(decode_step, "WEIGHTS_PER_THREAD", 1)
+    monkeypatch.setattr(decode_step.Decoder, "_step", noted)
     return tokens
 
 
@@ -50,24 +44,23 @@ def evaluated(name: str, **changes) -> nn.Module:
     return model
 
 
-def plainly(monkeypatch, compute):
-    """What the model's own way gives."""
-    with monkeypatch.context() as patch:
-        patch.setattr(loops, "_installed", lambda: False)
+def plainly(compute):
+    """Results of the references."""
+    with backend.use(Backend.MLX):
         return compute()
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("cores", [1, 2, 5])
-def test_logits_are_googles(model_name, steps, monkeypatch, cores, rows):
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_logits_are_googles(model_name, steps, monkeypatch, threads, rows):
     """Token by token from the second on, far beyond the window."""
-    helpers = [team._Helper(number) for number in range(1, cores)]
-    monkeypatch.setattr(team, "_helpers", lambda: helpers)
-    monkeypatch.setattr(loops, "cores", lambda: cores)
-    crews = []
-    together = loops.together
+    workers = [thread_pool._Worker(number) for number in range(1, threads)]
+    monkeypatch.setattr(thread_pool, "_workers", lambda: workers)
+    monkeypatch.setattr(numba_runtime, "num_threads", lambda: threads)
+    used = []
+    run = numba_runtime.run_region
     monkeypatch.setattr(
-        loops, "together", lambda name, n, *rest: (crews.append(n), together(name, n, *rest))
+        numba_runtime, "run_region", lambda name, n, *rest: (used.append(n), run(name, n, *rest))
     )
     model = evaluated(model_name)
     data = golden(f"decode/{model_name}.npz")
@@ -77,19 +70,19 @@ def test_logits_are_googles(model_name, steps, monkeypatch, cores, rows):
     for column in tokens.T.tolist():
         found.append(np.array(model(mx.array(column)[:, None], cache=cache)))
     assert steps == tokens.T[1:].flatten().tolist()
-    assert set(crews) == {cores}
+    assert set(used) == {threads}
     assert max_error(np.concatenate(found, axis=1), expected) < LOGITS_ATOL
 
 
 @pytest.mark.parametrize(
-    "weights, cores", [(1, 1), (1 << 18, 1), (1 << 19, 2), ((1 << 20) - 1, 3), (1 << 30, 4)]
+    "weights, threads", [(1, 1), (1 << 18, 1), (1 << 19, 2), ((1 << 20) - 1, 3), (1 << 30, 4)]
 )
-def test_how_many_cores_a_layer_is_worth(monkeypatch, weights, cores):
-    monkeypatch.setattr(loops, "crew", lambda: 4)
-    assert loop_step._crew(weights) == cores
+def test_how_many_threads_a_layer_is_worth(monkeypatch, weights, threads):
+    monkeypatch.setattr(numba_runtime, "max_region_threads", lambda: 4)
+    assert decode_step._threads(weights) == threads
 
 
-@pytest.mark.parametrize("rows", [2, 3, loop_step.MOST_TOKENS])
+@pytest.mark.parametrize("rows", [2, 3, decode_step.MAX_TOKENS])
 def test_rows_at_different_places(steps, monkeypatch, rows):
     """Prompts of different lengths, some behind the window; rows that leave, and one that joins."""
     model = evaluated("tiny-2b")
@@ -112,7 +105,7 @@ def test_rows_at_different_places(steps, monkeypatch, rows):
             found.append(np.array(model(mx.array(column)[:, None], cache=cache)))
         return np.stack(found), [np.array(x) for layer in cache for x in layer.state]
 
-    expected, its_state = plainly(monkeypatch, written)
+    expected, its_state = plainly(written)
     assert not steps
     found, state = written()
     assert steps == [token for column in drawn for token in column]
@@ -159,7 +152,7 @@ def test_tokens_that_are_taken_back(steps, monkeypatch, kept):
             model.prefill(mx.array([stay[-kept:]]), other)
         return expected, other
 
-    expected, other = plainly(monkeypatch, plain)
+    expected, other = plainly(plain)
     assert np.abs(logits - expected).max() < 3e-5
     for mine, its in zip(cache, other, strict=True):
         assert mine.positions == its.positions
@@ -191,7 +184,7 @@ def test_a_text_written_with_drafts(steps):
     assert len(steps) >= 60 + stats.drafted - stats.accepted
 
 
-@pytest.mark.parametrize("name", ["last_logits", "read"])
+@pytest.mark.parametrize("name", ["last_logits", "prefill"])
 def test_the_last_of_a_few_tokens(steps, monkeypatch, name):
     model = evaluated("tiny-2b")
     cache = model.make_cache(2)
@@ -217,7 +210,7 @@ def test_the_state_is_the_models_own(steps, monkeypatch):
         model(mx.array([[1, 2, 3]]), cache=cache)
         return [model.last_logits(mx.array([[token]]), cache) for token in range(4, 90)]
 
-    expected = plainly(monkeypatch, lambda: read(caches[0]))
+    expected = plainly(lambda: read(caches[0]))
     assert not steps
     found = read(caches[1])
     assert steps == list(range(4, 90))
@@ -268,7 +261,7 @@ def test_quantized_weights_that_are_held_in_float32(steps, monkeypatch):
     initialize(model, seed=0)
     model.eval()
     nn.quantize(model, group_size=32, bits=8, class_predicate=model.quant_predicate)
-    model.prepare_for_inference(expand=False)
+    model.prepare_for_inference(dequantize=False)
     cache = model.make_cache(1)
 
     def read(cache):
@@ -277,7 +270,7 @@ def test_quantized_weights_that_are_held_in_float32(steps, monkeypatch):
 
     expected = read(cache)
     assert not steps  # they are packed
-    assert model.expand_quantized() > 0
+    assert dequantize.cache_dequantized(model) > 0
     found = read(model.make_cache(1))
     assert len(steps) == 16
     assert max(np.abs(x - y).max() for x, y in zip(found, expected, strict=True)) < 1e-4
@@ -300,29 +293,28 @@ def test_weights_that_are_replaced(steps, monkeypatch):
     mlp.down_proj.weight = mlp.down_proj.weight * 1.5
     second = logits()
     assert len(steps) == 2 and np.abs(second - first).max() > 1e-3
-    assert np.abs(second - plainly(monkeypatch, logits)).max() < 1e-5
+    assert np.abs(second - plainly(logits)).max() < 1e-5
     mlp.down_proj = LoRALinear.from_base(mlp.down_proj)
     mlp.down_proj.lora_b = mx.ones_like(mlp.down_proj.lora_b)
     third = logits()
     assert len(steps) == 2 and np.abs(third - second).max() > 1e-3
 
 
-def test_training_lets_go_of_what_a_step_held(steps):
+def test_a_model_in_training_mode_uses_none(steps):
     model = evaluated("tiny-2b")
     cache = model.make_cache(1)
     model(mx.array([[1, 2, 3]]), cache=cache)
     model(mx.array([[4]]), cache=cache)
-    assert len(steps) == 1 and model._loop_step is not None
+    assert len(steps) == 1 and model._decoder[1] is not None
     model.train()
-    assert model._loop_step is None
     model(mx.array([[4]]), cache=cache)
     assert len(steps) == 1
-    assert "_loop_step" not in dict(tree_flatten(model.parameters()))
+    assert not any("_decoder" in name for name, _ in tree_flatten(model.parameters()))
 
 
 def test_what_takes_the_models_own_way(steps):
     """The first token, many tokens, packed and padded rows, half precision."""
-    one, many = mx.array([[3]]), loop_step.MOST_TOKENS + 1
+    one, many = mx.array([[3]]), decode_step.MAX_TOKENS + 1
     model = evaluated("tiny-2b")
 
     def continued(model, rows=1, prepare=lambda cache: None):
@@ -370,15 +362,14 @@ def test_within_a_compiled_function(steps):
     assert steps == [3]
 
 
-def test_small_models_and_other_devices(monkeypatch):
+def test_small_models_and_no_numba(monkeypatch):
     """A model of fewer than eight million parameters steps as before."""
     model = evaluated("tiny-2b")
     cache = model.make_cache(1)
     model(mx.array([[1, 2]]), cache=cache)
     model(mx.array([[3]]), cache=cache)
-    assert model._loop_step is None
-    monkeypatch.setattr(loops, "_installed", lambda: False)
-    monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1)
-    monkeypatch.setattr(loops, "LEAST", 1)
+    assert model._decoder[1] is None
+    monkeypatch.setattr(numba_runtime, "available", lambda: False)
+    monkeypatch.setattr(decode_step, "MIN_WEIGHTS", 1)
     model(mx.array([[3]]), cache=cache)
-    assert model._loop_step is None
+    assert model._decoder[1] is None
