@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-import metal_cpu
+import metal_emulator
 import mlx.core as mx
 import pytest
 
@@ -14,7 +14,8 @@ from mlx_rgemma import selftest
 from mlx_rgemma.ops import kernels
 
 needs_compiler = pytest.mark.skipif(
-    metal_cpu.compiler()[0] is None, reason=f"kernels not executed: {metal_cpu.compiler()[1]}"
+    metal_emulator.compiler()[0] is None,
+    reason=f"kernels not executed: {metal_emulator.compiler()[1]}",
 )
 needs_no_metal = pytest.mark.skipif(mx.metal.is_available(), reason="this machine has Metal")
 
@@ -45,7 +46,7 @@ def test_without_metal_json_has_the_reason(capsys):
 
 @needs_compiler
 def test_kernels_are_compared_and_timed(capsys):
-    with metal_cpu.executed():
+    with metal_emulator.emulate():
         command = ["--kernel", "rg_lru", "linear_scan", "--timing", "example", "--repeat", "1"]
         assert selftest.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -68,7 +69,7 @@ def test_kernels_are_compared_and_timed(capsys):
 def test_a_kernel_that_fails_makes_it_fail(capsys, monkeypatch, old, new, reason):
     original = kernels.source
     monkeypatch.setattr(kernels, "source", lambda file: original(file).replace(old, new))
-    with metal_cpu.executed():
+    with metal_emulator.emulate():
         assert selftest.main(["--kernel", "rg_lru", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["not_run"] is None
