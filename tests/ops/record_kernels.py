@@ -31,7 +31,5 @@ def record(folder: Path, chosen: Iterable[kernels.Kernel]) -> list[Path]:
 
 
 if __name__ == "__main__":
-    files = record(Path(sys.argv[1]), kernels.registered())
-    print(
-        f"{len(files)} launches in {sys.argv[1]}, {sum(f.stat().st_size for f in files) >> 10} KB"
-    )
+    (folder,) = sys.argv[1:]
+    print(f"{len(record(Path(folder), kernels.registered()))} launches in {folder}")

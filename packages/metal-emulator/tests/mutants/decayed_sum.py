@@ -111,7 +111,7 @@ MEMORY = [
         "store past the end",
         "if (t < length) {",
         "if (true) {",
-        "of what another thread",
+        "of an element that another thread",
         "y[(b *",
         -1,
     ),
@@ -252,7 +252,7 @@ UNDEFINED_BEHAVIOUR = [
         "threadgroup float sums[S * 32];\n"
         "threadgroup atomic_uint ready;\n"
         "while (atomic_load_explicit(&ready, memory_order_relaxed) != s) {}",
-        "a loop that does not end?",
+        "an endless loop?",
         "while",
     ),
 ]

@@ -1,5 +1,5 @@
-// Fibers: a GPU thread that waits gives the processor to the next one. On x86-64 a switch saves the
-// six registers that a function must preserve; elsewhere, and with MTL_UCONTEXT, ucontext does it.
+// Fibers: a GPU thread that waits yields to the next one. On x86-64 a switch saves the six
+// registers that a function must preserve. Elsewhere, and with MTL_UCONTEXT, ucontext switches.
 #include <sys/mman.h>
 
 #include "state.h"
@@ -16,7 +16,7 @@ void** kernel_buffers;
 
 constexpr size_t kGuardBytes = 8192;
 
-// The stack grows down into pages that fault: endless recursion is found, not executed.
+// The stack grows down into pages that fault, so endless recursion is detected.
 char* new_stack() {
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   void* memory = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE, flags, -1, 0);
@@ -61,7 +61,7 @@ static void run_kernel() {
 }
 
 void prepare(Fiber& fiber) {
-  // Different lanes start at different cache sets: equal offsets in 256 KB stacks would collide.
+  // Spread the lanes over the cache sets: equal offsets in 256 KB stacks would collide.
   char* top = fiber.stack + kStackBytes - (fiber.self.index_in_group & 63) * 320;
   void** stack = reinterpret_cast<void**>(top);
   *--stack = nullptr;  // the return address of run_kernel, which never returns; aligns the stack

@@ -19,14 +19,14 @@ namespace {
 constexpr int kFaults[4] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
 constexpr int kTimer = SIGVTALRM;
 constexpr ptrdiff_t kStackGuard = 8192;
-constexpr int kPatience = 50;  // milliseconds
+constexpr int kGraceMilliseconds = 50;
 
 pthread_t owner;
 void* kernel_library;
 uint32_t limit;
 int strikes;
 
-// One past the instruction, like the address after a call: lines are looked up just before it.
+// The address after the instruction, like a return address: lines are looked up just before it.
 void* program_counter(void* context) {
 #if defined(__x86_64__)
   return reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP] + 1);
@@ -48,7 +48,7 @@ bool in_kernel_thread() {
 
 void on_fault(int number, siginfo_t* info, void* context) {
   if (!in_kernel_thread()) {
-    signal(number, SIG_DFL);  // not ours: it happens again and ends the process
+    signal(number, SIG_DFL);  // not a fault of the kernel: it recurs and ends the process
     return;
   }
   void* pc = program_counter(context);
@@ -69,12 +69,12 @@ void on_fault(int number, siginfo_t* info, void* context) {
 void on_timer(int, siginfo_t*, void* context) {
   if (!state.expired) {
     strikes = 0;
-    state.expired = true;  // the next access, exchange or barrier of the kernel sees it
+    state.expired = true;  // the next access, exchange or barrier of the kernel ends it
   }
-  // A loop that does none of these is left here, but only in the kernel's own code: the runtime
-  // could be in the midst of something.
+  // A loop without any of these ends here, but only within the kernel's own code: the runtime must
+  // not be interrupted.
   void* pc = program_counter(context);
-  if (++strikes > kPatience && in_kernel_thread() && library_of(pc) == kernel_library) {
+  if (++strikes > kGraceMilliseconds && in_kernel_thread() && library_of(pc) == kernel_library) {
     report_endless(pc, 0);
   }
 }
@@ -82,7 +82,7 @@ void on_timer(int, siginfo_t*, void* context) {
 }  // namespace
 
 void report_endless(void* pc, int line) {
-  report(pc, line, "still running after %u s of processor time: a loop that does not end?", limit);
+  report(pc, line, "still running after %u s of processor time: an endless loop?", limit);
   abandon_launch();
 }
 

@@ -1,4 +1,4 @@
-// What is different in the process while a launch runs, and is put back after it.
+// Process state during a launch: signal handlers, timer, denormals. Restored after the launch.
 #pragma once
 #include <csignal>
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace runtime {
 
-// Faults of the kernel become findings. Faults of anything else stay what they are.
+// Turns faults of the kernel into findings. Other faults keep their effect.
 class FaultGuard {
  public:
   FaultGuard();
@@ -19,9 +19,8 @@ class FaultGuard {
   struct sigaction old_[4];
 };
 
-// A kernel that takes more processor time than this has a loop that does not end, or waits for a
-// thread that cannot run: that is a finding too. `entry` tells the kernel's code from the
-// runtime's.
+// Ends a kernel that takes more processor time than this: it has an endless loop, or waits for a
+// thread that cannot run. `entry` distinguishes the kernel's code from the runtime's.
 class TimeGuard {
  public:
   TimeGuard(uint32_t seconds, void* entry);
@@ -32,7 +31,7 @@ class TimeGuard {
   struct sigaction old_;
 };
 
-// Apple's GPUs may flush denormal floats to zero; so does the processor, if asked.
+// Flushes denormal floats to zero, as Apple's GPUs may do.
 class DenormalGuard {
  public:
   explicit DenormalGuard(bool flush);

@@ -1,6 +1,6 @@
-// The functions that an instrumented kernel calls. Compiled with -fsanitize=thread and
-// -fsanitize=undefined, it reports every access, call and undefined operation by these names;
-// linked with this runtime instead of the sanitizers' own, it reports them to the shadow memory.
+// The hooks of an instrumented kernel. With -fsanitize=thread and -fsanitize=undefined the compiler
+// inserts calls to these functions at every access, function call and undefined operation. A kernel
+// is linked to this runtime instead of the sanitizers' runtimes.
 #include <algorithm>
 #include <cstring>
 
@@ -72,15 +72,14 @@ extern "C" void* __tsan_memset(void* to, int value, size_t bytes) {
   return memset(to, value, bytes);
 }
 
-// ---- calls: Metal has no recursion, and barriers must be reached by the same path
+// ---- calls: to find recursion, and barriers that are reached by different paths
 
 extern "C" void __tsan_func_entry(void* caller) {
   runtime::Fiber* fiber = state.current;
   if (fiber == nullptr) {
     return;
   }
-  // Any address inside the function will do to know it again, as long as it is the same each time:
-  // this is where it calls the hook.
+  // The return address of the hook identifies the function: it is the same for every call.
   void* function = CALLER;
   const int depth = std::min(fiber->depth, runtime::kMaxCallDepth);
   for (int i = 0; i < depth; ++i) {
@@ -114,15 +113,15 @@ struct TypeMismatch {
   unsigned char kind;
 };
 
-void undefined(void* pc, const char* what) {
-  report(pc, 0, "undefined behaviour: %s", what);
+void undefined(void* pc, const char* description) {
+  report(pc, 0, "undefined behaviour: %s", description);
 }
 
 }  // namespace
 
-#define UNDEFINED(handler, what)                                  \
+#define UNDEFINED(handler, text)                                  \
   extern "C" void __ubsan_handle_##handler(void*, void*, void*) { \
-    undefined(CALLER, what);                                      \
+    undefined(CALLER, text);                                      \
   }
 
 UNDEFINED(shift_out_of_bounds, "shift by more bits than the type has")

@@ -1,4 +1,4 @@
-// One launch: buffers between guard pages, the grid, and what happened.
+// A launch: buffers between guard pages, the grid, and the results.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -15,11 +15,11 @@ namespace runtime {
 State state;
 void set_function_constants(const uint64_t* values);
 
-// As the caller describes a buffer.
+// A buffer argument. Must match `_Buffer` in run.py.
 struct Buffer {
   void* host;
   uint64_t bytes;
-  uint64_t origin;  // where in it the kernel's pointer points, in bytes
+  uint64_t origin;  // byte that the kernel's pointer points to
   uint32_t role;
   uint32_t granule;
   const char* name;
@@ -38,19 +38,19 @@ struct Launch {
   uint32_t checked;
   uint32_t strict;
   uint32_t flush_denormals;
-  uint32_t seconds;  // of processor time, after which the kernel is taken to loop forever
+  uint32_t seconds;  // processor time after which the kernel counts as an endless loop
 };
 
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kGuard = 64 << 20;  // an index wrong by less than this cannot reach another buffer
+constexpr size_t kGuard = 64 << 20;  // an index that is wrong by less cannot reach another buffer
 
 size_t whole_pages(size_t bytes) {
   return bytes == 0 ? kPage : (bytes + kPage - 1) / kPage * kPage;
 }
 
-// The launch's buffers, copied to where every access beyond their ends faults.
+// Copies of the buffers, placed so that an access beyond their ends faults.
 class Arena {
  public:
   Arena(const Buffer* buffers, uint32_t count) : buffers_(buffers, buffers + count) {
@@ -100,7 +100,7 @@ class Arena {
   }
 
  private:
-  // The buffer ends where its pages end, but for alignment: Metal aligns buffers, so may kernels.
+  // The buffer ends at the end of its pages, up to the alignment that Metal guarantees.
   void place(const Buffer& buffer, char* pages) {
     const size_t room = whole_pages(buffer.bytes);
     mprotect(pages, room, PROT_READ | PROT_WRITE);
@@ -119,7 +119,7 @@ class Arena {
   size_t bytes_;
 };
 
-// Stacks are kept: a launch needs at most a thousand, and gets the same ones each time.
+// Fibers and their stacks are reused by later launches; there are at most 1,024.
 std::vector<std::unique_ptr<Fiber>> fiber_pool;
 
 Fiber& pooled_fiber(uint32_t index) {
@@ -174,7 +174,7 @@ void start(Fiber& fiber, uint32_t index, const Extent& position, const Extent& s
   prepare(fiber);
 }
 
-// Metal cuts the last threadgroups short where the grid is no multiple of the threadgroup.
+// If the grid is no multiple of the threadgroup, the last threadgroups are smaller.
 void run_grid(const Launch& launch, Schedule& schedule) {
   uint32_t counts[3];
   for (int i = 0; i < 3; ++i) {
@@ -210,7 +210,7 @@ void run_grid(const Launch& launch, Schedule& schedule) {
 
 }  // namespace
 
-// Runs a grid. `traffic` has one entry a buffer; the findings are read with mtl_findings.
+// Runs a grid. `traffic` has one entry per buffer. mtl_findings returns the findings.
 extern "C" void mtl_run(const Launch* launch, Traffic* traffic, Counters* counters) {
   clear_findings();
   clear_regions();

@@ -1,6 +1,5 @@
-// Findings, as text lines for the caller: kind, address in the kernel's library, line, message,
-// joined by tabs. Addresses become lines of the kernel later: reading debug information is no work
-// for here.
+// Findings, as lines of text: kind, address in the kernel's library, line, message, separated by
+// tabs. The caller maps addresses to source lines.
 #include <dlfcn.h>
 
 #include <cstdarg>
@@ -24,7 +23,7 @@ void clear_findings() {
   seen.clear();
 }
 
-// The offset that addr2line understands.
+// Offset in the library, for addr2line.
 static uintptr_t offset_of(void* pc) {
   Dl_info info;
   if (pc == nullptr || dladdr(pc, &info) == 0) {
@@ -46,7 +45,7 @@ static std::string hexadecimal(uintptr_t value) {
 }
 
 void report(void* pc, int line, const char* format, ...) {
-  // The same defect at the same place is one finding, whichever thread meets it.
+  // The same defect at the same place is one finding, whichever thread causes it.
   const bool fresh = seen.insert({pc, pc ? format : format + std::to_string(line)}).second;
   if (!fresh || count >= kMaxFindings) {
     return;

@@ -24,7 +24,7 @@ bool same_operation(const Fiber& a, const Fiber& b) {
   return a.line == b.line && (a.operation == b.operation || !strcmp(a.operation, b.operation));
 }
 
-// Two lanes may reach one line through different calls of the same helper: on a GPU they diverge.
+// Lanes that reach a line through different calls of a helper diverge on a GPU.
 bool same_calls(const Fiber& a, const Fiber& b) {
   if (a.depth != b.depth) {
     return false;
@@ -47,7 +47,7 @@ struct Group {
     return std::min<uint32_t>(fibers.size(), begin(simdgroup) + MTL_SIMD_WIDTH);
   }
 
-  // Every lane that can run does, until it waits or ends.
+  // Runs every lane that can run until it waits or ends.
   void run_lanes(uint32_t simdgroup) {
     const uint32_t first = begin(simdgroup);
     const uint32_t lanes = end(simdgroup) - first;
@@ -86,7 +86,7 @@ struct Group {
            ended ? "; its last operation was at line " : ", line ", other.line);
   }
 
-  // Lets the lanes go on that wait together. False when none waits in a simdgroup operation.
+  // Resumes the lanes that wait in one simdgroup operation. Returns false if there are none.
   bool complete_exchange(uint32_t simdgroup) {
     const uint32_t first = begin(simdgroup);
     const uint32_t lanes = end(simdgroup) - first;
@@ -131,7 +131,7 @@ struct Group {
     return true;
   }
 
-  // All threads wait or have ended. They must wait at the same barrier.
+  // Resumes the threads after a barrier. All must wait at the same barrier.
   void complete_barrier() {
     const Fiber* waiting = nullptr;
     const Fiber* ended = nullptr;
@@ -176,7 +176,7 @@ struct Group {
 void run_threadgroup(std::vector<Fiber*>& fibers, Schedule& schedule) {
   Group group{fibers, schedule, static_cast<uint32_t>(fibers.size())};
   while (!state.abandoned) {
-    // Up to the next barrier. In random order the simdgroups also take turns between exchanges.
+    // Up to the next barrier. In random order the simdgroups also alternate between exchanges.
     std::vector<uint32_t> running = schedule.sequence(state.simdgroups.size());
     while (!running.empty()) {
       const bool any = schedule.order == Order::kRandom;

@@ -1,4 +1,4 @@
-// The order in which the threads of a threadgroup run.
+// Scheduling of the threads of a threadgroup.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -12,7 +12,7 @@ enum class Order : uint32_t { kForward = 0, kReverse = 1, kRandom = 2 };
 struct Random {
   uint32_t seed;
 
-  // A number in [0, n).
+  // Returns a number in [0, n).
   uint32_t below(uint32_t n) {
     seed = seed * 1664525u + 1013904223u;
     return static_cast<uint32_t>((static_cast<uint64_t>(seed) * n) >> 32);
@@ -24,7 +24,7 @@ struct Schedule {
   bool strict;  // simdgroup operations need all lanes
   Random random;
 
-  // 0..n-1 in this schedule's order.
+  // Returns 0..n-1 in the order of this schedule.
   std::vector<uint32_t> sequence(uint32_t n);
 };
 

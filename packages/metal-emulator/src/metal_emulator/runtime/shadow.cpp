@@ -6,7 +6,7 @@
 
 namespace runtime {
 
-static std::list<Region> regions;  // a list: a Region keeps its address
+static std::list<Region> regions;  // a list, so that the address of a Region does not change
 static Region* last_hit;
 static char* arena_begin;
 static char* arena_end;
@@ -93,7 +93,7 @@ void report_outside(const char* address, size_t bytes, const char* verb, void* p
 
 namespace {
 
-// The running thread, in the terms of a Cell.
+// The running thread, as a Cell describes it.
 struct Actor {
   uint32_t group;
   uint32_t epoch;
@@ -118,7 +118,7 @@ bool races_with_writer(const Cell& cell, const Actor& me) {
     return false;
   }
   if (cell.writer_group != me.group) {
-    return true;  // nothing orders threadgroups of one dispatch
+    return true;  // threadgroups of one dispatch are not ordered
   }
   if (cell.writer == me.thread || cell.writer_epoch != me.epoch) {
     return false;
@@ -182,7 +182,8 @@ void check_read(Region& region, Cell& cell, const Actor& me, void* pc) {
     cell.initialised = true;
   }
   if (races_with_writer(cell, me)) {
-    report(pc, 0, "data race on %s '%s': read of what another thread wrote with no barrier between",
+    report(pc, 0,
+           "data race on %s '%s': read of an element that another thread wrote, without a barrier",
            kind_of(region), region.name);
   }
   note_read(cell, me);
@@ -193,13 +194,14 @@ void check_write(Region& region, Cell& cell, const Actor& me, void* pc) {
       cell.writer_group != 0 && (cell.writer_group != me.group || cell.writer != me.thread);
   if (races_with_writer(cell, me)) {
     report(pc, 0,
-           "data race on %s '%s': write of what another thread wrote with no barrier between",
+           "data race on %s '%s': write of an element that another thread wrote, without a barrier",
            kind_of(region), region.name);
   } else if (other && region.role != Role::kThreadgroup) {
     report(pc, 0, "output '%s': an element is written by more than one thread", region.name);
   }
   if (races_with_readers(cell, me)) {
-    report(pc, 0, "data race on %s '%s': write of what another thread read with no barrier between",
+    report(pc, 0,
+           "data race on %s '%s': write of an element that another thread read, without a barrier",
            kind_of(region), region.name);
   }
   note_write(cell, me);
@@ -225,7 +227,7 @@ void access(const void* address, size_t bytes, bool write, void* pc, bool atomic
       report_outside(p, bytes, write ? "write" : "read", pc);
       abandon_launch();
     }
-    return;  // constant tables and the like
+    return;  // a constant table
   }
   ++state.counters.accesses;
   if (write && region->read_only()) {
@@ -241,7 +243,7 @@ void access(const void* address, size_t bytes, bool write, void* pc, bool atomic
       continue;
     }
     if (atomic && (cell.atomic || cell.writer_group == 0)) {
-      note_write(cell, me);  // atomics are ordered among each other
+      note_write(cell, me);  // atomic operations do not race with each other
       cell.atomic = true;
     } else if (write) {
       check_write(*region, cell, me, pc);
@@ -268,7 +270,7 @@ extern "C" void mtl_threadgroup_variable(void* address, size_t bytes, size_t gra
   if (region->used_in_group == state.group + 1) {
     return;
   }
-  // The first thread of a group to get here: nothing survives from the group before.
+  // The first thread of a threadgroup: the content of the previous threadgroup is lost.
   region->used_in_group = state.group + 1;
   memset(address, 0xFF, bytes);
   std::fill(region->cells.begin(), region->cells.end(), Cell{});

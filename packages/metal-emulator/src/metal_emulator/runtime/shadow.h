@@ -1,4 +1,4 @@
-// Shadow memory: for each element of a buffer or threadgroup variable, who touched it and when.
+// Shadow memory: the last accesses to each element of a buffer or threadgroup variable.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,11 +10,11 @@ namespace runtime {
 
 enum class Role : uint32_t { kInput = 0, kOutput = 1, kInitialisedOutput = 2, kThreadgroup = 3 };
 
-// The history of one element, as far as a race needs it. Epochs count barriers: an access in an
-// earlier epoch is ordered before the present one. A simdgroup's own barrier orders its lanes among
-// each other.
+// The accesses to one element that can race with the next one. Epochs count barriers: an access in
+// an earlier epoch is ordered before the current one. A simdgroup barrier orders the lanes of its
+// simdgroup.
 struct Cell {
-  uint32_t writer_group;  // counted from 1; 0: nobody wrote
+  uint32_t writer_group;  // counted from 1; 0: not written
   uint32_t writer_epoch;
   uint32_t writer_simd_epoch;
   uint32_t reader_group;  // likewise
@@ -35,7 +35,7 @@ struct Region {
   char* base;
   size_t bytes;
   Role role;
-  uint32_t granule;  // bytes an element
+  uint32_t granule;  // bytes per element
   const char* name;
   std::vector<Cell> cells;
   uint32_t used_in_group;  // threadgroup memory: the group (from 1) that declared it last
@@ -45,13 +45,13 @@ struct Region {
   Memory memory() const { return role == Role::kThreadgroup ? kThreadgroup : kDevice; }
 };
 
-// How often the kernel touched a buffer, element by element.
+// Accesses of the kernel to a buffer, counted per element.
 struct Traffic {
   uint64_t loads;
   uint64_t stores;
-  uint64_t elements_loaded;  // at least once
+  uint64_t elements_loaded;  // distinct elements
   uint64_t elements_stored;
-  uint64_t most_loads;  // of any one element
+  uint64_t most_loads;  // accesses to the element that was accessed most
   uint64_t most_stores;
 };
 
@@ -60,7 +60,7 @@ Region& add_region(char* base, size_t bytes, Role role, uint32_t granule, const 
 Region* region_at(const char* address);
 // The buffer nearest to an address outside all of them.
 Region* nearest_buffer(const char* address);
-// Where the guard pages between buffers lie: an address in there is a stray pointer.
+// Sets the range of the guard pages between buffers: an address in it is a stray pointer.
 void set_arena(char* begin, char* end);
 Traffic traffic_of(const Region& region);
 void report_outside(const char* address, size_t bytes, const char* verb, void* pc);

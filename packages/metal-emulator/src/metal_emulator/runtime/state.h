@@ -1,5 +1,5 @@
-// What the parts of the runtime share: the running thread, the epochs that order memory, the
-// findings. One launch runs at a time in a process, on one OS thread; the caller holds a lock.
+// Shared state of the runtime: the running thread, the epochs that order memory, the findings. One
+// launch runs at a time per process, on one OS thread. The caller holds a lock.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -15,34 +15,34 @@ constexpr int kMaxCallDepth = 64;
 
 enum class Wait { kReady, kExchange, kSimdBarrier, kBarrier, kDone };
 
-// Memory that a barrier orders: its flags say which kinds.
+// Kinds of memory that a barrier orders, by its flags.
 enum Memory { kDevice = 0, kThreadgroup = 1 };
 
 struct Frame {
-  void* function;  // an address inside the function: the same for every call of it
-  void* caller;    // where it was called from
+  void* function;  // an address in the function, the same for every call
+  void* caller;    // the return address
 };
 
-// One GPU thread: a stack of its own, and where it waits.
+// A GPU thread: its stack, and the operation in which it waits.
 struct Fiber {
   mtl_thread self;
   Wait wait;
-  int line;               // of the operation it waits in, or last waited in
-  int flags;              // of the barrier it waits in: which memory it orders
+  int line;               // of the current or last operation that it waits in
+  int flags;              // of the barrier that it waits in: the memory that it orders
   const char* operation;  // "simd_sum", "threadgroup_barrier(mem_threadgroup)", ...
   uint32_t exchanges;
   char* stack;
   void* context;
-  Frame frames[kMaxCallDepth];  // checked mode: the calls it is in
+  Frame frames[kMaxCallDepth];  // checked mode: the call stack
   int depth;
 };
 
-// 32 threads that exchange values. Two sets of slots, used in turn: a lane may publish its next
-// value while its neighbours still read the last one.
+// 32 threads that exchange values. Two sets of slots alternate, so that a lane can publish its next
+// value while other lanes still read the last one.
 struct Simdgroup {
   alignas(64) char slots[2][MTL_SIMD_WIDTH * MTL_SLOT_BYTES];
   uint32_t active[2];
-  uint32_t epoch[2];  // counts simdgroup barriers, for each kind of memory
+  uint32_t epoch[2];  // number of simdgroup barriers per kind of memory
 };
 
 struct Counters {
@@ -54,11 +54,11 @@ struct Counters {
 
 struct State {
   Fiber* current;           // null outside a kernel
-  bool checked;             // shadow memory is kept
-  bool abandoned;           // a finding after which nothing can go on
+  bool checked;             // shadow memory is in use
+  bool abandoned;           // a finding ended the launch
   volatile bool expired;    // the time limit has passed
-  uint32_t group;           // the running threadgroup, counted along the grid
-  uint32_t group_epoch[2];  // counts threadgroup barriers, for each kind of memory
+  uint32_t group;           // index of the running threadgroup
+  uint32_t group_epoch[2];  // number of threadgroup barriers per kind of memory
   std::vector<Simdgroup> simdgroups;
   Counters counters;
 };
@@ -70,21 +70,22 @@ inline Simdgroup& current_simdgroup() {
 }
 
 // ---- fibers (fiber.cpp)
-void prepare(Fiber& fiber);  // it will run the kernel from the start
+void prepare(Fiber& fiber);  // to run the kernel from the start
 void resume(Fiber& fiber);   // until it waits or ends
 void suspend();              // called on the fiber
 char* new_stack();
 [[noreturn]] void report_endless(void* pc, int line);  // after `state.expired`
-[[noreturn]] void abandon_launch();                    // called on the fiber, which never goes on
-// Set by the launch: what a fiber runs.
+[[noreturn]] void abandon_launch();                    // called on the fiber, does not return
+// Entry point and arguments of the kernel, set by the launch.
 extern void (*kernel_entry)(void**, const mtl_thread*);
 extern void** kernel_buffers;
 
 // ---- findings (report.cpp)
 void clear_findings();
-// One finding for each message kind and address; `pc` is in the kernel's code, or null with a line.
+// Reports a finding, once per format and address. `pc` is in the kernel's code, or null with a
+// line.
 [[gnu::format(printf, 3, 4)]] void report(void* pc, int line, const char* format, ...);
-// A finding that holds only if the two call paths differ once translated to source lines.
+// Reports a finding that holds only if the two call paths differ in their source lines.
 void report_if_paths_differ(const Fiber& a, const Fiber& b, int line, const char* message);
 
 // ---- checked memory (shadow.cpp)

@@ -1,4 +1,4 @@
-// What a kernel calls while it runs: exchanges within a simdgroup, barriers, atomics.
+// Operations of a running kernel: exchanges within a simdgroup, barriers, atomics.
 #include <algorithm>
 #include <cstring>
 

@@ -1,5 +1,5 @@
-// What a Metal kernel needs to be compiled as CUDA. Its text is the same but for threadgroup
-// variables, which become __shared__, and the other address spaces, which vanish.
+// Definitions to compile a Metal kernel as CUDA. In its source threadgroup variables become
+// __shared__, and the other address spaces are removed.
 #pragma once
 
 #include "on_cuda/atomic.h"
@@ -10,5 +10,5 @@
 using namespace metal;
 
 #define MLX_MTL_PRAGMA_UNROLL _Pragma("unroll")
-// nvcc makes a function a host function unless it is told otherwise.
+// nvcc makes a function a host function by default.
 #define inline __device__ __inline__

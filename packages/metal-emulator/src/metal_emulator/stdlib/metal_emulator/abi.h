@@ -1,11 +1,10 @@
-// The interface between a compiled kernel and the runtime that executes it. Plain C types only: it
-// is included by both sides, which are compiled with different flags and possibly different
-// compilers.
+// The binary interface between a compiled kernel and the runtime, with C types only. Both sides
+// include it, and are compiled with different flags and possibly different compilers.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
-// What one GPU thread knows about its place in the grid. Filled by the runtime.
+// The position of a GPU thread in the grid, set by the runtime.
 struct mtl_thread {
   uint32_t position_in_grid[3];
   uint32_t position_in_group[3];
@@ -42,20 +41,20 @@ enum mtl_atomic_op {
 enum { MTL_SIMD_WIDTH = 32, MTL_SLOT_BYTES = 64 };
 
 extern "C" {
-// The thread that is running now.
+// Returns the running thread.
 const mtl_thread* mtl_self();
 // Publishes `bytes` (at most MTL_SLOT_BYTES) to the simdgroup, waits until all its lanes have done
 // the same, and returns the lanes' values: 32 slots of MTL_SLOT_BYTES.
 const char* mtl_exchange(const void* value, uint32_t bytes, int line, const char* operation);
-// One bit for each lane that took part in the last exchange.
+// Returns one bit per lane that took part in the last exchange.
 uint32_t mtl_active_lanes();
 // `flags` are those of metal::mem_flags.
 void mtl_barrier(int scope, int flags, int line);
-// Called where a threadgroup variable is declared; `granule` is the size of its scalars.
+// Registers a threadgroup variable at its declaration; `granule` is the size of its scalars.
 void mtl_threadgroup_variable(void* address, size_t bytes, size_t granule, const char* name);
-// Operates on the 32-bit word at `address`; returns the old value. `done` is false only where a
-// compare and exchange found another value.
+// Applies an atomic operation to the 32-bit word at `address` and returns the old value. `done` is
+// false only if a compare-exchange finds another value.
 uint32_t mtl_atomic(void* address, int operation, uint32_t value, uint32_t expected, bool* done);
-// The bits of function constant `index`.
+// Returns the bits of function constant `index`.
 uint64_t mtl_function_constant(int index);
 }

@@ -24,7 +24,7 @@ typedef atomic<bool> atomic_bool;
 
 namespace mtl {
 
-// The address without its space, which the runtime does not know.
+// The address without its address space, for the runtime.
 template <class P>
 MTL_INLINE void* address_of(P pointer) {
   return (void*)(uintptr_t)pointer;
@@ -36,8 +36,7 @@ MTL_INLINE T atomic_operation(void* address, int operation, T value) {
   return as_type<T>(mtl_atomic(address, operation, as_type<uint>(value), 0, &done));
 }
 
-// The operation for this type, or -1: Metal adds floats atomically, and does nothing else with
-// them.
+// The operation for this type, or -1: the only atomic operation of Metal on floats is addition.
 template <class T>
 constexpr int choose(int of_unsigned, int of_signed, int of_float) {
   return metal::is_floating_point_v<T> ? of_float

@@ -1,4 +1,4 @@
-// For the type check: clang's own half, bfloat and vectors. Unlike classes they may live in an
+// For the type check: clang's own half, bfloat and vectors. Unlike classes they can be in an
 // address space.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Between the runtime, which knows addresses and numbers, and a kernel.
+// The interface between the runtime and a kernel.
 #pragma once
 
 #include "abi.h"
@@ -15,7 +15,7 @@ MTL_INLINE T function_constant(int index) {
   return value;
 }
 
-// Function constants are variables here, set anew before each launch that gives values for them.
+// Function constants are variables, set before each launch that has values for them.
 struct on_constants_set {
   static inline on_constants_set* first = nullptr;
   void (*set)();
@@ -24,7 +24,7 @@ struct on_constants_set {
   explicit on_constants_set(void (*setter)()) : set(setter), next(first) { first = this; }
 };
 
-// The size of what a race can tell apart: a vector's element, a scalar, at most a word.
+// The unit of race detection: an element of a vector, or a scalar, at most a word.
 template <class T>
 constexpr size_t granule() {
   using E = std::remove_all_extents_t<T>;

@@ -4,7 +4,7 @@
 
 #include "limits.h"
 
-// Apply F(name, value) to each function of a float x.
+// Applies F(name, value) to each function of a float x.
 #define MTL_FUNCTIONS_OF_X(F)                            \
   F(acos, __builtin_acosf(x))                            \
   F(acosh, __builtin_acoshf(x))                          \
@@ -81,7 +81,7 @@
     return T(value);                 \
   }
 
-// A vector's function is its elements' function.
+// A function of a vector applies to each element.
 #define MTL_VECTOR_OF_X(name)                    \
   template <class V, mtl::if_vector<V> = 0>      \
   MTL_INLINE V name(V a) {                       \
@@ -129,7 +129,7 @@ namespace metal {
 
 MTL_DEFINE_FLOAT_FUNCTIONS
 
-// The host computes both kinds exactly; on a GPU they differ.
+// fast:: and precise:: are the same on the host; on a GPU they differ.
 namespace fast {
 MTL_DEFINE_FLOAT_FUNCTIONS
 }

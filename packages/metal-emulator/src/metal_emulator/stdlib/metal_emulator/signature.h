@@ -1,4 +1,4 @@
-// The typed parameters of a kernel function, from addresses and numbers.
+// Converts addresses and numbers to the typed parameters of a kernel function.
 #pragma once
 
 #include "traits.h"
@@ -32,7 +32,7 @@ struct buffer<T&> {
   static MTL_INLINE T& from(void* address) { return *static_cast<T*>(address); }
 };
 
-// A position is uint3, uint2 or uint, or one of their ushort kin.
+// A position is uint3, uint2 or uint, or the same with ushort.
 template <class T>
 MTL_INLINE T position(const uint32_t* xyz) {
   if constexpr (count_of<T> == 1) {

@@ -1,5 +1,5 @@
-// Simdgroup and quadgroup functions, 32 lanes wide. Each is one exchange of values through the
-// runtime. The line where it is called travels along: lanes that meet must have come from one line.
+// Simdgroup and quadgroup functions for 32 lanes. Each is one exchange of values through the
+// runtime, with the source line of the call: the lanes of an exchange must come from the same line.
 #pragma once
 
 #include "abi.h"
@@ -7,7 +7,7 @@
 
 namespace mtl {
 
-// What a lane may hand over: no 64-bit type, no bool, no struct.
+// Types of an exchange: no 64-bit type, no bool, no struct.
 template <class T>
 constexpr bool is_simd_type =
     metal::is_arithmetic_v<T> && sizeof(T) <= 4 && !metal::is_same_v<std::remove_cv_t<T>, bool>;
@@ -28,7 +28,7 @@ struct lanes {
     __builtin_memcpy(&value, slots + MTL_SLOT_BYTES * lane, sizeof value);
     return value;
   }
-  // A lane that is not there gives no defined value: this thread's own serves as well as any.
+  // The value of a lane that does not exist is undefined; this thread's own value takes its place.
   MTL_INLINE T from(int lane) const {
     const bool there = lane >= 0 && lane < MTL_SIMD_WIDTH && (active >> lane & 1);
     return at(there ? lane : own);
@@ -42,7 +42,7 @@ MTL_INLINE lanes<T> exchange(const T& value, int line, const char* operation) {
   return {slots, mtl_active_lanes(), int(mtl_self()->lane)};
 }
 
-// Pairs of neighbours, then pairs of pairs, as a butterfly over lane ^ 1, ^ 2, ^ 4, ... adds.
+// Pairs of neighbours, then pairs of pairs: the order of a butterfly over lane ^ 1, ^ 2, ^ 4, ...
 template <class T, class Combine>
 MTL_INLINE T reduce(const lanes<T>& all, int width, Combine combine) {
   const int first = all.own & ~(width - 1);
@@ -78,7 +78,7 @@ MTL_INLINE T scan(const lanes<T>& all, T identity, bool inclusive, Combine combi
   return result;
 }
 
-// bfloat is summed in float and rounded once, as MLX asks for; everything else in its own type.
+// bfloat is summed in float and rounded once, as in MLX; other types in their own precision.
 template <class T>
 struct wide {
   using type = T;
@@ -94,7 +94,7 @@ using wide_t = typename wide<T>::type;
 
 namespace metal {
 
-// ---- one lane's value to another: `own` is this lane, `by` the argument
+// ---- moves between lanes: `own` is this lane, `by` the argument
 #define MTL_SHUFFLE(name, source)                                      \
   template <class T, mtl::if_simd<T> = 0>                              \
   MTL_INLINE T name(T value, ushort by, int line = __builtin_LINE()) { \
@@ -142,7 +142,7 @@ MTL_INLINE T simd_shuffle_and_fill_down(T value, T fill, ushort by, int line = _
   return from < MTL_SIMD_WIDTH ? all.at(from).value : all.at(from - MTL_SIMD_WIDTH).fill;
 }
 
-// ---- all lanes' values to one
+// ---- reductions
 #define MTL_REDUCTION(name, constraint, combined)                         \
   template <class T, mtl::constraint<T> = 0>                              \
   MTL_INLINE T simd_##name(T value, int line = __builtin_LINE()) {        \
@@ -197,7 +197,7 @@ MTL_INLINE simd_vote simd_ballot(bool value, int line = __builtin_LINE()) {
   return simd_vote(bits);
 }
 
-// ---- the values of the lanes below
+// ---- prefix sums and products
 #define MTL_PREFIX(name, identity, inclusive, combined)                                     \
   template <class T, mtl::if_simd<T> = 0>                                                   \
   MTL_INLINE T name(T value, int line = __builtin_LINE()) {                                 \

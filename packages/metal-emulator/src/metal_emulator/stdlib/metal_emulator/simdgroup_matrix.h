@@ -1,5 +1,5 @@
-// 8 x 8 matrices, spread over a simdgroup: each lane holds two neighbours of one row. The
-// specification leaves the layout open; this is the one that MLX's kernels rely on.
+// 8 x 8 matrices, distributed over a simdgroup: each lane holds two neighbours of one row. The
+// specification leaves the layout undefined; MLX's kernels rely on this one.
 #pragma once
 
 #include "abi.h"
@@ -25,7 +25,7 @@ struct simdgroup_matrix {
   MTL_INLINE vec<T, 2>& thread_elements() { return elements; }
   MTL_INLINE const vec<T, 2>& thread_elements() const { return elements; }
 
-  // Of this lane's first element.
+  // Position of this lane's first element.
   static MTL_INLINE int row() {
     const int lane = mtl_self()->lane;
     return (lane / 4 & 4) + lane / 2 % 4;
@@ -84,7 +84,7 @@ MTL_INLINE void meet(int line, const char* operation) {
   mtl_exchange(&nothing, sizeof nothing, line, operation);
 }
 
-// Where element i of this lane lies in memory.
+// Position of element i of this lane in memory.
 MTL_INLINE ulong place(int i, ulong elements_per_row, ulong x, ulong y, bool transpose) {
   const ulong row = matrix<float>::row();
   const ulong column = matrix<float>::column() + i;

@@ -46,7 +46,7 @@ struct half_format {
   }
 };
 
-// Metal turns a float into a bfloat only where it is asked to. Execution is lenient, the check is
+// Metal has no implicit conversion from float to bfloat. The check rejects it, the execution does
 // not.
 struct bfloat_format {
 #if defined(MTL_EXPLICIT_BFLOAT)
@@ -93,7 +93,7 @@ struct small_float {
   MTL_CONSTEXPR small_float operator-() const { return small_float(-static_cast<float>(*this)); }
   MTL_CONSTEXPR small_float operator+() const { return *this; }
 
-  // With an integer the result is small, with a float it is float.
+  // An integer operand keeps the small type, a float operand makes the result float.
 #define MTL_ARITHMETIC(op)                                                          \
   friend MTL_CONSTEXPR small_float operator op(small_float a, small_float b) {      \
     return small_float(static_cast<float>(a) op static_cast<float>(b));             \

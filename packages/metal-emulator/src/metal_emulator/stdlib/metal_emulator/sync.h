@@ -2,7 +2,7 @@
 #pragma once
 
 #include "abi.h"
-#include "words.h"
+#include "keywords.h"
 
 namespace metal {
 

@@ -1,7 +1,7 @@
-// Type traits (Metal Shading Language Specification, "Type Traits"), and those this library needs.
+// Type traits of the Metal Shading Language Specification ("Type Traits") and of this library.
 #pragma once
 
-#include "words.h"
+#include "keywords.h"
 
 namespace metal {
 
@@ -24,7 +24,7 @@ using std::remove_reference;
 using std::remove_reference_t;
 using std::true_type;
 
-// These the host has only since C++17; the type check is C++14, as Metal is.
+// The host has these since C++17, but the type check is C++14, like Metal.
 template <bool value>
 using bool_constant = integral_constant<bool, value>;
 template <class A, class B>
@@ -54,7 +54,7 @@ struct array {
 
 namespace mtl {
 
-// The element type and count of a vector; a scalar is its own element.
+// Element type and size of a vector; a scalar has itself as element.
 template <class T>
 struct element_of {
   using type = T;

@@ -1,5 +1,4 @@
-// half, bfloat and vectors: classes where kernels are executed, clang's own types where they are
-// checked.
+// half, bfloat and vectors: classes for execution, clang's own types for the type check.
 #pragma once
 
 #include "traits.h"

@@ -1,5 +1,5 @@
-// Vectors of 2, 3 and 4 elements. No swizzles but single components: kernels that run here and as
-// CUDA do without them.
+// Vectors of 2, 3 and 4 elements, with single components but without swizzles, which portable
+// kernels do not use.
 #pragma once
 
 namespace mtl {
@@ -20,7 +20,7 @@ struct alignas(sizeof(T) * 2) components<T, 2> {
   };
 };
 
-// As large as four elements, but the fourth is not there: it must never be read or written.
+// As large as four elements, but the fourth must never be read or written.
 template <class T>
 struct alignas(sizeof(T) * 4) components<T, 3> {
   union {

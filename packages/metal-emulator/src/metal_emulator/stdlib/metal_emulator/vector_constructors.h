@@ -1,5 +1,5 @@
 // For the type check: clang's vectors have no constructor syntax in C++. Function-like macros
-// supply it: float4(a, b, c, d) calls a function, float4 alone is still the type.
+// define it: float4(a, b, c, d) calls a function, float4 alone is the type.
 #pragma once
 
 namespace mtl {

@@ -1,4 +1,4 @@
-// Math functions on floats and integers: a kernel for both worlds computes in these.
+// Math functions on floats and integers, the types that a portable kernel computes in.
 #pragma once
 
 #include "types.h"

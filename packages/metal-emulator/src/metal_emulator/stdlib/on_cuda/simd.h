@@ -14,7 +14,7 @@ MTL_INLINE int lane() {
   return index_in_group() & 31;
 }
 
-// Any type through a shuffle of 32-bit words.
+// Shuffles any type as 32-bit words.
 template <class T, class Shuffle>
 MTL_INLINE T by_words(T value, Shuffle shuffle) {
   constexpr int count = (sizeof(T) + 3) / 4;
@@ -69,7 +69,7 @@ template <class T>
 MTL_INLINE T simd_shuffle_xor(T value, ushort mask) {
   return mtl::from_lane(value, mtl::lane() ^ mask);
 }
-// Beyond the ends a lane keeps its own value, where Metal leaves it open.
+// Beyond the ends a lane keeps its own value; Metal leaves it undefined.
 template <class T>
 MTL_INLINE T simd_shuffle_up(T value, ushort by) {
   const int source = mtl::lane() - by;

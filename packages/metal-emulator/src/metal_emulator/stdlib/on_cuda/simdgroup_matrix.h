@@ -1,4 +1,4 @@
-// Simdgroup matrices: CUDA has no 8 x 8 float32 matrix instruction, shuffles compute the same.
+// Simdgroup matrices by shuffles, as CUDA has no 8 x 8 float32 matrix instruction.
 #pragma once
 
 #include "simd.h"

@@ -1,5 +1,5 @@
-// Metal's types and constants as CUDA. Vectors are the classes of this library: CUDA's own have no
-// operators.
+// Metal's types and constants in CUDA. Vectors are the classes of this library, as CUDA's own have
+// no operators.
 #pragma once
 
 #include <cuda_bf16.h>

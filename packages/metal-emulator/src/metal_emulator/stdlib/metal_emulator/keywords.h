@@ -1,7 +1,7 @@
-// The words that Metal adds to C++.
+// The keywords that Metal adds to C++.
 #pragma once
 
-// Every host header comes first: the words below are macros.
+// Include all host headers first: the keywords below are macros.
 #if defined(__CUDACC_RTC__)
 #include <cuda/std/cstdint>
 #include <cuda/std/type_traits>
@@ -21,7 +21,7 @@ typedef unsigned long ulong;
 
 #if defined(__CUDACC__)
 
-// For CUDA the words are cut out of the text: `device` is part of CUDA's own attributes.
+// For CUDA the source is rewritten instead, as `device` is part of CUDA's own attributes.
 #define MTL_INLINE __device__ __forceinline__
 #define MTL_CONSTEXPR __device__ __forceinline__
 #define METAL_FUNC __device__ __forceinline__
@@ -42,12 +42,11 @@ typedef unsigned long ulong;
 #define thread
 #define kernel
 
-// Functions of this library always vanish into the kernel, so that a finding is on the kernel's
-// line.
+// Functions of this library are always inlined, so that a finding is on the kernel's line.
 #define MTL_INLINE inline __attribute__((always_inline))
 #define MTL_CONSTEXPR __attribute__((always_inline)) constexpr
-// A kernel's own functions keep their frames where calls are watched, and calls in two branches
-// stay two.
+// In checked mode a kernel's own functions are not inlined, and calls in two branches are not
+// merged.
 #if defined(MTL_CHECKED) && defined(__clang__)
 #define METAL_FUNC inline __attribute__((noinline, nomerge))
 #elif defined(MTL_CHECKED)
