@@ -100,7 +100,7 @@ def _replace(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> N
 
 
 def _compile_is_enabled() -> bool:
-    """Return whether `mx.compile` compiles; MLX has no function that says so."""
+    """Return whether `mx.compile` compiles; MLX has no function for it."""
     calls = []
 
     def count(x: mx.array) -> mx.array:

@@ -96,11 +96,11 @@ def _with_nvrtc(library: str, text: str, architecture: str, binary: bool) -> byt
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _nvrtc_output(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+def _nvrtc_output(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, kind: str) -> bytes:
     size = ctypes.c_size_t()
-    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
     output = ctypes.create_string_buffer(size.value)
-    getattr(nvrtc, f"nvrtcGet{what}")(program, output)
+    getattr(nvrtc, f"nvrtcGet{kind}")(program, output)
     return output.raw
 
 

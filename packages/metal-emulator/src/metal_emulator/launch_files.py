@@ -86,8 +86,9 @@ class RecordedLaunch:
         return x, y, z
 
 
-def save_launches(launches: Iterable[RecordedLaunch], folder: Path) -> list[Path]:
+def save_launches(launches: Iterable[RecordedLaunch], folder: str | Path) -> list[Path]:
     """Write each launch to a file, and return the files."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, launch in enumerate(launches):
@@ -100,10 +101,10 @@ def save_launches(launches: Iterable[RecordedLaunch], folder: Path) -> list[Path
     return files
 
 
-def load_launches(folder: Path) -> list[RecordedLaunch]:
+def load_launches(folder: str | Path) -> list[RecordedLaunch]:
     """Return the launches of a folder, in the order in which they were saved."""
     launches = []
-    for path in sorted(folder.glob("*.npz")):
+    for path in sorted(Path(folder).glob("*.npz")):
         with np.load(path, allow_pickle=False) as stored:
             described = json.loads(str(stored["launch"]))
             values = {

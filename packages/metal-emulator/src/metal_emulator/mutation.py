@@ -1,6 +1,6 @@
 """Mutation testing of kernels: small edits of the source that a test suite must detect.
 
-A mutant is a slip that the author of a kernel could make. It says which check must kill it:
+A mutant is a slip that the author of a kernel could make. Its `check` must kill it:
 
 - `values`: the results are wrong, in any order of threads, and nothing else is reported.
 - `checked`: the checked mode of `emulate` reports it. The values may be right by chance.
@@ -180,14 +180,14 @@ class Kill(NamedTuple):
 
 
 def killed_by(mutant: Mutant, run: Run, static_check: StaticCheck | None = None) -> Kill | None:
-    """Return what kills a mutant, or None if it survives.
+    """Return the kill of a mutant, or None if it survives.
 
     The kernels that `run` makes must be made from the mutated sources. A `static` mutant is run in
     fast mode and then checked statically; any other mutant is run in checked mode.
 
     Args:
         mutant: the mutant that is in place.
-        run: runs the kernel in the mode that it is given and asserts its values.
+        run: runs the kernel in a mode of `emulate` and asserts its values.
         static_check: the static checks; `check_launch` with its defaults if None.
 
     Raises:
@@ -210,7 +210,7 @@ def killed_by(mutant: Mutant, run: Run, static_check: StaticCheck | None = None)
 
 
 def require_killed(mutant: Mutant, run: Run, static_check: StaticCheck | None = None) -> None:
-    """Raise an AssertionError unless the mutant is killed as it says.
+    """Raise an AssertionError unless the mutant is killed as expected.
 
     The arguments are those of `killed_by`.
     """

@@ -79,7 +79,7 @@ MTL_INLINE void multiply_accumulate(matrix<D>& d, const matrix<A>& a, const matr
 }
 
 // All lanes must take part in a load or store.
-MTL_INLINE void meet(int line, const char* operation) {
+MTL_INLINE void synchronize(int line, const char* operation) {
   const char nothing = 0;
   mtl_exchange(&nothing, sizeof nothing, line, operation);
 }
@@ -99,7 +99,7 @@ MTL_INLINE ulong place(int i, ulong elements_per_row, ulong x, ulong y, bool tra
   MTL_INLINE void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, const space T* source,         \
                                  ulong elements_per_row = 8, ulong2 origin = ulong2(0),       \
                                  bool transpose = false, int line = __builtin_LINE()) {       \
-    mtl::meet(line, "simdgroup_load");                                                        \
+    mtl::synchronize(line, "simdgroup_load");                                                 \
     for (int i = 0; i < 2; ++i) {                                                             \
       d.elements[i] = source[mtl::place(i, elements_per_row, origin.x, origin.y, transpose)]; \
     }                                                                                         \
@@ -108,7 +108,7 @@ MTL_INLINE ulong place(int i, ulong elements_per_row, ulong x, ulong y, bool tra
   MTL_INLINE void simdgroup_store(const simdgroup_matrix<T, 8, 8>& s, space T* target,        \
                                   ulong elements_per_row = 8, ulong2 origin = ulong2(0),      \
                                   bool transpose = false, int line = __builtin_LINE()) {      \
-    mtl::meet(line, "simdgroup_store");                                                       \
+    mtl::synchronize(line, "simdgroup_store");                                                \
     for (int i = 0; i < 2; ++i) {                                                             \
       target[mtl::place(i, elements_per_row, origin.x, origin.y, transpose)] = s.elements[i]; \
     }                                                                                         \
