@@ -6,24 +6,25 @@ import json
 import subprocess
 import sys
 
-import metal_cpu
+import metal_emulator
 import mlx.core as mx
 import pytest
 
 from mlx_rgemma import selftest
-from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops import metal
 
 needs_compiler = pytest.mark.skipif(
-    metal_cpu.compiler()[0] is None, reason=f"kernels not executed: {metal_cpu.compiler()[1]}"
+    metal_emulator.compiler()[0] is None,
+    reason=f"kernels not executed: {metal_emulator.compiler()[1]}",
 )
 needs_no_metal = pytest.mark.skipif(mx.metal.is_available(), reason="this machine has Metal")
 
 
 @pytest.fixture(autouse=True)
 def built_anew():
-    kernels.forget()
+    metal.reset()
     yield
-    kernels.forget()
+    metal.reset()
 
 
 @needs_no_metal
@@ -31,7 +32,7 @@ def test_without_metal_it_says_so_and_succeeds(capsys):
     assert selftest.main([]) == 0
     out = capsys.readouterr().out
     assert "kernels not run: no Metal on this machine" in out
-    for kernel in kernels.registered():
+    for kernel in metal.registered():
         assert kernel.name in out
 
 
@@ -45,7 +46,7 @@ def test_without_metal_json_has_the_reason(capsys):
 
 @needs_compiler
 def test_kernels_are_compared_and_timed(capsys):
-    with metal_cpu.executed():
+    with metal_emulator.emulate():
         command = ["--kernel", "rg_lru", "linear_scan", "--timing", "example", "--repeat", "1"]
         assert selftest.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -66,9 +67,9 @@ def test_kernels_are_compared_and_timed(capsys):
     ids=["wrong", "illegal"],
 )
 def test_a_kernel_that_fails_makes_it_fail(capsys, monkeypatch, old, new, reason):
-    original = kernels.source
+    original = metal.source
     monkeypatch.setattr(kernels, "source", lambda file: original(file).replace(old, new))
-    with metal_cpu.executed():
+    with metal_emulator.emulate():
         assert selftest.main(["--kernel", "rg_lru", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["not_run"] is None

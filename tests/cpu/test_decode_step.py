@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import LOGITS_ATOL, golden, golden_model, max_error
-from mlx.utils import tree_flatten
 from helpers.random_models import CONFIG
+from mlx.utils import tree_flatten
 
 from mlx_rgemma import Model
 from mlx_rgemma.cpu import decode_step, dequantize, numba_runtime, thread_pool

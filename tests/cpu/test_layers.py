@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import golden_model, relative_error
-from mlx.utils import tree_flatten
 from helpers.random_models import CONFIG, TOKENS, random_model, read
+from mlx.utils import tree_flatten
 
 from mlx_rgemma import Model
 from mlx_rgemma.cpu import dequantize

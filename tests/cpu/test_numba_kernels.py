@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import LOGITS_ATOL, golden, golden_model, max_error, relative_error
+from helpers.attention_cases import windowed_attention
 from helpers.float64 import conv as conv64
 from helpers.float64 import rg_lru as rg_lru64
 from helpers.float64 import to64
@@ -27,7 +28,6 @@ from mlx_rgemma.ops import (
     rms_norm,
 )
 from mlx_rgemma.ops.backend import Backend, use
-from mlx_rgemma.ops.prefill_attention import PREFILL_ATTENTION
 from mlx_rgemma.ops.ring_buffer import RingBuffer
 
 FLOATS = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
@@ -36,13 +36,6 @@ ROUNDING = {mx.float32: 0.0, mx.bfloat16: 2.0**-8, mx.float16: 2.0**-11}
 
 def normal(*shape: int, seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
-
-
-def windowed_attention(q, k, v, *, window, max_lookback=None, ring=None):
-    kv = mx.concatenate([k, v], axis=1)
-    past, write_pos = (None, 0) if ring is None else ring
-    options = {"write_pos": write_pos, "window": window, "cached_len": None}
-    return PREFILL_ATTENTION(q, kv, past, max_lookback, **options)
 
 
 def both(compute, ran: list[str]) -> tuple[list[mx.array], list[mx.array]]:

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import Launched, free_ports, launch
 from helpers.random_models import EMBEDDED, random_checkpoint
 from helpers.running_server import Running
+from launching import Launched, free_ports, launch
 
 from mlx_rgemma import convert, generate, load
 from mlx_rgemma.generate import main as generate_alone

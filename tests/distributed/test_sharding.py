@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import GOLDEN, LOGITS_ATOL, golden, golden_model, max_error
-from mlx.utils import tree_flatten
 from helpers.random_models import CONFIG, TOKENS, random_model, read
+from mlx.utils import tree_flatten
 from thread_group import ThreadGroup, run_threads
 
 from mlx_rgemma import GriffinConfig, Model

@@ -1,6 +1,6 @@
 """The whole model with all its kernels executed from their Metal source, against Google's code.
 
-What runs is the text that MLX would hand to Apple's compiler, on the CPU: see metal_cpu.
+What runs is the text that MLX would hand to Apple's compiler, on the CPU: see metal_emulator.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import GOLDEN, LOGITS_ATOL, golden, golden_model, max_error
-from metal_cpu import compiler, executed
+from metal_emulator import compiler, emulate
 from mlx.utils import tree_flatten
 from test_golden import masked_loss, run_chunks
 
-from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops import metal
 
 _compiler, _reason = compiler()
 pytestmark = pytest.mark.skipif(_compiler is None, reason=f"kernels not executed: {_reason}")
@@ -31,7 +31,7 @@ def names(launches) -> set[str]:
 def launches():
     """Every kernel runs from its source; a kernel that is switched off is an error."""
     record: list = []
-    with executed(record=record):
+    with emulate(record=record):
         yield record
 
 
@@ -114,7 +114,7 @@ def test_a_step_in_checked_mode():
     model = golden_model("tiny-sharded").eval()
     data = golden("decode/tiny-sharded.npz")
     tokens = mx.array(data["tokens"])[:, :14]
-    with executed(mode="checked", order="random"):
+    with emulate(mode="checked", order="random"):
         logits = run_chunks(model, tokens, (12, 1, 1))
     assert max_error(logits, data["google_full"][:, :14]) < LOGITS_ATOL
 
@@ -122,9 +122,9 @@ def test_a_step_in_checked_mode():
 @pytest.fixture
 def fresh_verdicts():
     """No kernel has been tried yet, and none will have been."""
-    kernels.forget()
+    metal.reset()
     yield
-    kernels.forget()
+    metal.reset()
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_a_kernel_that_goes_wrong_is_switched_off_and_named(
     file, old, new, monkeypatch, fresh_verdicts
 ):
     """The model stays right when a kernel does not: the plain form takes its place."""
-    source = kernels.source
+    source = metal.source
     assert old in source(file)
     monkeypatch.setattr(
         kernels, "source", lambda f: source(f).replace(old, new) if f == file else source(f)
     )
     model = golden_model("tiny-sharded").eval()
     data = golden("decode/tiny-sharded.npz")
-    with executed(), pytest.warns(RuntimeWarning, match=rf"{file} .* switched off") as warnings:
+    with emulate(), pytest.warns(RuntimeWarning, match=rf"{file} .* switched off") as warnings:
         logits = run_chunks(model, mx.array(data["tokens"]), (10, 1))
     assert max_error(logits, data["google_full"]) < LOGITS_ATOL
     assert len(warnings) == 1
@@ -155,7 +155,7 @@ def test_a_kernel_that_goes_wrong_is_switched_off_and_named(
 def test_nothing_is_left_behind():
     """Outside of `executed`, MLX's own function is back and kernels are off on this machine."""
     before = mx.fast.metal_kernel
-    with executed():
+    with emulate():
         assert mx.fast.metal_kernel is not before
     assert mx.fast.metal_kernel is before
     assert np.array_equal(np.array(mx.ones(2)), [1, 1])

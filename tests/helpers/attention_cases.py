@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from helpers.float64 import to64
 
-from mlx_rgemma.ops import Ring, apply_rotary, rotary_angles, rotary_frequencies
+from helpers.float64 import to64
+from mlx_rgemma.ops import RingBuffer, apply_rotary, rotary_angles, rotary_frequencies
+from mlx_rgemma.ops.prefill_attention import PREFILL_ATTENTION
 
 
 def random(rng: np.random.Generator, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
@@ -25,8 +26,8 @@ class Case:
             document starts.
         batch: B.
         slots: Of the ring; 0 for none.
-        head: The slot that the next token goes to.
-        bounded: Whether the call is told how far each query reaches.
+        write_pos: The slot of the next token.
+        bounded: Whether the call is given `max_lookback`.
         seed: Of the numbers.
     """
 
@@ -36,7 +37,7 @@ class Case:
     positions: np.ndarray
     batch: int = 1
     slots: int = 0
-    head: int = 0
+    write_pos: int = 0
     bounded: bool = True
     dtype: mx.Dtype = mx.float32
     seed: int = 0
@@ -50,9 +51,9 @@ class Case:
         self.ring = None
         if self.slots:
             kv = random(rng, (self.batch, 2, self.slots, self.head_dim), self.dtype)
-            self.ring = Ring(kv, self.head)
-        reach = np.minimum(self.positions, self.window).astype(np.int32)
-        self.reach = mx.array(reach) if self.bounded else None
+            self.ring = RingBuffer(kv, self.write_pos)
+        max_lookback = np.minimum(self.positions, self.window).astype(np.int32)
+        self.max_lookback = mx.array(max_lookback) if self.bounded else None
 
     def angles(self) -> tuple[mx.array, mx.array]:
         pairs = max(2, self.head_dim // 2 // 2 * 2)
@@ -70,7 +71,7 @@ class Case:
         q, k, v = to64(self.q), to64(self.k), to64(self.v)
         length = q.shape[2]
         if self.ring is not None:
-            order = [(self.head - d) % self.slots for d in range(self.slots, 0, -1)]
+            order = [(self.write_pos - d) % self.slots for d in range(self.slots, 0, -1)]
             ring = to64(self.ring.kv)[:, :, order]
             k = np.concatenate([ring[:, :1], k], axis=2)
             v = np.concatenate([ring[:, 1:], v], axis=2)
@@ -79,10 +80,10 @@ class Case:
         for b in range(self.batch):
             for i in range(length):
                 here = self.slots + i
-                reach = self.window
+                max_lookback = self.window
                 if self.bounded:
-                    reach = min(reach, int(positions[b, i]))
-                seen = slice(max(0, here - reach), here + 1)
+                    max_lookback = min(max_lookback, int(positions[b, i]))
+                seen = slice(max(0, here - max_lookback), here + 1)
                 scores = q[b, :, i] @ k[b, 0, seen].T / np.sqrt(self.head_dim)
                 weights = np.exp(scores - scores.max(axis=1, keepdims=True))
                 out[b, :, i] = weights / weights.sum(axis=1, keepdims=True) @ v[b, 0, seen]
@@ -100,3 +101,11 @@ def packed(length: int, *borders: int, start: int = 0) -> np.ndarray:
     for border in borders:
         positions[border:] = np.arange(length - border)
     return positions[None]
+
+
+def windowed_attention(q, k, v, *, window, max_lookback=None, ring=None) -> mx.array:
+    """Attend from rotated queries, as `prefill_attention` does after the rotation."""
+    kv = mx.concatenate([k, v], axis=1)
+    past, write_pos = (None, 0) if ring is None else ring
+    options = {"write_pos": write_pos, "window": window, "cached_len": None}
+    return PREFILL_ATTENTION(q, kv, past, max_lookback, **options)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
-from unittest import mock
 
-import metal_cpu
+import metal_emulator
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from helpers.float64 import Array, to64
+from mlx_rgemma.ops import backend, metal
+from mlx_rgemma.ops.backend import Backend
 
-from mlx_rgemma.ops import kernels
-
-_compiler, _reason = metal_cpu.compiler()
+_compiler, _reason = metal_emulator.compiler()
 needs_compiler = pytest.mark.skipif(_compiler is None, reason=f"kernels not executed: {_reason}")
 
 FLOATS = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
@@ -29,22 +28,27 @@ ROUNDING = {mx.float32: 0.0, mx.bfloat16: 2.0**-8, mx.float16: 2.0**-11}
 
 
 @contextlib.contextmanager
-def executed(
-    mode: str = "fast", order: str = "forward", switch: str = "metal", **options
-) -> Iterator[list[metal_cpu.Launch]]:
-    """Kernels are on and run on the CPU; yields the launches as they come.
+def emulated(
+    mode: str = "fast", order: str = "forward", *, validate: bool = False, **options
+) -> Iterator[list[metal_emulator.Launch]]:
+    """Use the METAL backend, its kernels executed on the CPU; yields the launches as they come.
 
-    `switch` is MLX_RGEMMA_KERNELS: "metal" launches without trying the kernel first.
+    Args:
+        mode, order, options: Of `metal_emulator.executed`.
+        validate: Validate kernels before their first launch, as on a Mac.
     """
-    launches: list[metal_cpu.Launch] = []
+    launches: list[metal_emulator.Launch] = []
+    metal.reset()
     with (
-        mock.patch.dict(os.environ, {kernels.VARIABLE: switch}),
-        metal_cpu.executed(mode, order, record=launches, **options),
+        backend.use(Backend.METAL),
+        contextlib.nullcontext() if validate else metal.skip_validation(),
+        metal_emulator.executed(mode, order, record=launches, **options),
     ):
         yield launches
+    metal.reset()
 
 
-def launched(launches: list[metal_cpu.Launch]) -> list[str]:
+def launched(launches: list[metal_emulator.Launch]) -> list[str]:
     """Names of the kernels, without the package's prefix."""
     return [launch.name.removeprefix("mlx_rgemma_") for launch in launches]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from helpers.float64 import NORMAL, PADDING, RESET, Array, sigmoid, to64
 
+from helpers.float64 import NORMAL, PADDING, RESET, Array, sigmoid, to64
 from mlx_rgemma.ops import RecurrentWeights
 
 WEIGHTS = RecurrentWeights._fields
@@ -19,7 +19,7 @@ class Case:
 
     Attributes:
         batch, steps, heads, block, taps: Sizes.
-        kind: (1 or B, steps), or None.
+        token_type: (1 or B, steps), or None.
         dtype: Of the activations.
         weight_dtype: Of the weights; that of the activations when omitted.
         seed: Of the numbers.
@@ -30,7 +30,7 @@ class Case:
     heads: int = 2
     block: int = 16
     taps: int = 4
-    kind: list[list[int]] | None = None
+    token_type: list[list[int]] | None = None
     dtype: mx.Dtype = mx.float32
     weight_dtype: mx.Dtype | None = None
     seed: int = 0
@@ -66,15 +66,17 @@ class Case:
     @property
     def arrays(self):
         """Arguments of `recurrent_decode`."""
-        kind = None if self.kind is None else mx.array(self.kind, mx.uint8)
-        return self.y_branch, self.x_branch, self.weights, self.conv_state, self.h0, kind
+        types = None if self.token_type is None else mx.array(self.token_type, mx.uint8)
+        return self.y_branch, self.x_branch, self.weights, self.conv_state, self.h0, types
 
     def expected(self) -> dict[str, Array]:
         """out, conv_state and h: the definition, one token of one row after the other."""
         w = RecurrentWeights(*(to64(x) for x in self.weights))
         y, x, h0 = to64(self.y_branch), to64(self.x_branch), to64(self.h0)
         state = to64(self.conv_state)
-        kinds = np.broadcast_to([[NORMAL]] if self.kind is None else self.kind, x.shape[:2])
+        kinds = np.broadcast_to(
+            [[NORMAL]] if self.token_type is None else self.token_type, x.shape[:2]
+        )
         out, h = np.zeros_like(x), h0.copy()
         for b in range(self.batch):
             for t in range(self.steps):

@@ -1,13 +1,13 @@
-"""The attention kernels, executed from their Metal source, against float64."""
+"""The attention kernels, emulated from their Metal source, against float64."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.attention_cases import Case, counted, packed
 from conftest import golden, relative_error
-from helpers.emulated import FORWARD_RTOL, GRADIENT_RTOL, assert_close, executed, needs_compiler
+from helpers.attention_cases import Case, counted, packed
+from helpers.emulated import FORWARD_RTOL, GRADIENT_RTOL, assert_close, emulated, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_rgemma.ops.attention_kernels import RING, ROTARY, WINDOW
@@ -29,7 +29,7 @@ PACKED = packed(45, 20, start=9)
 
 def window(case: Case, **how):
     """-> the attention of a chunk that has been rotated, the launches."""
-    with executed(**how) as launches:
+    with emulated(**how) as launches:
         out = ops.windowed_attention(
             case.q, case.k, case.v, window=case.window, reach=case.reach, ring=case.ring
         )
@@ -39,7 +39,7 @@ def window(case: Case, **how):
 
 def local(case: Case, **how):
     """-> the attention of a whole call, what belongs into the ring, the launches."""
-    with executed(**how) as launches:
+    with emulated(**how) as launches:
         out, kv = ops.prefill_attention(
             *(case.q, case.k, case.v, *case.angles()),
             window=case.window,
@@ -192,7 +192,7 @@ def test_golden(name):
     q, k, v = (mx.array(field(key).swapaxes(1, 2)) for key in "qkv")
     cos, sin = ops.rotary_angles(positions, ops.rotary_frequencies(q.shape[-1] // 2, 10000.0))
     reach = None if segment_pos is None else mx.minimum(positions, size)
-    with executed():
+    with emulated():
         out, _ = ops.prefill_attention(q, k, v, cos, sin, window=size, reach=reach)
     # In case `offset`, the reference's own float32 angles at position 5,000 limit the rotation.
     tolerance = 2e-4 if name == "offset" else 2e-6
@@ -205,7 +205,7 @@ def test_chunks_and_steps_agree(chunks):
     whole = Case(3, 16, size, packed(40, 0, 17, 25, 27), batch=2)
     cos, sin = whole.angles()
     kv, head, first, outputs = mx.full((2, 2, slots, 16), mx.nan), 0, 0, []
-    with executed():
+    with emulated():
         for length in chunks:
             part = slice(first, first + length)
             arrays = (whole.q, whole.k, whole.v, cos, sin)
@@ -279,7 +279,7 @@ def test_memory_does_not_grow_with_the_length():
         assert [x.shape for x in launch.outputs] == [(1, length, 2, 16)]
         used.append(launch.counters.threadgroup_bytes)
     assert used[0] == used[1] <= 32768
-    for dtype in kernels.FLOATS:  # and of the largest heads
+    for dtype in metal.FLOATS:  # and of the largest heads
         (launch,) = window(Case(1, 256, 6, counted(0, 1), dtype=dtype))[1]
         assert launch.counters.threadgroup_bytes <= 32768
 
@@ -338,10 +338,10 @@ def test_gradients_are_those_of_the_plain_operations(length):
         )
         return (out * weight).sum() + mx.square(new).sum()
 
-    with executed():
+    with emulated():
         value, got = mx.value_and_grad(loss, argnums=tuple(range(6)))(*arrays)
         mx.eval(value, got)
-    with executed(switch="off") as launches:
+    with emulated(switch="off") as launches:
         plain_value, expected = mx.value_and_grad(loss, argnums=tuple(range(6)))(*arrays)
     assert not launches
     assert abs(value.item() - plain_value.item()) < 1e-4 * abs(plain_value.item())
@@ -365,17 +365,17 @@ def test_vmap_is_that_of_the_plain_operations(monkeypatch):
 
 @pytest.mark.parametrize("kernel", [WINDOW, RING, ROTARY], ids=lambda kernel: kernel.name)
 def test_trial(kernel):
-    with executed(switch="auto"):
-        kernels.forget()
+    with emulated(switch="auto"):
+        metal.reset()
         for variant in kernel.variants:
-            assert kernel.usable(*variant), kernel.verdicts
+            assert kernel.validated(*variant), kernel.validation
 
 
 def test_what_the_kernels_do_not_take_goes_the_plain_way():
     case, narrow = Case(2, 16, 6, counted(0, 4)), Case(2, 4, 6, counted(0, 4))
     other_dtype = ops.Ring(mx.zeros((1, 2, 7, 16), mx.bfloat16), 0)
     arrays = (case.q, case.k, case.v)
-    with executed() as launches:
+    with emulated() as launches:
         out = ops.windowed_attention(*arrays, window=6, reach=case.reach, ring=other_dtype)
         small = ops.windowed_attention(narrow.q, narrow.k, narrow.v, window=6)
         assert not launches

@@ -1,18 +1,17 @@
-"""The kernels of the causal convolution, executed from their Metal source, against float64."""
+"""The kernels of the causal convolution, emulated from their Metal source, against float64."""
 
 from __future__ import annotations
 
-from helpers import float64
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import float64
 from helpers.emulated import (
     FLOATS,
     FORWARD_RTOL,
     GRADIENT_RTOL,
     SCHEDULES,
     assert_close,
-    executed,
     launched,
     needs_compiler,
 )
@@ -99,7 +98,7 @@ def check(given):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
 def test_shapes(shape, packed):
-    with executed() as launches:
+    with emulated() as launches:
         check(inputs(shape, packed=packed))
     assert launched(launches) == ["causal_conv1d", "causal_conv1d_backward"]
 
@@ -108,12 +107,12 @@ def test_shapes(shape, packed):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dtypes_and_thread_orders(dtype, mode, order):
     lengths = [140, 0, 1, 2, 3, 4, 129, 128]
-    with executed(mode, order):
+    with emulated(mode, order):
         check(inputs((8, 140, 37), FLOATS[dtype], packed=True, lengths=lengths))
 
 
 def test_lengths_without_documents():
-    with executed():
+    with emulated():
         check(inputs((8, 20, 5), lengths=[20, 0, 1, 2, 3, 4, 19, 16]))
 
 
@@ -121,9 +120,9 @@ def test_lengths_without_documents():
 def test_documents_shared_by_all_rows(length):
     given = inputs((3, length, 5), packed=True)
     given["segment_pos"] = given["segment_pos"][1:2]
-    with executed():
+    with emulated():
         check(given)
-    with executed(switch="off"):
+    with emulated(switch="off"):
         check(given)
 
 
@@ -131,26 +130,26 @@ def test_documents_shared_by_all_rows(length):
 def test_optional_arguments(left_out):
     given = inputs((2, 20, 5))
     given[left_out] = None
-    with executed() as launches:
+    with emulated() as launches:
         check(given)
     assert len(launches) == 2
 
 
 @pytest.mark.parametrize("taps", [2, 3, 5])
 def test_other_numbers_of_taps(taps):
-    with executed("checked"):
+    with emulated("checked"):
         check(inputs((2, 20, 5), taps=taps, packed=True, lengths=[20, 3]))
 
 
 def test_one_tap_takes_the_plain_path():
-    with executed() as launches:
+    with emulated() as launches:
         check(inputs((2, 20, 5), taps=1, packed=True))
     assert not launches
 
 
 def test_pieces_are_the_whole():
     given = inputs((2, 154, 37), packed=True)
-    with executed():
+    with emulated():
         whole = run(given)
         state, pieces, start = given["state"], [], 0
         for length in (1, 2, 3, 16, 4, 128):
@@ -167,7 +166,7 @@ def test_pieces_are_the_whole():
 
 def test_each_element_is_stored_once_and_few_are_loaded_twice():
     shape = (1, 256, 64)
-    with executed("checked") as launches:
+    with emulated("checked") as launches:
         run(inputs(shape, mx.bfloat16))
     size, window = 256 * 64, (16 + 3) / 16
     for traffic, loaded, stored in (

@@ -9,21 +9,22 @@ import warnings
 
 import mlx.core as mx
 import pytest
-from helpers.emulated import executed, launched, needs_compiler
+from helpers.emulated import emulated, launched, needs_compiler
 
 from mlx_rgemma import ops
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops import backend, metal
 from mlx_rgemma.ops.autograd import inference_mode
+from mlx_rgemma.ops.backend import Backend
 
-SCAN = {kernel.name: kernel for kernel in kernels.registered()}["linear_scan"]
+SCAN = {kernel.name: kernel for kernel in metal.registered()}["linear_scan"]
 
 
 @pytest.fixture(autouse=True)
 def start_of_the_process():
-    kernels.forget()
+    metal.reset()
     yield
-    kernels.forget()
+    metal.reset()
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def edited(monkeypatch):
     """Make a change to the source of one kernel."""
 
     def edit(file: str, old: str, new: str) -> None:
-        original = kernels.source
+        original = metal.source
 
         def source(name: str) -> str:
             text = original(name)
@@ -41,7 +42,7 @@ def edited(monkeypatch):
             return text.replace(old, new)
 
         monkeypatch.setattr(kernels, "source", source)
-        kernels.forget()
+        metal.reset()
 
     return edit
 
@@ -53,23 +54,23 @@ def scan(dtype=mx.float32, length=20):
 
 
 def verdict(name="linear_scan"):
-    return {row.state for row in kernels.status() if row.name == name}
+    return {row.state for row in metal.status() if row.name == name}
 
 
 def test_every_kernel_has_its_source_and_its_example():
-    for kernel in kernels.registered():
-        assert "thread" in kernels.source(kernel.file)
+    for kernel in metal.registered():
+        assert "thread" in metal.source(kernel.file)
         assert kernel.variants
-        with kernels.plain_only():
+        with backend.use(Backend.MLX):
             results = kernel.reference(*kernel.example(*kernel.variants[0]))
         assert len(results) == len(kernel.results)
         assert all(mx.isfinite(result).all() for result in results), kernel.name
 
 
 def test_every_source_belongs_to_a_kernel():
-    files = {kernel.file for kernel in kernels.registered()}
-    headers = {header for kernel in kernels.registered() for header in kernel.headers}
-    assert {path.name for path in kernels.folder().iterdir()} == files | headers
+    files = {kernel.file for kernel in metal.registered()}
+    headers = {header for kernel in metal.registered() for header in kernel.headers}
+    assert {path.name for path in metal.folder().iterdir()} == files | headers
 
 
 def test_without_metal_the_plain_form_runs(monkeypatch):
@@ -89,7 +90,7 @@ def test_an_unknown_mode_is_an_error_that_names_the_modes(monkeypatch):
 
 @needs_compiler
 def test_off_is_off():
-    with executed(switch="off") as launches:
+    with emulated(switch="off") as launches:
         scan()
         assert kernels.unavailable() == "MLX_RGEMMA_KERNELS is off"
     assert not launches
@@ -97,14 +98,14 @@ def test_off_is_off():
 
 @needs_compiler
 def test_auto_tries_each_variant_once():
-    with executed(switch="auto") as launches:
+    with emulated(switch="auto") as launches:
         scan()
         assert launched(launches) == ["linear_scan"] * 2  # the trial, the call
         scan(length=30)
         assert launched(launches) == ["linear_scan"] * 3
         scan(mx.bfloat16)
         assert launched(launches) == ["linear_scan"] * 5
-        rows = [row for row in kernels.status() if row.name == "linear_scan"]
+        rows = [row for row in metal.status() if row.name == "linear_scan"]
         assert {row.variant for row in rows} == {(t, t) for t in (mx.float32, mx.bfloat16)}
         assert verdict() == {"agrees"}
         assert verdict("rg_lru") == {"untried"}
@@ -112,14 +113,14 @@ def test_auto_tries_each_variant_once():
 
 @needs_compiler
 def test_metal_launches_untried():
-    with executed(switch="metal") as launches:
+    with emulated(switch="metal") as launches:
         scan()
     assert launched(launches) == ["linear_scan"]
 
 
 @needs_compiler
 def test_a_dtype_that_no_kernel_takes_uses_the_plain_form():
-    with executed() as launches:
+    with emulated() as launches:
         assert not SCAN.usable(mx.int32, mx.float32)
     assert not launches
 
@@ -137,7 +138,7 @@ def test_a_dtype_that_no_kernel_takes_uses_the_plain_form():
 def test_a_kernel_that_fails_is_switched_off_with_one_warning(edited, old, new, reason):
     edited("linear_scan.metal", old, new)
     expected = scan()
-    with executed(switch="auto"):
+    with emulated(switch="auto"):
         with pytest.warns(RuntimeWarning, match=f"linear_scan.metal.*is switched off.*{reason}"):
             found = scan()
         with warnings.catch_warnings():
@@ -159,7 +160,7 @@ def test_a_backward_kernel_may_be_off_alone(edited):
 
     gradient = mx.grad(loss, argnums=(0, 1, 2, 3))
     expected = gradient(*arrays, a_param)
-    with executed(switch="auto") as launches, pytest.warns(RuntimeWarning, match="rg_lru_backward"):
+    with emulated(switch="auto") as launches, pytest.warns(RuntimeWarning, match="rg_lru_backward"):
         found = gradient(*arrays, a_param)
     assert "rg_lru" in launched(launches)
     for one, other in zip(found, expected, strict=True):
@@ -179,7 +180,7 @@ def test_other_backward_kernels_may_be_off_alone(edited, name):
         return mx.square(ops.causal_conv1d(x, weight)[0]).sum()
 
     expected = mx.grad(loss, argnums=(0, 1))(x, weight)
-    with executed(switch="auto"), pytest.warns(RuntimeWarning, match=f"{name}_backward"):
+    with emulated(switch="auto"), pytest.warns(RuntimeWarning, match=f"{name}_backward"):
         found = mx.grad(loss, argnums=(0, 1))(x, weight)
     for one, other in zip(found, expected, strict=True):
         assert mx.allclose(one, other, rtol=1e-4, atol=1e-5)
@@ -190,7 +191,7 @@ def test_a_trial_leaves_the_random_state_alone():
     mx.random.seed(7)
     expected = mx.random.normal((3,))
     mx.random.seed(7)
-    with executed(switch="auto"):
+    with emulated(switch="auto"):
         scan()
     assert mx.array_equal(mx.random.normal((3,)), expected)
 
@@ -208,7 +209,7 @@ def test_the_first_call_may_be_inside_a_transformation(transform):
         "checkpoint": mx.grad(mx.checkpoint(loss)),
     }[transform]
     expected = run(x)
-    with executed(switch="auto") as launches:
+    with emulated(switch="auto") as launches:
         found = run(x)
     assert {"linear_scan", "linear_scan_backward"} <= set(launched(launches))
     assert mx.allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -225,7 +226,7 @@ def test_a_trial_may_happen_while_a_graph_is_traced(trace):
         return 2.0 * x
 
     x = mx.ones((3, 4))
-    with executed(switch="auto") as launches:
+    with emulated(switch="auto") as launches:
         mx.enable_compile()  # a stand-in cannot be compiled, but nothing launched here is
         if trace == "export":
             mx.export_function(lambda event: None, function, x)
@@ -323,7 +324,7 @@ def test_vmap_is_a_loop_over_the_plain_form():
         return ops.rg_lru(x, x, x, a_param)[0]
 
     gradient = mx.grad(lambda *arrays: mx.square(layer(*arrays)).sum(), argnums=(0, 1))
-    with kernels.plain_only():
+    with backend.use(Backend.MLX):
         assert mx.allclose(mx.vmap(layer)(x, a_param)[1], layer(x[1], a_param[1]), atol=1e-6)
         many, one = mx.vmap(gradient)(x, a_param), gradient(x[1], a_param[1])
     for some, expected in zip(many, one, strict=True):
@@ -351,4 +352,4 @@ def test_the_sources_are_found_in_an_installed_package(tmp_path):
     )
     assert out.stdout.strip() == str(metal)
     with pytest.raises(FileNotFoundError, match="neither in"):
-        kernels.folder(tmp_path)
+        metal.folder(tmp_path)

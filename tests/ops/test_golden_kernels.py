@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.emulated import executed, launched, needs_compiler
+from helpers.emulated import emulated, launched, needs_compiler
 from test_golden_ops import test_causal_conv1d, test_linear_scan, test_rg_lru
 
 pytestmark = needs_compiler
@@ -14,7 +14,7 @@ __all__ = ["test_causal_conv1d", "test_linear_scan", "test_rg_lru"]
 
 @pytest.fixture(autouse=True)
 def kernels_are_executed(request):
-    with executed() as launches:
+    with emulated() as launches:
         yield
     operation = request.function.__name__.removeprefix("test_")
     assert set(launched(launches)) >= {operation}

@@ -1,4 +1,4 @@
-"""The norm kernels, executed from their Metal source, against float64."""
+"""The norm kernels, emulated from their Metal source, against float64."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from helpers.emulated import (
     FORWARD_RTOL,
     GRADIENT_RTOL,
     assert_close,
-    executed,
     launched,
     needs_compiler,
 )
 from helpers.float64 import to64
 
 from mlx_rgemma import ops
-from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops import metal
 from mlx_rgemma.ops.autograd import inference_mode
 from mlx_rgemma.ops.rms_norm import ADD_NORM, NORM
 
@@ -44,7 +43,7 @@ def exact_norm(x: mx.array, weight: mx.array) -> np.ndarray:
 
 
 def assert_norm(x, weight, dtype=None, **how):
-    with executed(**how) as launches:
+    with emulated(**how) as launches:
         y = ops.rms_norm(x, weight, EPS, dtype=dtype)
         mx.eval(y)
     assert launched(launches) == ["rms_norm"]
@@ -54,7 +53,7 @@ def assert_norm(x, weight, dtype=None, **how):
 
 
 def assert_add_norm(x, delta, weight, dtype=None, **how):
-    with executed(**how) as launches:
+    with emulated(**how) as launches:
         total, y = ops.add_rms_norm(x, delta, weight, EPS, dtype=dtype)
         mx.eval(total, y)
     assert launched(launches) == ["add_rms_norm"]
@@ -102,7 +101,7 @@ def test_rows_that_are_not_contiguous():
 def test_golden(name):
     pieces = golden("ops/pieces.npz")
     x, weight = mx.array(pieces[f"{name}/x"]), mx.array(pieces[f"{name}/weight"])
-    with executed():
+    with emulated():
         y = ops.rms_norm(x, weight, EPS)
         total, z = ops.add_rms_norm(x, mx.zeros_like(x), weight, EPS)
     assert mx.array_equal(total, x)
@@ -154,11 +153,11 @@ def test_gradients_are_those_of_the_plain_operations():
         return mx.square(y).sum() + (mx.sin(total) * ops.rms_norm(x, weight, EPS)).sum()
 
     gradient = mx.grad(loss, argnums=(0, 1, 2))
-    with executed() as launches:
+    with emulated() as launches:
         got = gradient(x, delta, weight)
         mx.eval(got)
     assert {"rms_norm", "add_rms_norm"} <= set(launched(launches))
-    with executed(switch="off"):
+    with emulated(switch="off"):
         expected = gradient(x, delta, weight)
     for one, other in zip(got, expected, strict=True):
         assert relative_error(one, np.array(other)) < GRADIENT_RTOL
@@ -166,14 +165,14 @@ def test_gradients_are_those_of_the_plain_operations():
 
 @pytest.mark.parametrize("kernel", [NORM, ADD_NORM], ids=lambda kernel: kernel.name)
 def test_trial(kernel):
-    with executed(switch="auto"):
-        kernels.forget()
+    with emulated(switch="auto"):
+        metal.reset()
         for variant in kernel.variants:
-            assert kernel.usable(*variant), kernel.verdicts
+            assert kernel.validated(*variant), kernel.validation
 
 
 def test_integers_go_the_plain_way():
-    with executed() as launches:
+    with emulated() as launches:
         y = ops.rms_norm(mx.arange(12).reshape(2, 6), mx.zeros((6,)), dtype=mx.float32)
     assert not launches
     assert_close("y", y, exact_norm(mx.arange(12.0).reshape(2, 6), mx.zeros((6,))), FORWARD_RTOL)

@@ -1,18 +1,17 @@
-"""The kernels of the RG-LRU, executed from their Metal source, against float64."""
+"""The kernels of the RG-LRU, emulated from their Metal source, against float64."""
 
 from __future__ import annotations
 
-from helpers import float64
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import float64
 from helpers.emulated import (
     FLOATS,
     FORWARD_RTOL,
     GRADIENT_RTOL,
     SCHEDULES,
     assert_close,
-    executed,
     launched,
     needs_compiler,
 )
@@ -108,7 +107,7 @@ def check(given):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape):
-    with executed() as launches:
+    with emulated() as launches:
         check(inputs(shape))
     assert launched(launches) == ["rg_lru", "rg_lru_backward"]
 
@@ -116,12 +115,12 @@ def test_shapes(shape):
 @pytest.mark.parametrize("mode, order", SCHEDULES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dtypes_and_thread_orders(dtype, mode, order):
-    with executed(mode, order):
+    with emulated(mode, order):
         check(inputs((2, 133, 37), FLOATS[dtype], lengths=[133, 120]))
 
 
 def test_gates_may_keep_float32():
-    with executed() as launches:
+    with emulated() as launches:
         found = check(inputs((2, 70, 9), mx.bfloat16, mx.float32))
     assert found["d_recurrent_gate"].dtype == mx.float32
     assert found["dx"].dtype == mx.bfloat16
@@ -131,7 +130,7 @@ def test_gates_may_keep_float32():
 def test_gates_of_different_dtypes_take_the_plain_path():
     given = inputs((2, 20, 9))
     given["input_gate"] = given["input_gate"].astype(mx.bfloat16)
-    with executed() as launches:
+    with emulated() as launches:
         check(given)
     assert not launches
 
@@ -140,7 +139,7 @@ def test_gates_of_different_dtypes_take_the_plain_path():
 def test_biases_are_optional(biases):
     given = inputs((2, 20, 9))
     given.update({name: None for name in ("bias_i", "bias_r") if name not in biases})
-    with executed() as launches:
+    with emulated() as launches:
         check(given)
     assert len(launches) == 2
 
@@ -155,13 +154,13 @@ def test_resets(shape, resets):
         "shared": mx.arange(length)[None] % 64 == 0,
         "all": mx.ones((batch, length), mx.bool_),
     }[resets]
-    with executed():
+    with emulated():
         check(given)
 
 
 def test_padding_changes_nothing_whatever_it_holds():
     given = inputs((3, 70, 9), lengths=[70, 0, 65])
-    with executed():
+    with emulated():
         clean = check(given)
         padding = ~given["mask"][..., None]
         for name in ("x", "input_gate", "recurrent_gate"):
@@ -180,13 +179,13 @@ def test_saturated_gates(path):
         signs = mx.sign(mx.random.normal(given[name].shape, key=mx.random.key(seed)))
         given[name] = mx.where(mx.arange(12) < 6, given[name], 60.0 * signs)
     given["bias_i"] = given["bias_r"] = None
-    with executed(switch="metal" if path == "executed" else "off"):
+    with emulated(switch="metal" if path == "executed" else "off"):
         check(given)
 
 
 def test_pieces_are_the_whole():
     given = inputs((2, 154, 37))
-    with executed():
+    with emulated():
         whole = run(given)
         h, pieces, start = given["h0"], [], 0
         for length in (1, 1, 7, 8, 9, 128):
@@ -207,7 +206,7 @@ def test_gradients_are_the_same_in_any_order_of_threads():
     given = inputs((2, 133, 37), mx.bfloat16)
     found = []
     for order in ("forward", "reverse", "random"):
-        with executed(order=order, seed=3):
+        with emulated(order=order, seed=3):
             found.append(run(given))
     for other in found[1:]:
         for name, value in found[0].items():
@@ -216,7 +215,7 @@ def test_gradients_are_the_same_in_any_order_of_threads():
 
 def test_each_element_is_loaded_once_and_stored_once():
     given = inputs((1, 256, 64), mx.bfloat16)
-    with executed("checked") as launches:
+    with emulated("checked") as launches:
         run(given)
     forward, backward = (launch.traffic for launch in launches)
     read = ("x", "input_gate", "recurrent_gate")
@@ -233,7 +232,7 @@ def test_each_element_is_loaded_once_and_stored_once():
 
 
 def test_one_threadgroup_memory_fits():
-    with executed("checked") as launches:
+    with emulated("checked") as launches:
         run(inputs((1, 130, 3)))
     assert all(launch.counters.threadgroup_bytes <= 8192 for launch in launches)
 

@@ -1,4 +1,4 @@
-"""The decode step of the recurrent block, executed from its Metal source, against float64."""
+"""The decode step of the recurrent block, emulated from its Metal source, against float64."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from helpers.emulated import (
     FORWARD_RTOL,
     GRADIENT_RTOL,
     assert_close,
-    executed,
     launched,
     needs_compiler,
 )
 from helpers.float64 import NORMAL, PADDING, RESET
+from helpers.recurrent_decode_cases import WEIGHTS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers.recurrent_decode_cases import WEIGHTS, Case
 
 from mlx_rgemma import ops
-from mlx_rgemma.ops import kernels
+from mlx_rgemma.ops import metal
 from mlx_rgemma.ops.autograd import inference_mode
 from mlx_rgemma.ops.recurrent_decode import STEP
 
@@ -30,7 +29,7 @@ RESULTS = ("out", "conv_state", "h")
 
 
 def run(case: Case, **how):
-    with executed(**how) as launches:
+    with emulated(**how) as launches:
         results = ops.recurrent_decode(*case.arrays)
         mx.eval(results)
     assert launched(launches) == ["recurrent_decode"]
@@ -105,7 +104,7 @@ def test_kinds_as_the_scan_has_them():
         (ops.token_types(reset, mask), [[NORMAL, RESET, PADDING]]),
     ):
         case = Case(2, 3, kind=same)
-        with executed():
+        with emulated():
             results = ops.recurrent_decode(*case.arrays[:-1], kind)
         for name, value in zip(RESULTS, results, strict=True):
             assert_close(name, value, case.expected()[name], FORWARD_RTOL)
@@ -129,7 +128,7 @@ def test_one_call_or_many():
     whole = Case(3, 8, kind=kind)
     y, x, weights, conv, h, kind = whole.arrays
     expected, outputs = whole.expected(), []
-    with executed():
+    with emulated():
         for part in (slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 8)):
             out, conv, h = ops.recurrent_decode(
                 y[:, part], x[:, part], weights, conv, h, kind[:, part]
@@ -160,7 +159,7 @@ def test_golden(name):
     )
     conv, states = mx.zeros((batch, 1, width)), []
     kind = ops.token_types(case["segment_pos"] == 0, None)
-    with executed():
+    with emulated():
         for first in range(0, length, ops.MAX_STEPS):
             part = slice(first, first + ops.MAX_STEPS)
             y = mx.full(u[:, part].shape, 32.0)  # gelu(32) = 32
@@ -203,7 +202,7 @@ def test_each_weight_is_read_once(batch, steps):
 
 
 def test_fits_threadgroup_memory():
-    for dtype in kernels.FLOATS:
+    for dtype in metal.FLOATS:
         _, launch = run(Case(1, 8, heads=1, block=256, dtype=dtype))
         assert launch.counters.threadgroup_bytes <= 32768
 
@@ -236,11 +235,11 @@ def test_gradients_are_those_of_the_plain_operations():
         return sum(mx.square(r).sum() for r in results)
 
     gradient = mx.grad(loss, argnums=tuple(range(len(arrays))))
-    with executed() as launches:
+    with emulated() as launches:
         got = gradient(*arrays)
         mx.eval(got)
     assert "recurrent_decode" in launched(launches)
-    with executed(switch="off"):
+    with emulated(switch="off"):
         expected = gradient(*arrays)
     for name, one, other in zip(("y", "x", "conv", "h0", *WEIGHTS), got, expected, strict=True):
         assert np.abs(np.array(other)).max() > 0, name
@@ -249,17 +248,17 @@ def test_gradients_are_those_of_the_plain_operations():
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 def test_trial(rows):
-    with executed(switch="auto"):
-        kernels.forget()
-        for dtype in kernels.FLOATS:
-            assert STEP.usable(dtype, dtype, 16, rows), STEP.verdicts
+    with emulated(switch="auto"):
+        metal.reset()
+        for dtype in metal.FLOATS:
+            assert STEP.usable(dtype, dtype, 16, rows), STEP.validation
 
 
 @pytest.mark.parametrize(
     "case", [Case(1, 9), Case(1, 1, taps=1), Case(1, 1, heads=1, block=260)], ids=str
 )
 def test_what_the_kernel_does_not_take_goes_the_plain_way(case):
-    with executed() as launches:
+    with emulated() as launches:
         results = ops.recurrent_decode(*case.arrays)
     assert "recurrent_decode" not in launched(launches)
     for name, value in zip(RESULTS, results, strict=True):
