@@ -1,0 +1,19 @@
+"""The regression corpus: what is stored as small files in `corpus/<family>/`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def files(family: str) -> dict[str, bytes]:
+    """Return the stored files of a family by their names without suffix."""
+    return {path.stem: path.read_bytes() for path in sorted((CORPUS / family).iterdir())}
+
+
+def overlays(family: str) -> dict[str, dict[str, Any]]:
+    """Return the stored JSON objects of a family; each replaces keys of a sound file."""
+    return {name: json.loads(content) for name, content in files(family).items()}
