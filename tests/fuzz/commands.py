@@ -81,7 +81,7 @@ class CommandTarget:
             if failure.kind in ("memory", "hang", "traceback"):
                 self.close()
             return Result("failed", job.note, failure, message)
-        accepted = answer["status"] in (0, None) or job.interrupt or bool(job.until)
+        accepted = answer["status"] in (0, None, 130)
         if sound and answer["status"] not in ((0, None, 130) if job.until else (0, None)):
             return Result(
                 "failed", job.note, Failure("sound", f"a sound case is refused: {message}")

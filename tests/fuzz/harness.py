@@ -13,10 +13,9 @@ from tempfile import TemporaryDirectory
 
 from fuzz.commands import CommandTarget
 from fuzz.families import FAMILIES
-from fuzz.job import Box, Family, Job, Result
+from fuzz.job import Box, Failure, Family, Job, Result
+from fuzz.payloads import ACCEPTED
 from fuzz.serving import ServerTarget
-
-SOUND = "sound"
 
 
 @dataclass(frozen=True)
@@ -55,30 +54,31 @@ class Harness:
         self._scratch.cleanup()
 
     def run(self, family: Family, cases: Iterable[int | str]) -> Iterator[Report]:
-        """Run cases of a family: numbers, names of payloads, or "sound"."""
+        """Run cases of a family: numbers, or names of sound ones and payloads."""
         for case in cases:
             yield Report(family.name, case, self.seed, self._run(family, case))
 
     def _run(self, family: Family, case: int | str) -> Result:
         rng = Random(f"{self.seed} {family.name} {case}")
-        sound = case == SOUND
-        make = (
-            family.sound
-            if sound
-            else family.make
-            if isinstance(case, int)
-            else family.payloads[case]
-        )
+        named = {**family.sounds, **family.payloads}
+        make = family.make if isinstance(case, int) else named[case]
         place = Path(self._scratch.name) / "case"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         box = Box(place / "box", self.sources)
         job = make(box, rng)
         with self._kept(family, case, box, job) as keep:
-            result = self._targets[family.target].run(job, box, sound=sound)
+            result = self._targets[family.target].run(job, box, sound=case in family.sounds)
+            if result.verdict == "accepted" and self._must_be_refused(family, case):
+                failure = Failure("accepted", "a payload that must be refused is accepted")
+                result = Result("failed", result.note, failure)
             if result.failure is not None:
                 keep()
         return result
+
+    @staticmethod
+    def _must_be_refused(family: Family, case: int | str) -> bool:
+        return case in family.payloads and f"{family.name}:{case}" not in ACCEPTED
 
     @contextmanager
     def _kept(self, family: Family, case: int | str, box: Box, job: object) -> Iterator[object]:
@@ -111,8 +111,8 @@ def _copy(source: str, target: str) -> None:
 
 
 def all_cases(family: Family, count: int) -> list[int | str]:
-    """Return a sound case, all payloads, and so many damaged ones."""
-    return [SOUND, *family.payloads, *range(count)]
+    """Return the sound cases, all payloads, and so many damaged ones."""
+    return [*family.sounds, *family.payloads, *range(count)]
 
 
 def shares(count: int) -> dict[str, int]:

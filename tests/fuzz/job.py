@@ -86,7 +86,8 @@ class Failure:
     """What a case did that it must not.
 
     Attributes:
-        kind: crash, hang, memory, traceback, message, left, escaped, writes, server, sound.
+        kind: crash, hang, memory, traceback, message, left, escaped, writes, log, server,
+            sound, accepted.
         detail: One or more lines.
     """
 
@@ -114,7 +115,7 @@ class Family:
     Attributes:
         name: Lower case.
         target: "command", or "server": what the cases are for.
-        sound: Makes an undamaged case, which must be accepted.
+        sounds: Makers of undamaged cases, which must be accepted, by name.
         make: Makes a damaged case.
         payloads: Makers of cases by name: everything that was ever found.
         needs: Module without which the family is left out.
@@ -122,7 +123,7 @@ class Family:
 
     name: str
     target: str
-    sound: Make
+    sounds: Mapping[str, Make]
     make: Make
     payloads: Mapping[str, Make] = field(default_factory=dict)
     needs: str = ""

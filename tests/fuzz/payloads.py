@@ -17,3 +17,17 @@ def files(family: str) -> dict[str, bytes]:
 def overlays(family: str) -> dict[str, dict[str, Any]]:
     """Return the stored JSON objects of a family; each replaces keys of a sound file."""
     return {name: json.loads(content) for name, content in files(family).items()}
+
+
+ACCEPTED = frozenset(
+    {
+        "config:remote-code",
+        "flags:cache-prompt-no-suffix",
+        "flags:chat /save book",
+        "resumed:no checkpoint yet",
+        "yaml:train-float-iters",
+        "orbax:a linked array",
+        "sentencepiece:no utf-8",
+    }
+)
+"""Payloads that may also be accepted, if nothing bad comes of it; the others must be refused."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class ServerTarget:
     def _start(self) -> Failure | None:
         if self.process is not None:
             return None
-        self._log = tempfile.TemporaryFile("w+b")
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  (open as long as the server)
         self._seen = 0
         self.process = subprocess.Popen(
             [
@@ -153,10 +154,8 @@ class ServerTarget:
 
     def _judge(self, request: Request, answer: bytes, cpu_s: float) -> Failure | None:
         assert self.process is not None
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(0.02 if answer else 0.5)
-        except subprocess.TimeoutExpired:
-            pass
         if self.process.poll() is not None:
             log = self._new_log().decode(errors="replace")
             return Failure(

@@ -74,12 +74,13 @@ def _measure(job: dict[str, Any], out: int, err: int) -> dict[str, Any]:
     _reset_peak()
     written, cpu, started = _written(), time.process_time(), time.monotonic()
     _limit_cpu(job["cpu_s"])
-    if job["interrupt"] or job["until"]:
-        threading.Thread(target=_watch, args=(job, out, cpu), daemon=True).start()
     status: Any = None
     problem = ""
+    done = threading.Event()
+    watch = threading.Thread(target=_watch, args=(job, out, cpu, done), daemon=True)
     _running = True
     try:
+        watch.start()
         module = importlib.import_module(f"mlx_rgemma.{job['command']}")
         status = module.main(job["argv"])
     except SystemExit as error:
@@ -87,6 +88,8 @@ def _measure(job: dict[str, Any], out: int, err: int) -> dict[str, Any]:
     except BaseException:
         problem = traceback.format_exc()
     _running = False
+    done.set()
+    watch.join()
     cpu_s = time.process_time() - cpu
     peak = _peak()
     _clear()
@@ -102,15 +105,14 @@ def _measure(job: dict[str, Any], out: int, err: int) -> dict[str, Any]:
     }
 
 
-def _watch(job: dict[str, Any], out: int, cpu: float) -> None:
-    """Send Ctrl-C to a command that was told to do much, or serves."""
-    while _running and os.environ.get("TMPDIR") == job["tmp"]:
+def _watch(job: dict[str, Any], out: int, cpu: float, done: threading.Event) -> None:
+    """Send Ctrl-C to a command that was told to do much, or that serves."""
+    while not done.wait(0.05):
         busy = time.process_time() - cpu > INTERRUPT_AFTER_S
-        seen = job["until"] and job["until"].encode() in os.pread(out, KEPT, 0)
-        if (job["interrupt"] and busy) or seen:
+        serves = job["until"] and job["until"].encode() in os.pread(out, KEPT, 0)
+        if (job["interrupt"] and busy) or serves:
             os.kill(os.getpid(), signal.SIGINT)
             return
-        time.sleep(0.05)
 
 
 def _limit_cpu(seconds: float) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -16,6 +18,7 @@ from fuzz.job import Box, Family, Job
 from fuzz.mutations import brief, dumps, mutate_bytes, mutate_json
 
 FLAX = GOLDEN / "tiny-2b-flax"
+FOLDERS = tuple(path for path in sorted(FLAX.iterdir()) if path.is_dir())
 BLOCK = 512
 GIGABYTE = 1 << 30
 
@@ -164,7 +167,7 @@ def _damage_header(rng: Random, content: bytes) -> tuple[bytes, str]:
 
 
 def _orbax(box: Box, rng: Random) -> Job:
-    name = rng.choice([path.name for path in sorted(FLAX.iterdir()) if path.is_dir()])
+    name = rng.choice(FOLDERS).name
     folder = box.inputs / "flax"
     _copy_tree(FLAX / name, folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -198,8 +201,6 @@ def _orbax(box: Box, rng: Random) -> Job:
 
 
 def _damage_json(rng: Random, path: Path) -> str:
-    import json
-
     try:
         value = json.loads(path.read_bytes())
     except ValueError:
@@ -234,6 +235,10 @@ def _sound_tar(box: Box, rng: Random) -> Job:
     with tarfile.open(box.inputs / "x.tar.gz", "w:gz") as archive:
         archive.add(GOLDEN / "tiny-2b", "a")
     return convert(box, box.inputs / "x.tar.gz", "")
+
+
+def _sound_flax(path: Path) -> Callable[[Box, Random], Job]:
+    return lambda box, rng: convert(box, path, "", *SAID)
 
 
 def _header(name: str, kind: bytes, size: int) -> bytes:
@@ -324,7 +329,7 @@ FAMILIES = (
     Family(
         "tar",
         "command",
-        _sound_tar,
+        {"sound": _sound_tar},
         _tar,
         {
             "a long name of 6 GB": _long_name,
@@ -339,7 +344,7 @@ FAMILIES = (
     Family(
         "orbax",
         "command",
-        lambda box, rng: convert(box, FLAX / "orbax-0.5.9-ocdbt", "", *SAID),
+        {f"sound {path.name}": _sound_flax(path) for path in FOLDERS},
         _orbax,
         {"a linked array": _linked_array},
         needs="tensorstore",

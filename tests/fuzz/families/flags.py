@@ -35,7 +35,7 @@ VALUES = (
     "3",
     "-0",
     "1_0",
-    "١",
+    "\u0661",
     "0x10",
     "1.5",
     "nan",
@@ -100,6 +100,9 @@ AMOUNTS = (
 def flag_options(command: str) -> list[tuple[str, argparse.Action]]:
     """Return the flags of a command with their argparse actions."""
     parser = importlib.import_module(f"mlx_rgemma.{command}").build_parser()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parser = action.choices["compare"]
     found = []
     for action in parser._actions:
         if action.option_strings and action.option_strings[-1] not in FORBIDDEN:
@@ -211,7 +214,7 @@ FAMILIES = (
     Family(
         "flags",
         "command",
-        lambda box, rng: _job(box, rng.choice(COMMANDS), [], ""),
+        {f"sound {name}": _stored(name.encode()) for name in COMMANDS},
         _flags,
         {
             **{name: _stored(content) for name, content in files("flags").items()},

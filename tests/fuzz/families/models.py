@@ -14,6 +14,8 @@ from fuzz.mutations import WHOLE, Pairs, brief, dumps, mutate_bytes, mutate_json
 from fuzz.payloads import overlays
 
 GOLDEN = Path(__file__).parents[2] / "golden"
+PROMPT = f"Lily met {'a' * 50}b"
+"""It makes expressions like `(a+)+$` try every way to split it."""
 DTYPES = ("F64", "I8", "U32", "BOOL", "F8_E4M3", "C64", "", "x" * 20_000, "\x1b[2J", 3, None)
 
 
@@ -25,7 +27,7 @@ def convert(box: Box, source: Path, note: str, *options: str) -> Job:
 
 def generate(box: Box, model: Path, note: str, *options: str) -> Job:
     """Generate two tokens with a model."""
-    return Job("generate", ["--model", str(model), "-p", "Lily met", "-m", "2", *options], note)
+    return Job("generate", ["--model", str(model), "-p", PROMPT, "-m", "2", *options], note)
 
 
 def either(rng: Random, box: Box, model: Path, note: str) -> Job:
@@ -253,22 +255,25 @@ FAMILIES = (
     Family(
         "safetensors",
         "command",
-        lambda box, rng: generate(box, box.copy("quantized"), ""),
+        {"sound": lambda box, rng: generate(box, box.copy("quantized"), "")},
         _safetensors,
         {"a million tensors": many_tensors},
     ),
     Family(
         "config",
         "command",
-        lambda box, rng: convert(box, box.copy("tiny"), ""),
+        {"sound": lambda box, rng: convert(box, box.copy("tiny"), "")},
         _config,
         {name: _overlay("config.json", values) for name, values in overlays("config").items()},
     ),
-    Family("index", "command", _sound_index, _index),
+    Family("index", "command", {"sound": _sound_index}, _index),
     Family(
         "adapters",
         "command",
-        lambda box, rng: _with_adapters(box, box.copy("adapters"), "", fuse=True),
+        {
+            "sound": lambda box, rng: _with_adapters(box, box.copy("adapters"), "", fuse=False),
+            "sound fuse": lambda box, rng: _with_adapters(box, box.copy("adapters"), "", fuse=True),
+        },
         _adapters,
         {
             name: _overlay("adapter_config.json", values)

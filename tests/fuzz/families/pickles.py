@@ -8,6 +8,7 @@ import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -151,7 +152,7 @@ def _damage_entry(rng: Random, entries: dict[str, bytes]) -> str:
 def _damage_opcodes(rng: Random, content: bytes) -> tuple[bytes, str]:
     """Remove, repeat, move or insert whole opcodes, or change their arguments."""
     ends = [pos for _, _, pos in pickletools.genops(content)] + [len(content)]
-    parts = [content[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [content[a:b] for a, b in pairwise(ends)]
     notes = []
     for _ in range(rng.choice((1, 1, 2, 4))):
         at = rng.randrange(min(len(parts), rng.choice((20, 200, len(parts)))))
@@ -215,7 +216,7 @@ FAMILIES = (
     Family(
         "torch",
         "command",
-        lambda box, rng: convert(box, TORCH, "", *SAID),
+        {"sound": lambda box, rng: convert(box, TORCH, "", *SAID)},
         _torch,
         {
             **PAYLOADS,

@@ -363,7 +363,7 @@ FAMILIES = (
         Family(
             name,
             "server",
-            _sound(path),
+            {"sound": _sound(path)},
             _bodies(path),
             {**PAYLOADS[path], **{k: _stored(path, v) for k, v in files(name).items()}},
         )
@@ -372,7 +372,7 @@ FAMILIES = (
     Family(
         "protocol",
         "server",
-        _sound(COMPLETIONS),
+        {"sound": _sound(COMPLETIONS)},
         _protocol,
         {name: _stored_raw(content) for name, content in files("protocol").items()},
     ),

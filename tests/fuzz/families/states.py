@@ -77,7 +77,10 @@ FAMILIES = (
     Family(
         "state",
         "command",
-        lambda box, rng: _resume(box, box.copy("session.safetensors"), ""),
+        {
+            "sound session": lambda box, rng: _resume(box, box.copy("session.safetensors"), ""),
+            "sound cache": lambda box, rng: _resume(box, box.copy("cache.safetensors"), ""),
+        },
         _state,
     ),
 )

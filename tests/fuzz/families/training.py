@@ -78,8 +78,8 @@ def _stored_jsonl(content: bytes) -> Callable[[Box, Random], Job]:
 
 
 def _huge_line(box: Box, rng: Random) -> Job:
-    """Return a data set with a line of 200 MB."""
-    return _stored_jsonl(b'{"text": "' + b"Ann saw Ben. " * 15_000_000 + b'"}')(box, rng)
+    """Return a data set with a line of 60 MB."""
+    return _stored_jsonl(b'{"text": "' + b"Ann saw Ben. " * 5_000_000 + b'"}')(box, rng)
 
 
 LORA_SETTINGS: dict[str, Any] = {
@@ -191,7 +191,18 @@ def _yaml(box: Box, rng: Random) -> Job:
 
 
 def _stored_settings(name: str, content: bytes) -> Callable[[Box, Random], Job]:
-    return lambda box, rng: _settings(box, name.split("-")[0], content, brief(content))
+    def make(box: Box, rng: Random) -> Job:
+        job = _settings(box, name.split("-")[0], content, brief(content))
+        job.interrupt = False
+        return job
+
+    return make
+
+
+def _sound_settings(name: str) -> Callable[[Box, Random], Job]:
+    values = LORA_SETTINGS if name == "lora" else TRAIN_SETTINGS
+    text = "\n".join(f"{key}: {dumps(value)}" for key, value in values.items())
+    return lambda box, rng: _settings(box, name, text.encode(), "")
 
 
 PROGRESS_KEYS = ("iteration", "updates", "trained_tokens", "recent_loss", "recent_tokens")
@@ -244,9 +255,14 @@ def _damage_state(rng: Random, path: Path) -> str:
     return f"{path.name}: metadata {key}: {note}"
 
 
-def _sound_resumed(box: Box, rng: Random) -> Job:
+def _sound_lora(box: Box, rng: Random) -> Job:
     box.copy("adapters")
     return _lora(box, "", "--iters", "3", "--resume", adapters="in/adapters")
+
+
+def _sound_train(box: Box, rng: Random) -> Job:
+    box.copy("run")
+    return _train(box, "", "--iters", "3", run="in/run")
 
 
 def _resume_before_the_first(box: Box, rng: Random) -> Job:
@@ -262,29 +278,24 @@ FAMILIES = (
     Family(
         "jsonl",
         "command",
-        lambda box, rng: _lora(box, "", "--iters", "1"),
+        {"sound": lambda box, rng: _lora(box, "", "--iters", "1")},
         _jsonl,
         {
-            "a line of 200 MB": _huge_line,
+            "a line of 60 MB": _huge_line,
             **{name: _stored_jsonl(content) for name, content in files("jsonl").items()},
         },
     ),
     Family(
         "yaml",
         "command",
-        lambda box, rng: _settings(
-            box,
-            "train",
-            "\n".join(f"{k}: {dumps(v)}" for k, v in TRAIN_SETTINGS.items()).encode(),
-            "",
-        ),
+        {f"sound {name}": _sound_settings(name) for name in ("lora", "train")},
         _yaml,
         {name: _stored_settings(name, content) for name, content in files("yaml").items()},
     ),
     Family(
         "resumed",
         "command",
-        _sound_resumed,
+        {"sound lora": _sound_lora, "sound train": _sound_train},
         _resumed,
         {"no checkpoint yet": _resume_before_the_first},
     ),
