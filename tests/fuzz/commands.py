@@ -92,6 +92,7 @@ class CommandTarget:
         process = self._worker()
         assert process.stdin is not None and process.stdout is not None
         request = dataclasses.asdict(job)
+        request |= {"module": f"{job.package}.{job.command}"}
         request |= {"cwd": str(box.cwd), "tmp": str(box.tmp), "cpu_s": cpu_s}
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
@@ -178,9 +179,9 @@ def _leftovers(
     if odd:
         what = "changed or left" if made else "changed or left by a refusal"
         return Failure("left", f"{what}: {', '.join(odd[:5])}; {answer['err'].strip()[-300:]}")
-    if answer["status"] in (0, None) and not job.interrupt:
-        if missing := [t for t in job.target if not (box.root / t).exists()]:
-            return Failure("left", f"no {missing[0]} after status 0")
+    missing = [t for t in job.target if not (box.root / t).exists()]
+    if missing and answer["status"] in (0, None) and not job.interrupt:
+        return Failure("left", f"no {missing[0]} after status 0")
     if partial := [name for name in changed if Path(name).name.startswith(".")]:
         return Failure("left", f"a temporary file: {partial[0]}")
     return None

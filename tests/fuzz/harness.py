@@ -110,6 +110,17 @@ def _copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
+GROUPS = {
+    "models": ("safetensors", "config", "index", "adapters", "state"),
+    "tokenizers": ("tokenizer", "sentencepiece", "template"),
+    "archives": ("torch", "tar", "orbax"),
+    "training": ("jsonl", "yaml", "resumed"),
+    "flags": ("flags",),
+    "requests": ("chat", "completions", "protocol"),
+}
+"""Families by the test file that runs them, so that test processes share the work."""
+
+
 def all_cases(family: Family, count: int) -> list[int | str]:
     """Return the sound cases, all payloads, and so many damaged ones."""
     return [*family.sounds, *family.payloads, *range(count)]

@@ -60,7 +60,7 @@ class Job:
     """A command on files, made by a family.
 
     Attributes:
-        command: Module of the package whose `main` is run.
+        command: Name of the command.
         argv: Its arguments.
         note: What is wrong with the case, for reports.
         target: Files or folders (relative to the box) that success may make or change; nothing else
@@ -69,6 +69,7 @@ class Job:
         stdin: Text for the command to read.
         interrupt: Whether the case may legitimately ask for much work: Ctrl-C ends it.
         until: Text on stdout upon which Ctrl-C ends the command.
+        package: Where the command is.
     """
 
     command: str
@@ -79,6 +80,7 @@ class Job:
     stdin: str = ""
     interrupt: bool = False
     until: str = ""
+    package: str = "mlx_rgemma"
 
 
 @dataclass(frozen=True)

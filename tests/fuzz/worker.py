@@ -81,7 +81,7 @@ def _measure(job: dict[str, Any], out: int, err: int) -> dict[str, Any]:
     _running = True
     try:
         watch.start()
-        module = importlib.import_module(f"mlx_rgemma.{job['command']}")
+        module = importlib.import_module(job["module"])
         status = module.main(job["argv"])
     except SystemExit as error:
         status = error.code
