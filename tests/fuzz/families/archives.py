@@ -132,8 +132,16 @@ def _add_odd(rng: Random, archive: tarfile.TarFile) -> str:
     )
 
 
-FIELDS = {"name": (0, 100), "mode": (100, 8), "size": (124, 12), "mtime": (136, 12), "type": (156, 1),
-          "link": (157, 100), "magic": (257, 8), "prefix": (345, 155)}  # fmt: skip
+FIELDS = {
+    "name": (0, 100),
+    "mode": (100, 8),
+    "size": (124, 12),
+    "mtime": (136, 12),
+    "type": (156, 1),
+    "link": (157, 100),
+    "magic": (257, 8),
+    "prefix": (345, 155),
+}
 FILLS = (
     b"\xff",
     b"7",

@@ -290,12 +290,21 @@ HEADERS = (
 )
 CHUNKS = (b"5\r\nhello\r\n0\r\n\r\n", b"ffffffffffffffff\r\nx", b"-1\r\n", b"zz\r\n", b"0\r\n\r\n")
 
+NO_REQUESTS = (
+    b"",
+    b"\r\n",
+    b"\r\n" * 5000,
+    b"\0" * 100_000,
+    b"GET / HTTP/1.1",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+)
+
 
 def _protocol(box: Box, rng: Random) -> Request:
     body = json.dumps(rng.choice(BODIES[COMPLETIONS])).encode()
     if rng.random() < 0.1:
-        raw = rng.choice((b"", b"\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\0" * 100_000, rng.randbytes(500),
-                          b"GET / HTTP/1.1", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\r\n" * 5000))  # fmt: skip
+        raw = rng.choice((*NO_REQUESTS, rng.randbytes(500)))
         return Request(raw, f"raw {brief(raw)}", protocol=True)
     method, path, version = "POST", COMPLETIONS, "HTTP/1.1"
     headers = ["Host: HOST", "Content-Type: application/json", f"Content-Length: {len(body)}"]

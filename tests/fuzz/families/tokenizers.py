@@ -138,7 +138,7 @@ TEMPLATE_PARTS = (
     "{{ 'x' * 9999999999 }}",
     "{{ '%9999999999d' % 1 }}",
     "{{ 2 ** 99999999 }}",
-    "{% set ns = namespace(a='x') %}{% for i in range(64) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+    "{% set n = namespace(a='x') %}{% for i in range(64) %}{% set n.a = n.a + n.a %}{% endfor %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{{ messages.__class__.__mro__ }}",
     "{{ ''.__class__.__base__.__subclasses__() }}",
