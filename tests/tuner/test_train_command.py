@@ -208,13 +208,15 @@ def test_mistakes(text, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("iters: many", "argument --iters: invalid whole number value: 'many'"),
-        ("iters: 0", "argument --iters: 0 is not at least 1"),
-        ("itres: 5", "unrecognized arguments: --itres=5"),
-        ("shape: huge", "argument --shape: invalid choice: 'huge'"),
-        ("- 1", "holds no settings"),
-        ("a: [", "not YAML"),
-        ("config: other.yaml", "a recipe cannot name another"),
+        ("iters: many", "iters is 'many', expected a whole number"),
+        ("iters: 0", "iters is 0: 0 is not at least 1"),
+        ("itres: 5", "no such setting: itres; did you mean iters?"),
+        ("shape: huge", "shape is 'huge', expected one of tiny, small, 2b, 9b"),
+        ("whole_files: 1", "whole_files is 1, expected true or false"),
+        ("data: [[a]]", "data is [['a']], expected text, or a list of texts"),
+        ("- 1", "expected lines of the form key: value"),
+        ("a: [", "not a YAML file"),
+        ("config: other.yaml", "a file of settings cannot name another"),
     ],
 )
 def test_mistakes_in_a_recipe(recipe, expected, tmp_path, capsys):
