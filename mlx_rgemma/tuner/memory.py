@@ -1,7 +1,8 @@
-"""What a step of LoRA training holds, counted."""
+"""Memory: what there is, and what a step of LoRA training holds."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
@@ -23,6 +24,11 @@ HEAD_CHUNKS = 16
 
 OF_ADAPTERS = 4 * 4
 """Bytes of a trained number: itself, its gradient and Adam's two moments, in float32."""
+
+
+def physical_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)

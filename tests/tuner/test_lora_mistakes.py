@@ -63,7 +63,7 @@ def test_configuration_files_that_cannot_be(tmp_path, content, message):
             [],
             "train.jsonl: line 3: prompt is 3, expected text",
         ),
-        ('{"text": ["a"]}\n', [], 'train.jsonl: line 1: text is ["a"], expected text'),
+        ('{"text": ["a"]}\n', [], "train.jsonl: line 1: text is ['a'], expected text"),
         ('{"question": "a"}\n', [], "examples have question; expected messages, prompt"),
         ('{"text": "a b c"}\n', ["--mask-prompt"], "--mask-prompt needs chats or completions"),
         ('{"messages": []}\n', [], "line 1: messages is [], expected messages with their roles"),
