@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma import command_line
 from mlx_rgemma.errors import UserError
@@ -17,6 +18,9 @@ from mlx_rgemma.tuner.settings import (
     check_keys,
     complete,
 )
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 DEFAULTS: dict[str, Any] = {
     "model": None,
@@ -144,6 +148,8 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
         raise UserError("--pack and --carry-state exclude each other: carried rows are full.")
     if chosen.resume and not chosen.train:
         raise UserError("--resume goes on with training: give --train, too.")
+    if chosen.adapter_path:
+        chosen.adapter_path = str(Path(chosen.adapter_path).expanduser())
     parameters = chosen.lora_parameters or {}
     check_keys("lora_parameters", parameters, ("rank", "scale", "dropout", "keys", "alpha"))
     if "alpha" not in parameters:
@@ -152,15 +158,28 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
 
 
 def _run(args: SimpleNamespace) -> None:
-    from mlx_rgemma import distributed, load
+    from mlx_rgemma import distributed
     from mlx_rgemma.tuner import finetuning
-    from mlx_rgemma.tuner.examples import check_data, read_examples
-    from mlx_rgemma.tuner.progress import ProgressLog
-    from mlx_rgemma.tuner.services import reporting, service_names
+    from mlx_rgemma.tuner.examples import check_data
+    from mlx_rgemma.tuner.run_folder import run_folder
 
     group = distributed.join(args.seed)
     check_data(args)
     finetuning.check(args)
+    if args.train:
+        with run_folder(Path(args.adapter_path), lock=distributed.rank() == 0):
+            _work(args, group)
+    else:
+        _work(args, group)
+
+
+def _work(args: SimpleNamespace, group: mx.distributed.Group | None) -> None:
+    from mlx_rgemma import distributed, load
+    from mlx_rgemma.tuner import finetuning
+    from mlx_rgemma.tuner.examples import read_examples
+    from mlx_rgemma.tuner.progress import ProgressLog
+    from mlx_rgemma.tuner.services import reporting, service_names
+
     services = service_names(args.report_to) if args.train and distributed.rank() == 0 else []
     print("Loading pretrained model")
     model, tokenizer = load(args.model, dtype=args.dtype, window=args.window, lazy=True)
@@ -181,7 +200,7 @@ def _run(args: SimpleNamespace) -> None:
         for warning in finetuning.warnings(examples, args):
             print(f"Warning: {warning}")
         print(f"Starting training..., iters: {args.iters}")
-        log = ProgressLog(None, 0)
+        log = ProgressLog(None, 0, args.iters)
         with reporting(services, log, args.project_name, vars(args)) as callback:
             finetuning.train(model, examples, args, callback=callback, group=group)
     else:

@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--vocab-size",
         type=count(8, MAX_VOCABULARY),
-        help="Tokens of the one that is trained. Default: 2048.",
+        help="Tokens of the one that is trained. Default: 2048, or fewer for a small text.",
     )
     add("--context-length", type=count(2, MAX_TOKENS), help="Tokens of a row. Default: 512.")
     add("--batch-size", type=count(1, MAX_TOKENS), help="Rows of an iteration. Default: 4.")
@@ -135,21 +135,27 @@ def _train(argv: Sequence[str]) -> None:
     from mlx_rgemma.tuner.loss import batch_loss
     from mlx_rgemma.tuner.pretraining import LOG, MODEL, Pretraining
     from mlx_rgemma.tuner.progress import ProgressLog, check_plot, plot_log
+    from mlx_rgemma.tuner.run_folder import run_folder
 
-    run = Pretraining(recipe, folder, distributed.join(recipe.seed))
-    if plot is not None and run.first:
-        check_plot(plot)
-    for line in run.description():
-        print(line)
-    log = ProgressLog(folder / LOG, run.state.progress.iteration) if run.first else None
-    try:
-        run.run(log, batch_loss)
-    except KeyboardInterrupt:
-        print(f"Stopped after iteration {run.state.progress.iteration}; the same command goes on.")
-        raise
-    print(f"Saved final weights to {folder / MODEL}.")
-    if plot is not None and run.first:
-        plot_log(folder / LOG, plot)
+    group = distributed.join(recipe.seed)
+    first = distributed.rank() == 0
+    with run_folder(folder, lock=first):
+        if plot is not None and first:
+            check_plot(plot)
+        run = Pretraining(recipe, folder, group)
+        for line in run.description():
+            print(line)
+        done = run.state.progress.iteration
+        log = ProgressLog(folder / LOG, done, recipe.iters) if first else None
+        try:
+            run.run(log, batch_loss)
+        except KeyboardInterrupt:
+            done = run.state.progress.iteration
+            print(f"Stopped after iteration {done}; the same command goes on.")
+            raise
+        print(f"Saved final weights to {folder / MODEL}.")
+        if plot is not None and first:
+            plot_log(folder / LOG, plot)
 
 
 if __name__ == "__main__":

@@ -104,16 +104,6 @@ def check_keys(where: str, values: Any, known: Collection[str]) -> None:
         raise UserError(f"{where}: no such setting: {shortened(unknown)}; {hint}")
 
 
-def is_number(value: Any, minimum: float = -MAX_RATE, maximum: float = MAX_RATE) -> bool:
-    """Whether a value is a number of a range, and neither NaN nor true or false."""
-    return type(value) in (int, float) and minimum <= value <= maximum
-
-
-def is_whole(value: Any, minimum: int, maximum: int = MAX_COUNT) -> bool:
-    """Whether a value is a whole number of a range."""
-    return type(value) is int and minimum <= value <= maximum
-
-
 def _with_numbers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_numbers(inner) for key, inner in value.items()}

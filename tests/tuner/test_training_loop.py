@@ -357,10 +357,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(checkpoint, m
     def full_disk(path, *_):
         with open(path, "wb") as file:
             file.write(b"half")
-        raise RuntimeError("no space left on device")
+        raise RuntimeError("[write] Unable to write 10820 bytes")
 
     monkeypatch.setattr(mx, "save_safetensors", full_disk)
-    with pytest.raises(CheckpointError, match="no space left"):
+    with pytest.raises(CheckpointError, match="Unable to write"):
         save_state(checkpoint, new_state(), {})
     assert checkpoint.read_bytes() == data
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
