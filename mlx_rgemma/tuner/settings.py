@@ -134,7 +134,8 @@ def _checked(path: Path, action: argparse.Action | None, key: str, value: Any) -
             value = action.type(str(value))
         except (ValueError, OverflowError, argparse.ArgumentTypeError) as error:
             if not isinstance(error, argparse.ArgumentTypeError):
-                raise refuse(f"a {action.type.__name__}") from error
+                kind = getattr(action.type, "__name__", "value")
+                raise refuse(f"a {kind}") from error
             raise UserError(f"{path}: {key} is {shown(value)}: {str(error)[:200]}.") from error
     elif not _is_text(value):
         raise refuse("text")

@@ -39,7 +39,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):
     """Constructs JSON values only, and refuses what would be expensive to construct."""
 
     depth = 0
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             raise _refusal("not a number", node) from None
         if abs(value) >= 2**63 if whole else not math.isfinite(value):
             raise _refusal("a number out of range", node)
-        return value  # type: ignore[no-any-return]
+        return value
 
     def text(self, node: Any) -> str:
         value: str = node.value
@@ -90,7 +90,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return values
 
     def sequence(self, node: Any) -> list[Any]:
-        return self.construct_sequence(node, deep=True)  # type: ignore[no-any-return]
+        return self.construct_sequence(node, deep=True)
 
 
 def _refusal(problem: str, at: Any) -> yaml.YAMLError:
