@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -164,22 +165,17 @@ def read_prompt_cache(path: str | Path, model: Model) -> tuple[list[GriffinCache
 
 
 def find_state(path: str | Path) -> Path:
-    """Return the file of a saved state: `path`, or what mlx-lm makes of a name without suffix.
-
-    Raises:
-        CheckpointError: If it is a directory, a device or a pipe.
-    """
+    """Return the file of a saved state: `path`, or what mlx-lm makes of a name without suffix."""
     path = Path(path)
     appended = Path(f"{path}{SUFFIX}")
-    if not path.exists() and appended.is_file():
-        return appended
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: not a file, expected a saved state.")
-    return path
+    # os.path: a name that is too long is no file, rather than an error.
+    return appended if os.path.isfile(appended) and not os.path.exists(path) else path
 
 
 def _read(path: Path, model: Model) -> tuple[list[GriffinCache], dict[str, str]]:
     path = find_state(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"{path}: a folder, device or pipe, expected a saved state.")
     tensors = _read_tensors(path)
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)

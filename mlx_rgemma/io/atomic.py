@@ -65,7 +65,7 @@ def atomic_file(path: str | os.PathLike[str], suffix: str | None = None) -> Iter
     with _errors_in_one_line(path):
         target = check_target(path)
         _remove_abandoned(target)
-        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+        mode = stat.S_IMODE(target.stat().st_mode) if os.path.exists(target) else None
 
         def create(partial: Path) -> int:
             bits = 0o666 if mode is None else mode | 0o600
@@ -138,13 +138,13 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         CheckpointError: If it is a directory, a device or a pipe, or its directory does not exist.
     """
     target = Path(os.path.realpath(path))
-    if target.is_symlink():
+    if os.path.islink(target):
         raise CheckpointError(f"{path}: symbolic links in a circle, expected the name of a file.")
-    if target.is_dir():
+    if os.path.isdir(target):
         raise CheckpointError(f"{path}: a folder, expected the name of a file.")
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         raise CheckpointError(f"{path}: a device or pipe, expected the name of a file.")
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise CheckpointError(f"{path}: there is no folder {target.parent}.")
     return target
 
