@@ -203,7 +203,7 @@ def test_terminated(tmp_path, number):
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF])
 def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     """Nobody can tell whether another writer lives there: its file is left alone."""
 
@@ -215,15 +215,6 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     with atomic_file(tmp_path / "x") as partial:
         partial.write_text("new")
     assert names(tmp_path) == {"x", ".x.partial-01234567"}
-
-
-def test_other_errors_of_locks_are_told(tmp_path, monkeypatch):
-    def fail(*args):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(fcntl, "flock", fail)
-    with pytest.raises(CheckpointError, match="Input/output error"), atomic_file(tmp_path / "x"):
-        pytest.fail("entered")
 
 
 def test_data_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
