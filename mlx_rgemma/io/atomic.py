@@ -34,6 +34,11 @@ MAX_NAME_BYTES, MAX_SUFFIX_BYTES = 200, 32
 
 TEMPORARY = re.compile(r"\.partial-[0-9a-f]{8}")
 
+NO_LOCKS = frozenset(
+    (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+)
+"""Errors of file systems without locks. NFS has none for directories (EBADF)."""
+
 MLX_WRITE_ERRORS = ("[write]", "[save]", "[save_safetensors] Failed to open")
 """Beginnings of the messages of MLX's writers; they come as RuntimeError."""
 
@@ -228,8 +233,12 @@ def _locked(target: Path, suffix: str, create: Callable[[Path], int]) -> tuple[P
     while True:
         partial = target.with_name(_prefix(target) + secrets.token_hex(4) + suffix)
         handle = create(partial)
-        with suppress(OSError):  # network volumes may have no locks: nothing is removed there
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(handle)
+                raise
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(partial)):
                 return partial, handle

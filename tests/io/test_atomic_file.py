@@ -217,6 +217,15 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     assert names(tmp_path) == {"x", ".x.partial-01234567"}
 
 
+def test_other_errors_of_locks_are_told(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(CheckpointError, match="Input/output error"), atomic_file(tmp_path / "x"):
+        pytest.fail("entered")
+
+
 def test_data_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
 
