@@ -63,9 +63,9 @@ def atomic_file(path: str | os.PathLike[str], suffix: str | None = None) -> Iter
     """
     path = Path(path)
     with _errors_in_one_line(path):
-        target = _regular_file(path)
+        target = check_target(path)
         _remove_abandoned(target)
-        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+        mode = stat.S_IMODE(target.stat().st_mode) if os.path.exists(target) else None
 
         def create(partial: Path) -> int:
             bits = 0o666 if mode is None else mode | 0o600
@@ -126,6 +126,27 @@ def scratch_directory(target: Path) -> Iterator[Path]:
     """
     with _partial_directory(target, 0) as partial:
         yield partial
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Refuse a file that `atomic_file` could not write, before anything slow is done.
+
+    Returns:
+        The file that is to be written, at the end of all symlinks.
+
+    Raises:
+        CheckpointError: If it is a directory, a device or a pipe, or its directory does not exist.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.islink(target):
+        raise CheckpointError(f"{path}: symbolic links in a circle, expected the name of a file.")
+    if os.path.isdir(target):
+        raise CheckpointError(f"{path}: a folder, expected the name of a file.")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise CheckpointError(f"{path}: a device or pipe, expected the name of a file.")
+    if not os.path.isdir(target.parent):
+        raise CheckpointError(f"{path}: there is no folder {target.parent}.")
+    return target
 
 
 def refuse_existing(target: Path) -> None:
@@ -198,20 +219,6 @@ def _partial_directory(target: Path, nbytes: int) -> Iterator[Path]:
             with suppress(OSError):
                 directory.rmdir()
         raise
-
-
-def _regular_file(path: Path) -> Path:
-    """Follow symlinks to the file that is to be written."""
-    target = Path(os.path.realpath(path))
-    if target.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    if target.is_dir():
-        raise CheckpointError(f"{path}: a folder, expected the name of a file.")
-    if target.exists() and not target.is_file():
-        raise CheckpointError(f"{path}: a device or pipe, expected the name of a file.")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"{path}: there is no folder {target.parent}.")
-    return target
 
 
 def _prefix(target: Path) -> str:
