@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma import command_line
 from mlx_rgemma.griffin.config import DTYPES
+from mlx_rgemma.io.atomic import atomic_file, check_target
 from mlx_rgemma.measurement.engines import PEERS
-from mlx_rgemma.measurement.files import check_folder, write_whole
 from mlx_rgemma.measurement.processes import PEER_BLAS
 from mlx_rgemma.measurement.shapes import SHAPES, UNQUANTIZED
 
@@ -115,7 +115,8 @@ def _benchmark(args: argparse.Namespace) -> None:
 
     found = runs.prepare(_plan(args))
     for path in (args.plot, args.output):
-        check_folder(path)
+        if path is not None:
+            check_target(path)
     if args.plot is not None:
         plot.check(args.plot)
     # Where JSON is asked for, it has standard output to itself.
@@ -134,14 +135,16 @@ def _benchmark(args: argparse.Namespace) -> None:
 def _startup(args: argparse.Namespace) -> None:
     from mlx_rgemma.measurement import startup
 
-    check_folder(args.output)
+    if args.output is not None:
+        check_target(args.output)
     found = startup.measure(args.model, args.num_trials)
     _print(args, found.as_dict(), found.text())
 
 
 def _print(args: argparse.Namespace, values: dict[str, Any], text: str) -> None:
     if args.output is not None:
-        write_whole(args.output, lambda part: part.write_text(json.dumps(values, indent=1) + "\n"))
+        with atomic_file(args.output) as file:
+            file.write_text(json.dumps(values, indent=1) + "\n")
     print(json.dumps(values, indent=1) if args.json else text)
 
 

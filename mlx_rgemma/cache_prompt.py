@@ -43,11 +43,9 @@ def _cache_prompt(args: argparse.Namespace) -> None:
     from contextlib import nullcontext
     from pathlib import Path
 
-    from mlx_rgemma.errors import UserError
+    from mlx_rgemma.io.atomic import check_target
 
-    target = Path(args.prompt_cache_file).expanduser()
-    if not target.parent.is_dir():
-        raise UserError(f"{target}: there is no folder {target.parent}.")
+    target = check_target(Path(args.prompt_cache_file).expanduser())
     if args.prompt_file is not None:
         with open(args.prompt_file, encoding="utf-8") as file:
             _read_and_save(args, file, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -208,12 +209,16 @@ class Chat:
             )
 
     def _save(self, name: str) -> None:
-        self.session.save(_path(name))
-        print(f"[saved in {name}: {self.session.tokens_seen} tokens]", flush=True)
+        file = os.path.realpath(_path(name))
+        self.session.save(file)
+        print(f"[saved in {file}: {self.session.tokens_seen} tokens]", flush=True)
 
     def _go_on(self, name: str) -> None:
-        self.conversations[self.name] = self._converse(self._load(name))
-        print(f"[loaded {name}: {self.session.tokens_seen} tokens]", flush=True)
+        from mlx_rgemma.prompt_cache import find_state
+
+        file = os.path.realpath(find_state(_path(name)))
+        self.conversations[self.name] = self._converse(self._load(file))
+        print(f"[loaded {file}: {self.session.tokens_seen} tokens]", flush=True)
 
     def _fork(self, name: str) -> None:
         from mlx_rgemma.errors import UserError

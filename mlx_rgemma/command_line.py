@@ -74,15 +74,20 @@ def _fail(message: str) -> int:
     return 1
 
 
-def count(minimum: int, *, unlimited: bool = False) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `minimum` (or -1, where that means no limit)."""
+def count(
+    minimum: int, maximum: int | None = None, *, unlimited: bool = False
+) -> Callable[[str], int]:
+    """An argparse type: a whole number between two bounds (or -1, where that means no limit)."""
 
     def parse(text: str) -> int:
         value = int(text)
-        if value >= minimum or (unlimited and value == -1):
+        if value >= minimum and (maximum is None or value <= maximum):
+            return value
+        if unlimited and value == -1:
             return value
         no_limit = " (or -1 for no limit)" if unlimited else ""
-        raise argparse.ArgumentTypeError(f"{value} is not at least {minimum}{no_limit}")
+        bounds = f"at least {minimum}" if value < minimum else f"at most {maximum}"
+        raise argparse.ArgumentTypeError(f"{value} is not {bounds}{no_limit}")
 
     parse.__name__ = "whole number"
     return parse

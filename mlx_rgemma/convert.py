@@ -95,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(args: argparse.Namespace) -> None:
     from mlx_rgemma.checkpoints.conversion import convert
     from mlx_rgemma.checkpoints.folder import shortened
-    from mlx_rgemma.checkpoints.output import gigabytes
     from mlx_rgemma.checkpoints.upload import check_repository, upload
+    from mlx_rgemma.io.atomic import gigabytes
     from mlx_rgemma.quality.conversion_report import (
         check_reportable,
         report_conversion,

@@ -132,8 +132,8 @@ def _options(flags: str) -> dict[str, Any]:
 
 
 def _learn(args: argparse.Namespace, rest: list[str]) -> None:
-    from mlx_rgemma.checkpoints.output import refuse_existing
     from mlx_rgemma.checkpoints.source import locate
+    from mlx_rgemma.io.atomic import refuse_existing
     from mlx_rgemma.quality.calibration import run_quantizer
     from mlx_rgemma.text.files import read_documents
 

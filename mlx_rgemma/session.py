@@ -95,6 +95,9 @@ class Session:
         self._pieces = TextPieces(tokenizer)
         self._state = TextState(model.make_cache())
 
+    def __repr__(self) -> str:
+        return f"<Session: {self.tokens_seen:,} tokens, {self.nbytes:,} bytes>"
+
     @property
     def tokens_seen(self) -> int:
         """Tokens read and written since the text began, BOS among them."""
@@ -233,7 +236,12 @@ class Session:
         The file appears whole or not at all. Its header says which token is still to be read.
 
         Args:
-            path: The file; one that exists is replaced.
+            path: The file, of any name (`load` does not look at it; mlx-lm needs `.safetensors`);
+                one that exists is replaced.
+
+        Raises:
+            CheckpointError: If it cannot be written; a file that was there stays.
+            UserError: If `metadata` holds anything but texts, or 2 MB of them.
         """
         metadata = {**self.metadata, TOKENS_SEEN: str(self.tokens_seen)}
         if self.last_token is not None:

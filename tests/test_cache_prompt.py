@@ -12,7 +12,7 @@ import pytest
 from conftest import LOGITS_ATOL
 from test_chat import answers, chat, chat_model  # noqa: F401
 
-from mlx_rgemma import Session, generate, load, load_prompt_cache
+from mlx_rgemma import Session, generate, load, load_prompt_cache, register
 from mlx_rgemma.text.files import DEFAULT_TEXT
 
 COMMAND = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mlx_rgemma.cache_prompt"]
@@ -61,6 +61,7 @@ def test_mlx_lm_reads_the_file(embedded, tmp_path):
     model, tokenizer = embedded
     file = tmp_path / "state.safetensors"
     assert run("--prompt-cache-file", str(file), "--prompt", "Once upon").code == 0
+    register()
     cache = mlx_lm_load(str(file))
     steps = generate_step(mx.array([30, 31]), model, prompt_cache=cache, max_tokens=8)
     found = [token for token, _ in steps]

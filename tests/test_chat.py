@@ -121,6 +121,25 @@ def test_save_load_and_fork(embedded, tmp_path):
     assert answers(again.out) == others[:1]
 
 
+def test_states_under_any_name(embedded, tmp_path):
+    """The messages name the real file: at the end of a link, with the suffix of mlx-lm's."""
+    names = ["book", "a.b", "x.npz", "dir/über", "two words"]
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "link").symlink_to("dir/real")
+    model, tokenizer = embedded
+    Session(model, tokenizer).save(tmp_path / "other.safetensors")
+    lines = ["Once upon a time"]
+    for name in [*names, "link"]:
+        lines += [f"/save {tmp_path / name}", "r", f"/load {tmp_path / name}"]
+    result = chat("-m", "3", lines=[*lines, f"/load {tmp_path / 'other'}"])
+    assert result.err == ""
+    for name in [*names, "dir/real"]:
+        assert f"[saved in {tmp_path / name}: 8 tokens]" in result.out
+        assert f"[loaded {tmp_path / name}: 8 tokens]" in result.out
+    assert f"[loaded {tmp_path / 'other.safetensors'}: 0 tokens]" in result.out
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_mistakes_are_told_and_the_conversation_goes_on(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"no state")
     lines = [

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlx_rgemma.checkpoints.folder import shortened
-from mlx_rgemma.checkpoints.output import check_room
 from mlx_rgemma.checkpoints.safetensors import MEND
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.atomic import check_room
 
 BLOCK = 512
 COPIED_TOGETHER = 1 << 22

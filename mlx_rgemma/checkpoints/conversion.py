@@ -15,7 +15,6 @@ from mlx_rgemma.checkpoints.google import Unsaid
 from mlx_rgemma.checkpoints.loading import read_dtype
 from mlx_rgemma.checkpoints.model_card import ignored_by_mlx_lm
 from mlx_rgemma.checkpoints.opening import Opened, open_source
-from mlx_rgemma.checkpoints.output import refuse_existing
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.recipes import Recipe
 from mlx_rgemma.checkpoints.safetensors import MLX_NAME, TensorInfo
@@ -32,6 +31,7 @@ from mlx_rgemma.checkpoints.writing import (
 )
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import GriffinConfig
+from mlx_rgemma.io.atomic import refuse_existing
 
 
 @dataclass(frozen=True)

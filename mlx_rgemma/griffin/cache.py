@@ -11,9 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.griffin.history import Trimmable
 from mlx_rgemma.ops import Ring
+
+DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+"""dtypes of activations."""
+
+MAX_POSITION = 1 << 62
+"""Positions are int64, and counted up."""
 
 
 class _StateCache(Trimmable):
@@ -150,13 +155,13 @@ class RecurrentCache(_StateCache):
         try:
             h, conv, positions = state
             h_ok = h.ndim == 2 and h.dtype == mx.float32
-            conv_ok = conv.ndim == 3 and conv.shape[0] == h.shape[0]
-            ok = h_ok and conv_ok and conv.shape[2] == h.shape[1]
+            conv_ok = conv.ndim == 3 and conv.dtype in DTYPES
+            ok = h_ok and conv_ok and (conv.shape[0], conv.shape[2]) == h.shape
             positions = _counts(positions, h.shape[0])
         except (TypeError, ValueError, AttributeError):
             ok = False
         if not ok:
-            raise CheckpointError("the file does not hold the state of a recurrent block.")
+            raise ValueError("[cache] not the state of a recurrent block.")
         self.h, self.conv, self.positions = h, conv, positions
         self.forget()
 
@@ -292,12 +297,12 @@ class AttentionCache(_StateCache):
             kv, ring, positions = state
             head, window = _counts(ring, 2)
             ok = kv.ndim == 4 and kv.shape[1] == 2 and kv.shape[2] == window + 1
-            ok = ok and head <= window
+            ok = ok and head <= window and kv.dtype in DTYPES
             positions = _counts(positions, kv.shape[0])
         except (TypeError, ValueError, AttributeError):
             ok = False
         if not ok:
-            raise CheckpointError("the file does not hold the state of an attention block.")
+            raise ValueError("[cache] not the state of an attention block.")
         self.kv, self.head, self.window, self.positions = kv, head, window, positions
         self.forget()
 
@@ -350,8 +355,8 @@ def _counts(array: mx.array, size: int) -> list[int]:
     if array.shape != (size,) or not mx.issubdtype(array.dtype, mx.integer):
         raise ValueError("not as many whole numbers as expected")
     values: Any = array.tolist()
-    if min(values) < 0:
-        raise ValueError("a negative count")
+    if min(values) < 0 or max(values) > MAX_POSITION:
+        raise ValueError("a count out of range")
     return values
 
 

@@ -211,10 +211,12 @@ def test_huge_positions_survive_a_round_trip():
         (mx.zeros((1, 8)), mx.zeros((2, 3, 8)), mx.array([0])),
         (mx.zeros((1, 8)), mx.zeros((1, 3, 8)), mx.array([0, 0])),
         (mx.zeros((1, 8)), mx.zeros((1, 3, 8)), mx.array([-1])),
+        (mx.zeros((1, 8)), mx.zeros((1, 3, 8)), mx.array([2**62 + 1], mx.int64)),
+        (mx.zeros((1, 8)), mx.zeros((1, 3, 8), mx.int32), mx.array([0])),
         (mx.zeros((1, 8)), mx.zeros((1, 3, 8))),
         None,
     ],
-    ids=["width", "dtype", "rows", "positions", "negative", "short", "none"],
+    ids=["width", "dtype", "rows", "positions", "negative", "huge", "integers", "short", "none"],
 )
 def test_recurrent_state_is_checked(state):
     with pytest.raises(ValueError, match="recurrent block"):
@@ -229,9 +231,10 @@ def test_recurrent_state_is_checked(state):
         (mx.zeros((1, 2, 6, 8)), mx.array([6, 5]), mx.array([0])),
         (mx.zeros((1, 2, 6, 8)), mx.array([-1, 5]), mx.array([0])),
         (mx.zeros((1, 2, 6, 8)), mx.array([0, 5]), mx.array([1.5])),
+        (mx.zeros((1, 2, 6, 8), mx.uint8), mx.array([0, 5]), mx.array([0])),
         ("kv", mx.array([0, 5]), mx.array([0])),
     ],
-    ids=["slots", "no values", "head", "negative head", "positions", "no array"],
+    ids=["slots", "no values", "head", "negative head", "positions", "dtype", "no array"],
 )
 def test_attention_state_is_checked(state):
     with pytest.raises(ValueError, match="attention block"):
