@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.errors import CheckpointError, shown
+from mlx_rgemma.io.reading import open_regular
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -48,7 +49,11 @@ MLX_NAME = {
 }
 """What MLX calls the dtypes that checkpoints of this architecture hold."""
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 10_000_000
+MAX_TENSORS = 100_000
+"""Limits of a header. The 9B model, quantized, has 1,400 tensors in 200 kB."""
+
+MAX_DIMENSIONS = 16
 METADATA = "__metadata__"
 MEND = "download or copy it again"
 
@@ -96,8 +101,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: Naming the file and what is wrong with it.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if start == b"version ":
@@ -109,10 +114,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path}: truncated: {size} bytes, shorter than its own header; {MEND}."
                 )
             if length > MAX_HEADER_BYTES:
-                raise _damaged(path, f"the header is said to have {length} bytes")
+                raise _damaged(
+                    path, f"the header has {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}"
+                )
             text = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
     return _tensors(path, _parse(path, text), 8 + length, size)
@@ -124,6 +129,8 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(pairs) > MAX_TENSORS:
+            raise _damaged(path, f"the header names more than {MAX_TENSORS:,} tensors")
         values = dict(pairs)
         if len(values) != len(pairs):
             raise _damaged(path, "its header names a tensor twice")
@@ -149,7 +156,7 @@ def _tensors(path: Path, header: dict[str, Any], data: int, size: int) -> dict[s
     tensors, at = {}, 0
     for info, begin, end in found:
         if begin != at or end - begin != info.nbytes:
-            raise _damaged(path, f"{info.name!r} does not lie where its header says")
+            raise _damaged(path, f"{shown(info.name)} does not lie where its header says")
         at = end
         tensors[info.name] = TensorInfo(info.name, info.dtype, info.shape, path, data + begin)
     if data + at > size:
@@ -163,13 +170,13 @@ def _tensors(path: Path, header: dict[str, Any], data: int, size: int) -> dict[s
 
 def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
     if not isinstance(value, dict):
-        raise _damaged(path, f"the entry of {name!r} is not an object")
+        raise _damaged(path, f"the entry of {shown(name)} is not an object")
     dtype = value.get("dtype")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise _damaged(path, f"{name!r} has the unknown dtype {dtype!r}")
+        raise _damaged(path, f"{shown(name)} has the unknown dtype {shown(dtype)}")
     shape, offsets = (_whole_numbers(value.get(key)) for key in ("shape", "data_offsets"))
-    if shape is None or offsets is None or len(offsets) != 2:
-        raise _damaged(path, f"{name!r} has no proper shape and place")
+    if shape is None or len(shape) > MAX_DIMENSIONS or offsets is None or len(offsets) != 2:
+        raise _damaged(path, f"{shown(name)} has no proper shape and place")
     return TensorInfo(name, dtype, shape), offsets[0], offsets[1]
 
 

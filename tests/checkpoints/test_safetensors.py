@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -48,6 +50,7 @@ WRONG = {
     "negative shape": ({"a": entry(shape=(-2,))}, bytes(8), "no proper shape"),
     "shape of text": ({"a": entry(shape=("2",))}, bytes(8), "no proper shape"),
     "shape of truths": ({"a": entry(shape=(True,))}, bytes(8), "no proper shape"),
+    "many dimensions": ({"a": entry(shape=(1,) * 17)}, bytes(8), "no proper shape"),
     "huge shape": ({"a": entry(shape=(1 << 63,))}, bytes(8), "no proper shape"),
     "one offset": ({"a": entry(offsets=(0,))}, bytes(8), "no proper shape"),
     "too few bytes": ({"a": entry(shape=(3,))}, bytes(8), "does not lie"),
@@ -75,10 +78,40 @@ def test_wrong_header(tmp_path, header, data, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+MANY = (
+    b"{"
+    + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(110_000))
+    + b"}"
+)
+LARGE = {
+    "tensors": (MANY, "names more than 100,000 tensors"),
+    "bytes": (b" " * 10_000_001, "header has 10,000,001 bytes, expected at most 10,000,000"),
+    "a name": ({"x" * 1_000_000: 1}, "the entry of 'xxxx"),
+    "a dtype": ({"x": entry("Q" * 1_000_000)}, "unknown dtype 'QQQQ"),
+}
+
+
+@pytest.mark.parametrize(("header", "message"), LARGE.values(), ids=LARGE)
+def test_large_header(tmp_path, header, message):
+    """Refused in bounded time, and in a line of bounded length."""
+    path = file_of(tmp_path / "model.safetensors", header, bytes(8))
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_header(path)
+    assert time.process_time() - started < 10
+    assert len(str(error.value)) < len(str(path)) + 250
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_header(tmp_path / "model.safetensors")
+
+
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         check_file(tmp_path / "absent.safetensors")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         check_file(tmp_path)
 
 
