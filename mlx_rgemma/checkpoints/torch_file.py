@@ -64,7 +64,7 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         CheckpointError: If the file is missing or no regular file.
         ValueError: If its directory is too large. zipfile raises others where it is damaged.
     """
-    with open_regular(path) as file, zipfile.ZipFile(_LimitedReader(file)) as archive:  # type: ignore[arg-type]
+    with open_regular(path) as file, zipfile.ZipFile(_LimitedReader(file)) as archive:
         yield archive
 
 

@@ -36,7 +36,7 @@ MAX_OPCODES = 500_000
 REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 ORDERED = ("collections", "OrderedDict")
 
-CONSTANTS = {
+CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -44,26 +44,10 @@ CONSTANTS = {
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
 }
-ARGUMENTS = frozenset(
-    [
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-        "LONG4",
-        "INT",
-        "LONG",
-        "BINFLOAT",
-        "FLOAT",
-        "UNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE",
-        "BINUNICODE8",
-        "SHORT_BINSTRING",
-        "BINSTRING",
-        "STRING",
-    ]
-)
+INTEGERS = ("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG")
+TEXTS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
+OLD_TEXTS = ("SHORT_BINSTRING", "BINSTRING", "STRING")
+ARGUMENTS = frozenset((*INTEGERS, "BINFLOAT", "FLOAT", *TEXTS, *OLD_TEXTS))
 """Opcodes that push their argument."""
 
 PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
