@@ -31,6 +31,10 @@ MIN_LIMIT = 100_000_000
 
 BLOCK = 512
 COPIED_TOGETHER = 1 << 22
+DAMAGE = (
+    *(tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError),
+    *(ValueError, RecursionError),  # of tarfile
+)
 GZIP = b"\x1f\x8b"
 
 
@@ -77,14 +81,10 @@ def unpack(
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     _unpack_member(archive, members, member, folder, limit - member.offset_data)
             stream.drain()
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise _damaged(archive, reason(error)) from error
-    except OSError as error:
-        if isinstance(error, gzip.BadGzipFile):
-            raise _damaged(archive, reason(error)) from error
+    except CheckpointError:
         raise
+    except DAMAGE as error:
+        raise _damaged(archive, reason(error)) from error
     if stream.content_end > end or stream.position < end + BLOCK:
         # tarfile takes a broken header for the end.
         raise _damaged(archive, f"it breaks off after {end} bytes")
@@ -106,6 +106,8 @@ def _unpack_member(
         return
     if target == folder:
         raise _refused(archive, member, "has no name")
+    if member.size < 0:
+        raise _damaged(archive, f"{shortened([member.name])} has a negative size")
     if member.size > limit:
         raise _too_large(archive, gigabytes(member.offset_data + member.size))
     check_room(folder, member.size)
