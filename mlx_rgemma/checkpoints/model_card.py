@@ -9,8 +9,10 @@ from typing import Any
 from mlx_rgemma import __version__
 from mlx_rgemma.checkpoints.source import Source
 from mlx_rgemma.griffin.config import ATTENTION, GriffinConfig
+from mlx_rgemma.io.reading import read_limited
 
 MODEL_CARD = "README.md"
+MAX_CARD_BYTES = 1_000_000
 THIS_FOLDER = "<this folder>"
 """How a card calls the model, until it is uploaded and has a name."""
 
@@ -35,7 +37,7 @@ def write_model_card(folder: Path, source: Source | None, how: str, config: Grif
 
     stated = _stated(source)
     tags = stated.pop("tags", [])
-    tags = tags if isinstance(tags, list) else [tags]
+    tags = [tag for tag in (tags if isinstance(tags, list) else [tags]) if isinstance(tag, str)]
     stated |= {
         "library_name": "mlx",
         "pipeline_tag": "text-generation",
@@ -107,8 +109,14 @@ def _stated(source: Source | None) -> dict[str, Any]:
     try:
         if source.repository is not None and not card.is_file():
             card = Path(hf_hub_download(source.repository, MODEL_CARD))
-        header = FRONT_MATTER.match(card.read_text(encoding="utf-8"))
-        values = yaml.safe_load(header["yaml"]) if header else None
+        text = read_limited(card, MAX_CARD_BYTES).decode("utf-8")
+        header = FRONT_MATTER.match(text)
+        if header is None or any(
+            isinstance(e, yaml.AliasEvent) for e in yaml.parse(header["yaml"])
+        ):
+            return {}  # a few aliases of aliases are larger than the memory when they are written
+        values = yaml.safe_load(header["yaml"])
+        yaml.safe_dump(values)
     except Exception:  # a card is welcome, but nothing depends on it
         return {}
     return values if isinstance(values, dict) else {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma.errors import CheckpointError, shown
+from mlx_rgemma.io.checksum import CRC32, UNKNOWN, crc32, dump_checksums, verify_file
 from mlx_rgemma.io.reading import open_regular
 
 if TYPE_CHECKING:
@@ -100,6 +101,21 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: Naming the file and what is wrong with it.
     """
+    return _read(path)[0]
+
+
+def verify_checksums(path: Path) -> None:
+    """Compare the tensors of a file with the checksums that it was written with, if it has any.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    tensors, metadata = _read(path)
+    verify_file(path, tensors, metadata.get(CRC32))
+
+
+def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+    """Return the tensors of a file and the metadata of its header."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -120,7 +136,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    return _tensors(path, _parse(path, text), 8 + length, size)
+    header = _parse(path, text)
+    metadata = header.pop(METADATA, {})
+    tensors = _tensors(path, header, 8 + length, size)
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -149,7 +168,6 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
 def _tensors(path: Path, header: dict[str, Any], data: int, size: int) -> dict[str, TensorInfo]:
     """The header's entries, checked against each other and the size of the file."""
-    header.pop(METADATA, None)
     found = sorted(
         (_entry(path, name, value) for name, value in header.items()), key=lambda entry: entry[1:]
     )
@@ -195,6 +213,8 @@ def write_file(
 ) -> None:
     """Write a safetensors file, one tensor at a time, and see that it reaches the disk.
 
+    The metadata gets the checksums of the tensors; see `verify_checksums`.
+
     Args:
         path: The new file.
         tensors: Name, dtype and shape of each tensor, in order.
@@ -207,7 +227,8 @@ def write_file(
     """
     import mlx.core as mx
 
-    header: dict[str, Any] = {METADATA: dict(metadata)}
+    sums = {info.name: UNKNOWN for info in tensors}
+    header: dict[str, Any] = {}
     at = 0
     for info in tensors:
         header[info.name] = {
@@ -216,17 +237,25 @@ def write_file(
             "data_offsets": [at, at + info.nbytes],
         }
         at += info.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+
+    def start() -> bytes:
+        entries = {METADATA: {**metadata, CRC32: dump_checksums(sums)}, **header}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(start())
         for info in tensors:
             name, value = next(values)
             dtype = getattr(mx, MLX_NAME[info.dtype])
             if (name, value.dtype, value.shape) != (info.name, dtype, info.shape):
                 raise ValueError(f"{info} was announced, not {name} {value.dtype} {value.shape}.")
             file.write(memoryview(mx.contiguous(value).view(mx.uint8)))  # type: ignore[arg-type]
+            sums[name] = crc32(value)
             del value
             advance(info.nbytes)
+        file.seek(0)
+        file.write(start())  # of the same length
         file.flush()
         os.fsync(file.fileno())
