@@ -13,6 +13,8 @@ from mlx_rgemma.io.reading import read_limited
 
 MODEL_CARD = "README.md"
 MAX_CARD_BYTES = 1_000_000
+MAX_FRONT_MATTER = 50_000
+MAX_BRACKETS = 500
 THIS_FOLDER = "<this folder>"
 """How a card calls the model, until it is uploaded and has a name."""
 
@@ -100,7 +102,6 @@ def _in_mlx_lm(config: GriffinConfig) -> str:
 
 def _stated(source: Source | None) -> dict[str, Any]:
     """The metadata of the source's own card, as far as there is one that can be read."""
-    import yaml
     from huggingface_hub import hf_hub_download
 
     if source is None:
@@ -111,12 +112,21 @@ def _stated(source: Source | None) -> dict[str, Any]:
             card = Path(hf_hub_download(source.repository, MODEL_CARD))
         text = read_limited(card, MAX_CARD_BYTES).decode("utf-8")
         header = FRONT_MATTER.match(text)
-        if header is None or any(
-            isinstance(e, yaml.AliasEvent) for e in yaml.parse(header["yaml"])
-        ):
-            return {}  # a few aliases of aliases are larger than the memory when they are written
-        values = yaml.safe_load(header["yaml"])
-        yaml.safe_dump(values)
+        return {} if header is None else _front_matter(header["yaml"])
     except Exception:  # a card is welcome, but nothing depends on it
         return {}
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    """Return metadata that can be written again in bounded time and memory; else nothing."""
+    import yaml
+
+    # PyYAML takes time by the square of the brackets that are open.
+    if len(text) > MAX_FRONT_MATTER or text.count("[") + text.count("{") > MAX_BRACKETS:
+        return {}
+    # A few aliases of aliases are larger than the memory when they are written.
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        return {}
+    values = yaml.safe_load(text)
+    yaml.safe_dump(values)
     return values if isinstance(values, dict) else {}

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rgemma.checkpoints.safetensors import TensorInfo, check_file, read_header, write_file
+from mlx_rgemma.checkpoints.safetensors import (
+    TensorInfo,
+    check_file,
+    read_header,
+    verify_checksums,
+    write_file,
+)
 from mlx_rgemma.errors import CheckpointError
 
 
@@ -164,3 +171,22 @@ def test_writer_keeps_to_what_it_announced(tmp_path):
     for number, surprise in enumerate((mx.zeros(3), mx.zeros(2, mx.float16))):
         with pytest.raises(ValueError, match="announced"):
             write_file(tmp_path / str(number), plan, iter([("x", surprise)]), {})
+
+
+def test_checksums(tmp_path):
+    """A writer that streams stores them in the header that it wrote first."""
+    values = {"a": mx.arange(6, dtype=mx.float32).reshape(2, 3).T, "b": mx.array([7], mx.uint8)}
+    plan = [TensorInfo("a", "F32", (3, 2)), TensorInfo("b", "U8", (1,))]
+    path = tmp_path / "new.safetensors"
+    write_file(path, plan, iter(values.items()), {"format": "mlx"})
+    sums = json.loads(mx.load(str(path), return_metadata=True)[1]["crc32"])
+    expected = {name: zlib.crc32(np.ascontiguousarray(value)) for name, value in values.items()}
+    assert sums == {name: f"{value:08x}" for name, value in expected.items()}
+    verify_checksums(path)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="'a' is damaged: its checksum is"):
+        verify_checksums(path)
+    file_of(path, SOUND, bytes(16))
+    verify_checksums(path)  # has none
