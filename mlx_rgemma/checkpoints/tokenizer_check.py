@@ -33,6 +33,9 @@ MAX_TOKENIZER_BYTES = 64_000_000
 MAX_SENTENCEPIECE_BYTES = 16_000_000
 """Gemma's has 4.2 MB."""
 
+MAX_ADDED_TOKENS = 50_000
+"""Gemma 3 has 6,415."""
+
 MAX_TEXT_BYTES = 1_000_000
 MAX_PATTERN = 100_000
 MAX_STEPS = 100
@@ -75,6 +78,11 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a tokenizer that can be read: not JSON.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a tokenizer that can be read: not a JSON object.")
+    added = values.get("added_tokens")
+    if isinstance(added, list) and len(added) > MAX_ADDED_TOKENS:
+        raise CheckpointError(
+            f"{path}: {len(added):,} added tokens, expected up to {MAX_ADDED_TOKENS:,}."
+        )
     for section in STEPS:
         if problem := _problem(values.get(section)):
             raise CheckpointError(f"{path}: {section} has {problem}; this is refused.")

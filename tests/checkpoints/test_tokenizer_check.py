@@ -61,6 +61,10 @@ HOSTILE = {
         {"normalizer": {"type": "Prepend", "prepend": "a" * 10_000_000}},
         "a text too long",
     ),
+    "added tokens": (
+        {"added_tokens": [{"id": n, "content": f"<{n}>", "special": True} for n in range(60_000)]},
+        "60,000 added tokens, expected up to 50,000",
+    ),
     "steps": ({"normalizer": sequence(*[replace("b")] * 1000)}, "more than 100 steps"),
     "character map": (
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A" * 2_000_000}},
