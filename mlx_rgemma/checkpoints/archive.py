@@ -24,7 +24,7 @@ MAX_HEADERS_BYTES = 64_000_000
 MAX_NAME, MAX_LEVELS = 1000, 30
 
 MAX_RATIO = 10
-"""Weights shrink by a fifth when they are compressed, float32 of bfloat16 values by a half."""
+"""Weights are nearly random bits, and hardly become smaller when they are compressed."""
 
 MIN_LIMIT = 100_000_000
 """Any archive may hold as many bytes."""

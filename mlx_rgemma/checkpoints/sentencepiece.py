@@ -17,7 +17,7 @@ from mlx_rgemma.io.reading import read_limited
 
 MAX_PIECES = 1_000_000
 MAX_PIECE = 500
-"""Characters of a piece: Gemma's longest has 31."""
+"""Characters of a piece."""
 
 SPACE = "▁"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"

@@ -28,13 +28,12 @@ JSON_FILES = (
 TEXT_FILES = ("chat_template.jinja",)
 
 MAX_TOKENIZER_BYTES = 64_000_000
-"""Gemma's with 256,000 tokens has 17 to 34 MB."""
+"""Several times that of a vocabulary of 256,000."""
 
 MAX_SENTENCEPIECE_BYTES = 16_000_000
-"""Gemma's has 4.2 MB."""
+"""Several times that of a vocabulary of 256,000."""
 
 MAX_ADDED_TOKENS = 50_000
-"""Gemma 3 has 6,415."""
 
 MAX_TEXT_BYTES = 1_000_000
 MAX_PATTERN = 100_000
