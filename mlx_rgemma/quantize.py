@@ -119,14 +119,16 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _options(flags: str) -> dict[str, Any]:
     """What the flags of `convert` mean."""
-    from mlx_rgemma.errors import UserError
+    from mlx_rgemma.errors import UserError, shown
 
     try:
         parsed, rest = convert_parser().parse_known_args(["--model", "", *shlex.split(flags)])
     except (SystemExit, ValueError) as error:
-        raise UserError(f"--setting {flags!r}: not flags of mlx_rgemma.convert.") from error
+        raise UserError(f"--setting {shown(flags)}: not flags of mlx_rgemma.convert.") from error
     if rest:
-        raise UserError(f"--setting {flags!r}: mlx_rgemma.convert does not know {rest[0]}.")
+        raise UserError(
+            f"--setting {shown(flags)}: mlx_rgemma.convert does not know {shown(rest[0])}."
+        )
     names = ("quantize", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype")
     return {name: getattr(parsed, name) for name in names}
 

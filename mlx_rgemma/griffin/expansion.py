@@ -6,13 +6,13 @@ The quantized arrays stay the model's parameters: what is saved, adapted or fuse
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import mlx.nn as nn
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.linear import QuantizedEmbedding, QuantizedLinear
 from mlx_rgemma.griffin.projection import SharedInputBlock
+from mlx_rgemma.io.memory import available_memory
 from mlx_rgemma.ops import on_linux_cpu
 
 VARIABLE = "MLX_RGEMMA_EXPAND"
@@ -39,7 +39,7 @@ def expand_quantized(model: nn.Module) -> int:
         return 0
     modules = [m for m in model.modules() if isinstance(m, (QuantizedLinear, QuantizedEmbedding))]
     needed = sum(4 * module["weight"].size * 32 // module.bits for module in modules)
-    if needed > _free_memory() // 2:
+    if needed > (available_memory() or 0) // 2:
         return 0
     for module in model.modules():
         if isinstance(module, SharedInputBlock):
@@ -47,28 +47,3 @@ def expand_quantized(model: nn.Module) -> int:
     for module in modules:
         module.expand()
     return needed
-
-
-def _free_memory() -> int:
-    """Bytes that this process may still take, as the kernel tells."""
-    free = _numbers(Path("/proc/meminfo")).get("MemAvailable:", 0) * 1024
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = (int((group / name).read_text()) for name in (limit, used))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-        free = min(free, most - now)
-    return free
-
-
-def _numbers(file: Path) -> dict[str, int]:
-    """Lines of a name, a number and a unit."""
-    try:
-        lines = [line.split() for line in file.read_text().splitlines()]
-    except OSError:
-        return {}
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
