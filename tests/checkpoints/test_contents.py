@@ -184,11 +184,16 @@ def test_quantized_against_its_config(quantized):
     for settings, message in (
         ({**section, path: {"group_size": 32, "bits": 8}}, rf"{path} \(not as config.json says\)"),
         ({**section, path: False}, rf"{path} \(not as config.json says\)"),
+        ({**section, path: {"group_size": None}}, rf"{path} \(not as config.json says\)"),  # 64
+        ({**section, path: {"mode": None}}, rf"{path} \(not as config.json says\)"),
         (None, "config.json has no 'quantization'"),
     ):
         edit_json(quantized / CONFIG, quantization=settings, quantization_config=settings)
         with pytest.raises(CheckpointError, match=message):
             check_contents(CheckpointFolder.open(quantized))
+    settings = {**section, path: {"group_size": 32, "bits": None, "mode": "affine"}}  # 4 bits
+    edit_json(quantized / CONFIG, quantization=settings, quantization_config=settings)
+    check_contents(CheckpointFolder.open(quantized))
     # As mlx-lm reads it: what the file holds counts, not the default.
     edit_json(quantized / CONFIG, quantization={"group_size": 64, "bits": 8})
     assert len(check_contents(CheckpointFolder.open(quantized)).quantized) > 1
