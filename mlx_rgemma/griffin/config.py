@@ -7,13 +7,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mlx_rgemma.errors import ConfigError
+from mlx_rgemma.errors import ConfigError, shown
 
 MODEL_TYPE = "recurrent_gemma"
 RECURRENT, ATTENTION = "recurrent", "attention"
 BLOCK_TYPES = (RECURRENT, RECURRENT, ATTENTION)
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_tanh", "gelu_approx")
+
+MAX_INT32 = 2**31 - 1
+"""MLX counts elements along an axis, and Metal kernels within a row, in int32."""
+MAX_SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 12,
+    "head_dim": 1 << 16,
+    "lru_width": 1 << 20,
+    "attention_window_size": 1 << 30,
+    "conv1d_width": 1 << 8,
+}
+"""Sizes of a model, each at least 1, and the largest that is taken."""
+RANGES = {
+    "logits_soft_cap": (1e-3, 1e6),
+    "rope_theta": (1e-3, 1e15),
+    "partial_rotary_factor": (1e-6, 1.0),
+    "rms_norm_eps": (1e-30, 1.0),
+}
+"""Constants, all representable in float32 with their reciprocals; a cap of 0 means none."""
+MAX_BLOCK_TYPES = MAX_SIZES["num_hidden_layers"]
+MAX_STOP_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -91,13 +115,13 @@ class GriffinConfig:
             raise ConfigError("the configuration is not a JSON object.")
         if values.get("model_type") != MODEL_TYPE:
             raise ConfigError(
-                f"model_type is {values.get('model_type')!r}; this package runs"
+                f"model_type is {shown(values.get('model_type'))}; this package runs"
                 f" '{MODEL_TYPE}' models only."
             )
         activation = values.get("hidden_activation") or ACTIVATIONS[0]
         if activation not in ACTIVATIONS:
             raise ConfigError(
-                f"hidden_activation is {activation!r}; RecurrentGemma has '{ACTIVATIONS[0]}'."
+                f"hidden_activation is {shown(activation)}; RecurrentGemma has '{ACTIVATIONS[0]}'."
             )
         read = _Reader(values)
         hidden_size = read.integer("hidden_size")
@@ -134,7 +158,9 @@ class GriffinConfig:
     def preset(cls, name: str) -> GriffinConfig:
         """The shape of a released model: "2b" or "9b" (also for the -it variants)."""
         if name not in PRESETS:
-            raise ConfigError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+            raise ConfigError(
+                f"there is no preset {shown(name)}; choose one of {', '.join(PRESETS)}."
+            )
         return PRESETS[name]
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,15 +215,18 @@ class _Reader:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if not isinstance(rope, Mapping):
-            raise ConfigError(f"rope_parameters is {rope!r}, expected an object.")
-        kind = rope.get("rope_type", "default")
-        if kind != "default":
-            raise ConfigError(
-                f"rope_parameters.rope_type is {kind!r}; RecurrentGemma has 'default'."
-            )
-        self.rope_parameters = rope
+        self.rope_parameters: Mapping[str, Any] = {}
+        for name in ("rope_scaling", "rope_parameters"):  # the old name, and the one that counts
+            section = values.get(name) or {}
+            if not isinstance(section, Mapping):
+                raise ConfigError(f"{name} is {shown(section)}, expected an object.")
+            for key in ("type", "rope_type"):  # likewise
+                kind = section.get(key)
+                if kind not in (None, "default"):
+                    raise ConfigError(
+                        f"{name}.{key} is {shown(kind)}; RecurrentGemma has 'default'."
+                    )
+            self.rope_parameters = section or self.rope_parameters
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key)
@@ -208,26 +237,29 @@ class _Reader:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{key} is {value!r}, expected a whole number.")
+            raise ConfigError(f"{key} is {shown(value)}, expected an integer.")
         return value
 
     def number(self, key: str, default: float) -> float:
-        return self._number(key, self.values.get(key), default)
+        value = self.values.get(key)
+        return _float(key, default if value is None else value)
 
     def soft_cap(self) -> float:
         """A cap that is spelled out as null means none; a missing one is the released 30."""
         return self.number("logits_soft_cap", 0.0 if "logits_soft_cap" in self.values else 30.0)
 
     def rope(self, key: str, default: float) -> float:
-        value = self.rope_parameters.get(key)
-        return self._number(key, self.values.get(key) if value is None else value, default)
+        for values in (self.rope_parameters, self.values):
+            if values.get(key) is not None:
+                return _float(key, values[key])
+        return default
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self.values.get(key)
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ConfigError(f"{key} is {value!r}, expected true or false.")
+            raise ConfigError(f"{key} is {shown(value)}, expected true or false.")
         return value
 
     def block_types(self) -> tuple[str, ...]:
@@ -235,7 +267,7 @@ class _Reader:
             value = self.values.get(key)
             if value is not None:
                 if not isinstance(value, list | tuple) or not value:
-                    raise ConfigError(f"{key} is {value!r}, expected a list of block types.")
+                    raise ConfigError(f"{key} is {shown(value)}, expected a list of block types.")
                 return tuple(value)
         return BLOCK_TYPES
 
@@ -243,9 +275,11 @@ class _Reader:
         for key in ("dtype", "torch_dtype"):
             value = self.values.get(key)
             if value is not None:
-                name = str(value).removeprefix("torch.")
+                name = value.removeprefix("torch.") if isinstance(value, str) else value
                 if name not in DTYPES:
-                    raise ConfigError(f"{key} is {value!r}, expected one of {', '.join(DTYPES)}.")
+                    raise ConfigError(
+                        f"{key} is {shown(value)}, expected one of {', '.join(DTYPES)}."
+                    )
                 return name
         return None
 
@@ -257,10 +291,7 @@ class _Reader:
         value = self.values.get(key)
         if value is None:
             return (1,)
-        value = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            raise ConfigError(f"{key} is {self.values[key]!r}, expected token ids.")
-        return tuple(value)
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
 
     def quantization(self) -> Mapping[str, Any] | None:
         value = self.values.get("quantization") or self.values.get("quantization_config")
@@ -273,38 +304,43 @@ class _Reader:
             )
         return value
 
-    @staticmethod
-    def _number(key: str, value: Any, default: float) -> float:
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{key} is {value!r}, expected a number.")
-        if not math.isfinite(value):
-            raise ConfigError(f"{key} is {value!r}, expected a finite number.")
-        return float(value)
+
+def _float(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{key} is {shown(value)}, expected a number.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{key} is {shown(value)}, expected a finite number.")
+    return number
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _divides(name: str, divisor: int, of: str, value: int) -> None:
     if divisor < 1 or value % divisor:
-        raise ConfigError(f"{name} is {divisor}, which does not divide {of} {value}.")
+        raise ConfigError(f"{name} is {shown(divisor)}, which does not divide {of} {shown(value)}.")
 
 
 def _validate(c: GriffinConfig) -> None:
-    for key in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "head_dim",
-        "lru_width",
-        "attention_window_size",
-        "conv1d_width",
-    ):
-        if getattr(c, key) < 1:
-            raise ConfigError(f"{key} is {getattr(c, key)}, expected at least 1.")
+    """Check types and ranges, so that no size overflows an index of MLX."""
+    for key, most in MAX_SIZES.items():
+        value = getattr(c, key)
+        if not _is_int(value):
+            raise ConfigError(f"{key} is {shown(value)}, expected an integer.")
+        if not 1 <= value <= most:
+            raise ConfigError(f"{key} is {shown(value)}, expected 1 to {most}.")
+    for key, (low, high) in RANGES.items():
+        value = _float(key, getattr(c, key))
+        if not low <= value <= high and not (key == "logits_soft_cap" and value == 0):
+            none = "0 (none) or " if key == "logits_soft_cap" else ""
+            raise ConfigError(f"{key} is {value:g}, expected {none}{low:g} to {high:g}.")
     if c.model_type != MODEL_TYPE:
-        raise ConfigError(f"model_type is {c.model_type!r}, expected '{MODEL_TYPE}'.")
+        raise ConfigError(f"model_type is {shown(c.model_type)}, expected '{MODEL_TYPE}'.")
     _divides("num_attention_heads", c.num_attention_heads, "hidden_size", c.hidden_size)
     _divides("num_attention_heads", c.num_attention_heads, "lru_width", c.lru_width)
     if c.intermediate_size % 2:
@@ -312,31 +348,66 @@ def _validate(c: GriffinConfig) -> None:
             f"intermediate_size is {c.intermediate_size}; it is twice the MLP's inner width"
             " and must be even."
         )
+    if not 1 <= len(c.block_types) <= MAX_BLOCK_TYPES:
+        raise ConfigError(
+            f"block_types has {len(c.block_types)} entries, expected 1 to {MAX_BLOCK_TYPES}."
+        )
     for block in c.block_types:
         if block not in (RECURRENT, ATTENTION):
             raise ConfigError(
-                f"block_types holds {block!r}, expected '{RECURRENT}' or '{ATTENTION}'."
+                f"block_types holds {shown(block)}, expected '{RECURRENT}' or '{ATTENTION}'."
             )
-    if not c.block_types:
-        raise ConfigError("block_types is empty.")
     if c.num_key_value_heads != 1:
         raise ConfigError(
-            f"num_key_value_heads is {c.num_key_value_heads}; RecurrentGemma's attention has 1."
+            f"num_key_value_heads is {shown(c.num_key_value_heads)}; RecurrentGemma's attention"
+            " has 1."
         )
     if not c.tie_word_embeddings:
         raise ConfigError("tie_word_embeddings is false; RecurrentGemma's head is its embedding.")
-    if c.logits_soft_cap < 0:
-        raise ConfigError(f"logits_soft_cap is {c.logits_soft_cap}, expected 0 (none) or more.")
-    for key in ("rope_theta", "rms_norm_eps"):
-        if getattr(c, key) <= 0:
-            raise ConfigError(f"{key} is {getattr(c, key)}, expected more than 0.")
-    if not 0 < c.partial_rotary_factor <= 1 or c.rotary_dims < 2 or c.rotary_dims % 2:
+    if c.rotary_dims < 2 or c.rotary_dims % 2:
         raise ConfigError(
             f"partial_rotary_factor is {c.partial_rotary_factor} with head_dim {c.head_dim}:"
             " the rotated part must be an even number of channels."
         )
+    _validate_tokens(c)
+    _validate_products(c)
     if c.window not in ("google", "hf"):
-        raise ConfigError(f"window is {c.window!r}, expected 'google' or 'hf'.")
+        raise ConfigError(f"window is {shown(c.window)}, expected 'google' or 'hf'.")
+
+
+def _validate_tokens(c: GriffinConfig) -> None:
+    """Check the special tokens: ids, though not all need be in a vocabulary that was cut."""
+    if len(c.eos_token_ids) > MAX_STOP_TOKENS:
+        raise ConfigError(
+            f"eos_token_id has {len(c.eos_token_ids)} entries, expected at most {MAX_STOP_TOKENS}."
+        )
+    named = [("eos_token_id", token) for token in c.eos_token_ids]
+    named += [
+        (key, getattr(c, key))
+        for key in ("bos_token_id", "pad_token_id")
+        if getattr(c, key) is not None
+    ]
+    for key, token in named:
+        if not _is_int(token) or not 0 <= token <= MAX_INT32:
+            raise ConfigError(f"{key} holds {shown(token)}, expected token ids (integers from 0).")
+
+
+def _validate_products(c: GriffinConfig) -> None:
+    """Check the number of elements of the largest arrays."""
+    queries = (c.num_attention_heads + 2) * c.head_dim
+    for what, elements in (
+        ("vocab_size x hidden_size", c.vocab_size * c.hidden_size),
+        ("intermediate_size x hidden_size", c.intermediate_size * c.hidden_size),
+        ("2 lru_width x hidden_size", 2 * c.lru_width * c.hidden_size),
+        ("(num_attention_heads + 2) head_dim x hidden_size", queries * c.hidden_size),
+        (
+            "2 (attention_window_size + 1) x head_dim",
+            2 * (c.attention_window_size + 1) * c.head_dim,
+        ),
+        ("lru_width^2 / num_attention_heads", c.lru_width**2 // c.num_attention_heads),
+    ):
+        if elements > MAX_INT32:
+            raise ConfigError(f"{what} is {elements}, expected at most {MAX_INT32} (int32).")
 
 
 def _released(hidden_size: int, heads: int, layers: int, intermediate_size: int) -> GriffinConfig:
