@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mlx_rgemma.errors import ConfigError, shown
+from mlx_rgemma.griffin.config_reader import ConfigReader, as_float, is_int
 
 MODEL_TYPE = "recurrent_gemma"
 RECURRENT, ATTENTION = "recurrent", "attention"
@@ -123,7 +123,7 @@ class GriffinConfig:
             raise ConfigError(
                 f"hidden_activation is {shown(activation)}; RecurrentGemma has '{ACTIVATIONS[0]}'."
             )
-        read = _Reader(values)
+        read = ConfigReader(values)
         hidden_size = read.integer("hidden_size")
         heads = read.integer("num_attention_heads")
         _divides("num_attention_heads", heads, "hidden_size", hidden_size)
@@ -136,7 +136,7 @@ class GriffinConfig:
             head_dim=read.integer("head_dim", hidden_size // heads),
             lru_width=read.integer("lru_width", hidden_size),
             attention_window_size=read.integer("attention_window_size"),
-            block_types=read.block_types(),
+            block_types=read.block_types(BLOCK_TYPES),
             conv1d_width=read.integer("conv1d_width", 4),
             logits_soft_cap=read.soft_cap(),
             embeddings_scale_by_sqrt_dim=read.boolean("embeddings_scale_by_sqrt_dim", True),
@@ -146,7 +146,7 @@ class GriffinConfig:
             attention_bias=read.boolean("attention_bias", False),
             num_key_value_heads=read.integer("num_key_value_heads", 1),
             tie_word_embeddings=read.boolean("tie_word_embeddings", True),
-            dtype=read.dtype(),
+            dtype=read.dtype(DTYPES),
             bos_token_id=read.token("bos_token_id"),
             pad_token_id=read.token("pad_token_id"),
             eos_token_ids=read.tokens("eos_token_id"),
@@ -210,117 +210,6 @@ class GriffinConfig:
         return replace(self, window=window)
 
 
-class _Reader:
-    """Typed access to the values of a config file; null counts as missing."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
-        self.rope_parameters: Mapping[str, Any] = {}
-        for name in ("rope_scaling", "rope_parameters"):  # the old name, and the one that counts
-            section = values.get(name) or {}
-            if not isinstance(section, Mapping):
-                raise ConfigError(f"{name} is {shown(section)}, expected an object.")
-            for key in ("type", "rope_type"):  # likewise
-                kind = section.get(key)
-                if kind not in (None, "default"):
-                    raise ConfigError(
-                        f"{name}.{key} is {shown(kind)}; RecurrentGemma has 'default'."
-                    )
-            self.rope_parameters = section or self.rope_parameters
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        if value is None:
-            if default is None:
-                raise ConfigError(f"{key} is missing.")
-            return default
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{key} is {shown(value)}, expected an integer.")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.values.get(key)
-        return _float(key, default if value is None else value)
-
-    def soft_cap(self) -> float:
-        """A cap that is spelled out as null means none; a missing one is the released 30."""
-        return self.number("logits_soft_cap", 0.0 if "logits_soft_cap" in self.values else 30.0)
-
-    def rope(self, key: str, default: float) -> float:
-        for values in (self.rope_parameters, self.values):
-            if values.get(key) is not None:
-                return _float(key, values[key])
-        return default
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ConfigError(f"{key} is {shown(value)}, expected true or false.")
-        return value
-
-    def block_types(self) -> tuple[str, ...]:
-        for key in ("block_types", "_block_types"):
-            value = self.values.get(key)
-            if value is not None:
-                if not isinstance(value, list | tuple) or not value:
-                    raise ConfigError(f"{key} is {shown(value)}, expected a list of block types.")
-                return tuple(value)
-        return BLOCK_TYPES
-
-    def dtype(self) -> str | None:
-        for key in ("dtype", "torch_dtype"):
-            value = self.values.get(key)
-            if value is not None:
-                name = value.removeprefix("torch.") if isinstance(value, str) else value
-                if name not in DTYPES:
-                    raise ConfigError(
-                        f"{key} is {shown(value)}, expected one of {', '.join(DTYPES)}."
-                    )
-                return name
-        return None
-
-    def token(self, key: str) -> int | None:
-        value = self.values.get(key)
-        return None if value is None else self.integer(key)
-
-    def tokens(self, key: str) -> tuple[int, ...]:
-        value = self.values.get(key)
-        if value is None:
-            return (1,)
-        return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-    def quantization(self) -> Mapping[str, Any] | None:
-        value = self.values.get("quantization") or self.values.get("quantization_config")
-        if value is None:
-            return None
-        if not isinstance(value, Mapping) or "bits" not in value or "group_size" not in value:
-            raise ConfigError(
-                "quantization is not MLX's ({group_size, bits, mode}); convert the unquantized"
-                " model instead."
-            )
-        return value
-
-
-def _float(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key} is {shown(value)}, expected a number.")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ConfigError(f"{key} is {shown(value)}, expected a finite number.")
-    return number
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _divides(name: str, divisor: int, of: str, value: int) -> None:
     if divisor < 1 or value % divisor:
         raise ConfigError(f"{name} is {shown(divisor)}, which does not divide {of} {shown(value)}.")
@@ -330,12 +219,12 @@ def _validate(c: GriffinConfig) -> None:
     """Check types and ranges, so that no size overflows an index of MLX."""
     for key, most in MAX_SIZES.items():
         value = getattr(c, key)
-        if not _is_int(value):
+        if not is_int(value):
             raise ConfigError(f"{key} is {shown(value)}, expected an integer.")
         if not 1 <= value <= most:
             raise ConfigError(f"{key} is {shown(value)}, expected 1 to {most}.")
     for key, (low, high) in RANGES.items():
-        value = _float(key, getattr(c, key))
+        value = as_float(key, getattr(c, key))
         if not low <= value <= high and not (key == "logits_soft_cap" and value == 0):
             none = "0 (none) or " if key == "logits_soft_cap" else ""
             raise ConfigError(f"{key} is {value:g}, expected {none}{low:g} to {high:g}.")
@@ -388,7 +277,7 @@ def _validate_tokens(c: GriffinConfig) -> None:
         if getattr(c, key) is not None
     ]
     for key, token in named:
-        if not _is_int(token) or not 0 <= token <= MAX_INT32:
+        if not is_int(token) or not 0 <= token <= MAX_INT32:
             raise ConfigError(f"{key} holds {shown(token)}, expected token ids (integers from 0).")
 
 
