@@ -31,7 +31,7 @@ MAX_SIZES = {
 """Sizes of a model, each at least 1, and the largest that is taken."""
 RANGES = {
     "logits_soft_cap": (1e-3, 1e6),
-    "rope_theta": (1e-3, 1e15),
+    "rope_theta": (1.0, 1e15),
     "partial_rotary_factor": (1e-6, 1.0),
     "rms_norm_eps": (1e-30, 1.0),
 }

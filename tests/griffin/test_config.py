@@ -92,6 +92,7 @@ def test_spellings(changes, attribute, expected):
         ({"logits_soft_cap": float("nan")}, "logits_soft_cap"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_theta": 0.1}, "rope_theta"),  # more than a turn a position
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
         ({"rope_parameters": {"type": "linear"}}, r"rope_parameters\.type is 'linear'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_scaling\.type is 'linear'"),
