@@ -17,6 +17,7 @@ FLOORS = [
     ("mlx_rgemma.allocation", 0),
     ("mlx_rgemma.blas", 0),
     ("mlx_rgemma.elf", 0),
+    ("mlx_rgemma.io", 1),
     ("mlx_rgemma.ops.kernels", 1),
     ("mlx_rgemma.ops", 2),
     ("mlx_rgemma.griffin", 3),

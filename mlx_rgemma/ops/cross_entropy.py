@@ -22,12 +22,17 @@ def cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array
 
     Args:
         scores: (N, V), any float.
-        targets: (N,), int.
+        targets: (N,), int. One that is out of range counts as the last: to read them here would
+            wait for them, and MLX would write beyond the scores.
         cap: Soft cap of the logits; 0 for none.
 
     Returns:
         (N,), fp32, in nats.
     """
+    if targets.itemsize < 4:
+        targets = targets.astype(mx.int32)
+    unsigned = mx.uint32 if targets.itemsize == 4 else mx.uint64  # negative ones are the largest
+    targets = mx.minimum(targets.view(unsigned), scores.shape[-1] - 1)
     return (_on_cpu if on_linux_cpu() else _anywhere)(scores, targets, cap)
 
 
