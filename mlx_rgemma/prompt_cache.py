@@ -17,6 +17,7 @@ from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.generation.device import settle
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.griffin.sharding import gather_state, split_state
 from mlx_rgemma.registration import register
 
@@ -68,6 +69,7 @@ def save_prompt_cache(
         cache: The state.
         metadata: Texts to keep with it.
     """
+    refuse_forked_process()
     if model.group is None:
         return _write(Path(path), model, cache, metadata)
     settle()
@@ -121,6 +123,7 @@ def read_prompt_cache(path: str | Path, model: Model) -> tuple[list[GriffinCache
     Raises:
         CheckpointError: If the file is missing, damaged, or of another model, window or shape.
     """
+    refuse_forked_process()
     group = model.group
     if group is None:
         return _read(Path(path), model)

@@ -12,6 +12,7 @@ from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.decoding import Processors, Sampler, greedy
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.process import refuse_forked_process
 
 
 class TextState:
@@ -44,6 +45,7 @@ class TextState:
 
     def evaluate(self) -> None:
         """Compute what is left to compute: no other thread could."""
+        refuse_forked_process()
         mx.eval(_arrays(self.cache))
 
     def copy(self) -> TextState:
