@@ -33,7 +33,8 @@ from mlx_rgemma.griffin.loop_step import (
 from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.griffin.sharding import shard_model
 from mlx_rgemma.griffin.snapshot import Snapshot
-from mlx_rgemma.ops import forward_only, loops, rotary_frequencies, soft_cap
+from mlx_rgemma.griffin.tied_head import check_tied_head, tied_head
+from mlx_rgemma.ops import forward_only, loops, rotary_frequencies
 
 MAX_BATCH = 1 << 16
 """Sequences of a state."""
@@ -310,12 +311,17 @@ class Model(nn.Module):
         return self._expanded_nbytes
 
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Names and layouts of a file as this class has them. Does nothing to its own output."""
+        """Return names and layouts of a file as this class has them; its own output as it is.
+
+        Raises:
+            CheckpointError: If the file has a head that is not the embedding, to the bit.
+        """
         c = self.args
         conv_shape = (c.lru_width, c.conv1d_width, 1)
         sanitized = {}
         for name, weight in weights.items():
-            if name == "lm_head.weight":  # equals the embedding
+            if name.startswith("lm_head."):
+                check_tied_head(name, weight, weights.get(f"model.embed_tokens.{name[8:]}"))
                 continue
             if name.endswith("conv_1d.weight") and weight.shape != conv_shape:
                 weight = weight.moveaxis(2, 1)
@@ -364,21 +370,6 @@ class Model(nn.Module):
                 check_state_memory(each * tokens.shape[0], tokens.shape[0])
             for layer in cache:
                 layer.resize(tokens.shape[0])
-
-
-def tied_head(x: mx.array, embedding: nn.Module, cap: float) -> mx.array:
-    """Logits by the embedding that the input has too.
-
-    Args:
-        x: (..., hidden_size), behind the final norm.
-        embedding: Plain or quantized.
-        cap: Soft cap of the logits; 0 for none.
-
-    Returns:
-        (..., vocab_size), fp32.
-    """
-    logits = embedding.as_linear(x)
-    return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)
 
 
 def _describe(signature: tuple[Any, ...]) -> str:
