@@ -137,8 +137,12 @@ class Chat:
             xtc_probability=args.xtc_probability,
             xtc_threshold=args.xtc_threshold,
             xtc_special_tokens=[
-                *tokenizer.encode("\n", add_special_tokens=False),
-                *tokenizer.eos_token_ids,
+                token
+                for token in (
+                    *tokenizer.encode("\n", add_special_tokens=False),
+                    *tokenizer.eos_token_ids,
+                )
+                if 0 <= token < model.args.vocab_size  # mlx-lm writes to these places unchecked
             ],
         )
         processors = make_logits_processors(

@@ -23,6 +23,7 @@ from mlx_rgemma.errors import CheckpointError, UserError, shown
 from mlx_rgemma.generation.device import settle
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.griffin.sharding import gather_state, split_state
 from mlx_rgemma.io.atomic import atomic_file
 from mlx_rgemma.io.checksum import CRC32, crc32, dump_checksums, verify_file
@@ -86,6 +87,7 @@ def save_prompt_cache(
         CheckpointError: If the file cannot be written; one that exists stays.
         UserError: If the metadata are no texts, or too long.
     """
+    refuse_forked_process()
     if model.group is None:
         return _write(Path(path), model, cache, metadata)
     settle()
@@ -146,6 +148,7 @@ def read_prompt_cache(path: str | Path, model: Model) -> tuple[list[GriffinCache
     Raises:
         CheckpointError: If the file is missing, damaged, or of another model, window or shape.
     """
+    refuse_forked_process()
     group = model.group
     if group is None:
         return _read(Path(path), model)

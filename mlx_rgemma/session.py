@@ -25,6 +25,7 @@ from mlx_rgemma.generation.single import encode
 from mlx_rgemma.generation.text_state import TextState
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.prompt_cache import (
     FINGERPRINT,
     PENDING,
@@ -86,6 +87,7 @@ class Session:
     """
 
     def __init__(self, model: Model, tokenizer: Any, *, prefill_step_size: int = 2048) -> None:
+        refuse_forked_process()
         # What is left to compute could only be computed by the thread that made it.
         mx.eval(model.parameters())
         self.model = model

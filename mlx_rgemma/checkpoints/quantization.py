@@ -118,9 +118,19 @@ class Quantization:
 
 
 def agrees(found: Quantization, written: Any) -> bool:
-    """Whether a layer's own entry in `config.json`, if it has one, says what the file holds."""
+    """Return whether a layer's own entry in `config.json` says what the file holds.
+
+    A missing entry or key says nothing. mlx-lm's mixed recipes write null for the group size (and
+    may for the bits): the mode's default, as `mx.quantize` takes it.
+    """
     if written is None:
         return True
     if not isinstance(written, Mapping):
         return bool(written)
-    return all(written.get(key, value) == value for key, value in found.as_dict().items())
+    group_sizes, all_bits = MODES[found.mode]
+    defaults = {"group_size": group_sizes[0], "bits": all_bits[0]}
+    for key, value in found.as_dict().items():
+        said = written.get(key, value)
+        if (defaults.get(key) if said is None else said) != value:
+            return False
+    return True

@@ -86,7 +86,8 @@ def batch_generate(
         A `BatchResponse`.
 
     Raises:
-        UserError: If a prompt is empty or holds an unknown token, or `max_tokens` is no count.
+        UserError: If a prompt is empty or holds an unknown token, `max_tokens` is no count, or a
+            state is another model's.
     """
     from mlx_lm.generate import BatchGenerator
 
@@ -96,6 +97,8 @@ def batch_generate(
     if len(limits) != len(prompts) or min(limits) < 1:
         raise UserError(f"max_tokens is {max_tokens}, expected at least 1 for each prompt.")
     stop = [stop] if isinstance(stop, str) else stop
+    if prompt_caches is not None:
+        _check_caches(model, prompt_caches, len(prompts))
     known = model.args.vocab_size
     tokens: list[Any] = [encode(tokenizer, prompt, known).tolist() for prompt in prompts]
 
@@ -125,3 +128,16 @@ def batch_generate(
         stats=stats,
         caches=[row.cache or [] for row in answers] if return_prompt_caches else None,
     )
+
+
+def _check_caches(model: Model, caches: list[list[GriffinCache]], prompts: int) -> None:
+    """Refuse states that are not one of one sequence for each prompt."""
+    if len(caches) != prompts:
+        raise UserError(f"there are {len(caches)} prompt_caches for {prompts} prompts.")
+    for cache in caches:
+        try:
+            model.check_cache(cache)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if any(layer.batch_size != 1 for layer in cache):
+            raise UserError("each of prompt_caches must be the state of one sequence.")

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_rgemma.generation.device import generation_stream
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops.sums import log_softmax
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 Sampler = Callable[[mx.array], mx.array]
@@ -95,7 +96,7 @@ def plain_steps(
     def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
         with mx.stream(generation_stream):
             logits = processors(model.next_logits(tokens[None], prompt_cache))
-            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            logprobs = log_softmax(logits)
             token = choose(logprobs)
             processors.see(token)
             mx.async_eval(token, logprobs, processors.recent)

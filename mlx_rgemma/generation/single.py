@@ -14,7 +14,9 @@ from mlx_rgemma.generation.decoding import LogitsProcessor, plain_steps
 from mlx_rgemma.generation.device import generation_stream, wired_limit
 from mlx_rgemma.generation.speculation import DRAFT_TOKENS, SpeculationStats, speculative_steps
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
+from mlx_rgemma.griffin.indices import as_list, check_token_ids
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.text.responses import GenerationResponse, text_responses
 
 Prompt = str | Sequence[int] | mx.array
@@ -194,15 +196,12 @@ def encode(tokenizer: Any, prompt: Prompt, vocab_size: int) -> mx.array:
     Raises:
         UserError: If there is no token, or one that the model does not have.
     """
+    refuse_forked_process()
     if isinstance(prompt, str):
         bos = tokenizer.bos_token
         special = bos is None or not prompt.startswith(bos)
         prompt = tokenizer.encode(prompt, add_special_tokens=special)
-    tokens = prompt if isinstance(prompt, mx.array) else mx.array(list(prompt), mx.int32)
-    if tokens.size == 0:
+    tokens = check_token_ids(as_list(prompt), vocab_size)
+    if not tokens:
         raise UserError("the prompt is empty: it needs at least one token.")
-    low, high = int(tokens.min().item()), int(tokens.max().item())  # type: ignore[arg-type]
-    if low < 0 or high >= vocab_size:
-        unknown = low if low < 0 else high
-        raise UserError(f"the prompt holds token {unknown}; the model knows 0 to {vocab_size - 1}.")
-    return tokens
+    return mx.array(tokens, mx.int32)

@@ -18,9 +18,10 @@ import mlx.core as mx
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.decoding import LogitsProcessor, Processors
 from mlx_rgemma.generation.drafts import Draft, Drafter, DraftModel, PromptLookup
-from mlx_rgemma.generation.sampling import Sampler, log_softmax
+from mlx_rgemma.generation.sampling import Sampler
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops.sums import log_softmax
 
 DRAFT_TOKENS = 3
 """Tokens of a draft, unless asked otherwise."""

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.griffin.cache import GriffinCache
+from mlx_rgemma.griffin.indices import check_segment_pos
 from mlx_rgemma.ops import MAX_STEPS, rotary_angles, step_kinds
 
 
@@ -46,7 +47,7 @@ class TokenLayout:
         self.held = None
         self.next_positions: list[int] | None = None
         if segment_pos is not None:
-            positions = segment_pos.astype(mx.int64)
+            positions = check_segment_pos(segment_pos)
             self.segment_pos = positions
             self.reset: mx.array | None = positions == 0
             self.reach: mx.array | None = mx.minimum(positions, window).astype(mx.int32)

@@ -10,9 +10,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
+from mlx_rgemma.griffin.cache import (
+    AttentionCache,
+    GriffinCache,
+    RecurrentCache,
+    check_state_memory,
+    state_nbytes,
+)
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.expansion import expand_quantized
+from mlx_rgemma.griffin.indices import as_count, check_token_ids, safe_token_ids
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
 from mlx_rgemma.griffin.layout import TokenLayout
 from mlx_rgemma.griffin.linear import adopt_layers
@@ -23,9 +30,14 @@ from mlx_rgemma.griffin.loop_step import (
     continues,
     loop_step,
 )
+from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.griffin.sharding import shard_model
 from mlx_rgemma.griffin.snapshot import Snapshot
-from mlx_rgemma.ops import forward_only, loops, rotary_frequencies, soft_cap
+from mlx_rgemma.griffin.tied_head import check_tied_head, tied_head
+from mlx_rgemma.ops import forward_only, loops, rotary_frequencies
+
+MAX_BATCH = 1 << 16
+"""Sequences of a state."""
 
 
 class Griffin(nn.Module):
@@ -33,6 +45,7 @@ class Griffin(nn.Module):
 
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
+        self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [ResidualBlock(config, kind) for kind in config.layer_types]
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -51,6 +64,7 @@ class Griffin(nn.Module):
         last_only: bool = False,
     ) -> mx.array:
         batch, length = tokens.shape
+        tokens = safe_token_ids(tokens, self.vocab_size)
         layout = TokenLayout(batch, length, cache, segment_pos, self.window, self._frequencies)
         x = self.embed_tokens(tokens).astype(mx.float32) * self.embedding_scale
         last = len(self.layers) - 1 if last_only else None
@@ -70,6 +84,7 @@ class Model(nn.Module):
 
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
+        refuse_forked_process()
         self.args = config
         self.model_type = config.model_type
         self.group: mx.distributed.Group | None = None
@@ -87,6 +102,9 @@ class Model(nn.Module):
     ) -> mx.array:
         """Logits of every token's successor.
 
+        Ids are checked where that does not make a decode step wait for the device: see
+        `indices.safe_token_ids`.
+
         Args:
             tokens: (B, L), int.
             cache: From `make_cache`; updated in place. Tokens then continue what it has seen.
@@ -97,7 +115,8 @@ class Model(nn.Module):
             (B, L, vocab_size), fp32, soft-capped.
 
         Raises:
-            ValueError: If the tokens, positions or cache have the wrong shape.
+            ValueError: If the tokens, positions or cache have the wrong shape or dtype, or hold an
+                unknown token or a negative position.
         """
         if (logits := self._step(tokens, cache, segment_pos)) is not None:
             return logits
@@ -142,6 +161,7 @@ class Model(nn.Module):
         last_only: bool = False,
     ) -> mx.array | None:
         """Logits by compiled loops, (B, L or 1, vocab_size); None where they do not serve."""
+        refuse_forked_process()
         if tokens.ndim != 2 or not 0 < tokens.size <= MOST_TOKENS:
             return None
         if tokens.shape[1] > self.args.past_window:
@@ -164,7 +184,8 @@ class Model(nn.Module):
             numbers: Any = tokens.tolist()
         except ValueError:  # within `mx.compile`, where they have no value
             return None
-        return self._loop_step(numbers, cache, last_only=last_only)
+        rows = [check_token_ids(row, self.args.vocab_size) for row in numbers]
+        return self._loop_step(rows, cache, last_only=last_only)
 
     def _hidden(
         self,
@@ -227,14 +248,23 @@ class Model(nn.Module):
             self.group = group
 
     def make_cache(self, batch_size: int = 1) -> list[GriffinCache]:
-        """The state of `batch_size` sequences that have not begun, one cache a layer."""
+        """Return the state of `batch_size` sequences that have not begun, one cache per layer.
+
+        Raises:
+            ValueError: If there cannot be so many.
+            UserError: If they do not fit into memory.
+        """
         c, dtype = self.args, self.dtype
-        return [
+        if not 1 <= as_count("[cache] batch_size", batch_size) <= MAX_BATCH:
+            raise ValueError(f"[cache] batch_size is {batch_size}, expected 1 to {MAX_BATCH}.")
+        cache = [
             RecurrentCache(self.state_width, c.conv1d_width, dtype, batch_size)
             if kind == RECURRENT
             else AttentionCache(c.past_window, c.head_dim, dtype, batch_size)
             for kind in c.layer_types
         ]
+        check_state_memory(state_nbytes(cache), batch_size)  # nothing is allocated yet
+        return cache
 
     def fuse_projections(self) -> None:
         """Lay out projections of the same input end to end, so that a decode step has fewer.
@@ -281,12 +311,17 @@ class Model(nn.Module):
         return self._expanded_nbytes
 
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Names and layouts of a file as this class has them. Does nothing to its own output."""
+        """Return names and layouts of a file as this class has them; its own output as it is.
+
+        Raises:
+            CheckpointError: If the file has a head that is not the embedding, to the bit.
+        """
         c = self.args
         conv_shape = (c.lru_width, c.conv1d_width, 1)
         sanitized = {}
         for name, weight in weights.items():
-            if name == "lm_head.weight":  # equals the embedding
+            if name.startswith("lm_head."):
+                check_tied_head(name, weight, weights.get(f"model.embed_tokens.{name[8:]}"))
                 continue
             if name.endswith("conv_1d.weight") and weight.shape != conv_shape:
                 weight = weight.moveaxis(2, 1)
@@ -330,23 +365,11 @@ class Model(nn.Module):
             )
         if cache is not None:
             self.check_cache(cache)
+            if cache[0].batch_size != tokens.shape[0]:
+                each = state_nbytes(cache) // max(cache[0].batch_size, 1)
+                check_state_memory(each * tokens.shape[0], tokens.shape[0])
             for layer in cache:
                 layer.resize(tokens.shape[0])
-
-
-def tied_head(x: mx.array, embedding: nn.Module, cap: float) -> mx.array:
-    """Logits by the embedding that the input has too.
-
-    Args:
-        x: (..., hidden_size), behind the final norm.
-        embedding: Plain or quantized.
-        cap: Soft cap of the logits; 0 for none.
-
-    Returns:
-        (..., vocab_size), fp32.
-    """
-    logits = embedding.as_linear(x)
-    return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)
 
 
 def _describe(signature: tuple[Any, ...]) -> str:

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_rgemma.ops.exponential import LOG2_E, exp2
 from mlx_rgemma.ops.fused import custom_function
 from mlx_rgemma.ops.linear import BLOCK_PRODUCTS
+from mlx_rgemma.ops.sums import long_sum
 
 HIDDEN = -1e30
 _ALL_SEEN = mx.array([[[[0.0]]]])
@@ -56,9 +57,9 @@ def _attend(q, k, v, bias):
         return _attend_few(q, k, v, bias)
     scores = _biased(q @ k.swapaxes(1, 2), bias)
     top = scores.max(axis=-1, keepdims=True)
-    sums = exp2(scores - top) @ mx.concatenate([v, mx.ones((*v.shape[:2], 1))], axis=-1)
-    sums, total = sums[..., :-1], sums[..., -1:]
-    return sums / total, top + mx.log(total) * LOG2_E
+    powers = exp2(scores - top)
+    total = long_sum(powers)
+    return powers @ v / total, top + mx.log(total) * LOG2_E
 
 
 def _attend_few(q, k, v, bias):
@@ -83,7 +84,7 @@ def _attend_few(q, k, v, bias):
     sums = (cut(powers).swapaxes(2, 3) @ cut(v)).sum(axis=1)
     if even < number:
         sums = sums + powers[:, even:].swapaxes(1, 2) @ v[:, even:]
-    total = powers.sum(axis=1, keepdims=True)
+    total = long_sum(powers.swapaxes(1, 2)).swapaxes(1, 2)
     log_total = top + mx.log(total) * LOG2_E
     return sums / total.swapaxes(1, 2), log_total.swapaxes(1, 2)
 

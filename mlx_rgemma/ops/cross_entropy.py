@@ -13,6 +13,7 @@ from mlx_rgemma.ops.exponential import LOG2_E, exp2, tanh
 from mlx_rgemma.ops.fused import custom_function, forward_only
 from mlx_rgemma.ops.lanes import in_halves
 from mlx_rgemma.ops.processor import on_linux_cpu
+from mlx_rgemma.ops.sums import log_sum_exp, long_sum
 
 
 def cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
@@ -22,12 +23,17 @@ def cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array
 
     Args:
         scores: (N, V), any float.
-        targets: (N,), int.
+        targets: (N,), int. One that is out of range counts as the last: to read them here would
+            wait for them, and MLX would write beyond the scores.
         cap: Soft cap of the logits; 0 for none.
 
     Returns:
         (N,), fp32, in nats.
     """
+    if targets.itemsize < 4:
+        targets = targets.astype(mx.int32)
+    unsigned = mx.uint32 if targets.itemsize == 4 else mx.uint64  # negative ones are the largest
+    targets = mx.minimum(targets.view(unsigned), scores.shape[-1] - 1)
     return (_on_cpu if on_linux_cpu() else _anywhere)(scores, targets, cap)
 
 
@@ -36,7 +42,7 @@ def _anywhere(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
 
     def forward(scores):
         logits = soft_cap(scores, mx.array(cap)) if cap else scores.astype(mx.float32)
-        normalizers = mx.logsumexp(logits, axis=-1)
+        normalizers = log_sum_exp(logits)[:, 0]
         chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return [normalizers - chosen, normalizers, logits]
 
@@ -77,7 +83,7 @@ def _on_cpu(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
         logits = tanh(scores * (1.0 / cap)) * cap if cap else scores
         top = logits.max(axis=-1, keepdims=True)
         powers = exp2((logits - top) * LOG2_E)
-        total = powers.sum(axis=-1, keepdims=True)
+        total = long_sum(powers)
         loss = mx.log(total) + top - mx.take_along_axis(logits, wanted, axis=-1)
         # softmax - one-hot, times the slope of the soft cap
         slopes = powers * mx.reciprocal(total)

@@ -1,7 +1,8 @@
 """RMSNorm with the factor 1 + weight, and the addition to the residual stream before it.
 
 Where `kernels` allows it, either is one launch, and for a prompt on a Linux CPU one loop; elsewhere
-it is `mx.fast.rms_norm` in fp32.
+it is `mx.fast.rms_norm` in fp32 on a GPU, and on a CPU, where that adds up a row in sequence, its
+equation with a sum by groups.
 Gradients are those of the plain operations.
 """
 
@@ -13,6 +14,7 @@ import numpy as np
 from mlx_rgemma.ops import kernels, loops
 from mlx_rgemma.ops.fused import run_fused
 from mlx_rgemma.ops.kernels import SIMD, ceil_div, sample
+from mlx_rgemma.ops.sums import long_sum
 
 MOST_SIMDGROUPS = 16
 
@@ -95,7 +97,11 @@ def _plain(x, weight, eps, dtype):
         y = np.empty(rows.shape, np.float32)
         loops.run("rms_norm", rows.shape[0], rows, ready[1], np.float32(eps), y)
         return mx.array(y).reshape(x.shape).astype(dtype)
-    return mx.fast.rms_norm(x.astype(mx.float32), scale, eps).astype(dtype)
+    x = x.astype(mx.float32)
+    if mx.default_device().type == mx.gpu:
+        return mx.fast.rms_norm(x, scale, eps).astype(dtype)  # one launch, which adds up as a tree
+    mean_square = long_sum(mx.square(x)) / x.shape[-1]
+    return (x * mx.rsqrt(mean_square + eps) * scale).astype(dtype)
 
 
 def _plain_add(x, delta, weight, eps, dtype):

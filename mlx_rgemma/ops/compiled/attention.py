@@ -49,21 +49,23 @@ def _raise(top, scores):
 
 
 @loop
-def _powers(scores, before, top, total, shrink):
+def _powers(scores, before, top, total, shrink, part):
     """Scores, in base 2, become powers relative to the highest, and are added up.
 
     before, top: what was the highest before, and now is; shrink: what earlier sums are to be
-    multiplied by. All but scores (QUERIES,).
+    multiplied by; part: room for the sum of this block, which is added to that of the others as
+    one, so that rounding does not grow with the keys. All but scores (QUERIES,).
     """
-    for r in range(QUERIES):
-        shrink[r] = exp2(before[r] - top[r])
-        total[r] *= shrink[r]
+    part[:] = ZERO
     for i in range(scores.shape[0]):
         row = scores[i]
         for r in range(QUERIES):
             power = exp2(row[r] - top[r])
             row[r] = power
-            total[r] += power
+            part[r] += power
+    for r in range(QUERIES):
+        shrink[r] = exp2(before[r] - top[r])
+        total[r] = total[r] * shrink[r] + part[r]
 
 
 @loop
@@ -96,8 +98,9 @@ def band_attention(first, last, q, kv, low, scale, out):
     scores = np.empty((KEYS, QUERIES), np.float32)
     sums = np.empty((QUERIES, dim), np.float32)
     lows, own = np.empty(QUERIES, np.int32), np.empty(QUERIES, np.int32)
-    of_queries = np.empty((4, QUERIES), np.float32)
+    of_queries = np.empty((5, QUERIES), np.float32)
     before, top, total, shrink = of_queries[0], of_queries[1], of_queries[2], of_queries[3]
+    part_total = of_queries[4]
     for unit in range(first, last):
         turn, head, b = unit % blocks, unit // blocks % heads, unit // (blocks * heads)
         start = (blocks - 1 - turn // 2 if turn % 2 else turn // 2) * QUERIES
@@ -128,7 +131,7 @@ def band_attention(first, last, q, kv, low, scale, out):
                 _hide(block, key, lows, own)
             before[:] = top
             _raise(top, block)
-            _powers(block, before, top, total, shrink)
+            _powers(block, before, top, total, shrink, part_total)
             _shrink(sums, shrink)
             for r in range(0, QUERIES, ROWS):
                 for c in range(0, dim, COLUMNS):
@@ -162,6 +165,7 @@ def attend_to_ring(part, parts, q, keys, values, begin, seen, scale, top, total,
     into = np.zeros((groups * LANES, columns), np.float32)
     tops, totals = np.empty((groups, QUERIES), np.float32), np.zeros((groups, QUERIES), np.float32)
     before, shrink = np.empty(QUERIES, np.float32), np.empty(QUERIES, np.float32)
+    part_total = np.empty(QUERIES, np.float32)
     tops[:] = LOWEST
     one = min(seen, begin)
     at, end = seen * part // parts, seen * (part + 1) // parts
@@ -189,7 +193,7 @@ def attend_to_ring(part, parts, q, keys, values, begin, seen, scale, top, total,
             before[:] = tops[g]
             _raise(tops[g], block)
             _agree(tops[g])
-            _powers(block, before, tops[g], totals[g], shrink)
+            _powers(block, before, tops[g], totals[g], shrink, part_total)
             of_group = into[g * LANES : (g + 1) * LANES]
             _shrink(of_group, shrink)
             for r in range(0, LANES, NARROW_ROWS):
