@@ -251,7 +251,7 @@ class Chat:
 
     def _converse(self, session: Session, system_prompt: str | None = None) -> Conversation:
         from mlx_rgemma.conversation import Conversation
-        from mlx_rgemma.generation.single import template_options
+        from mlx_rgemma.generation.prompts import template_options
 
         return Conversation(
             session,

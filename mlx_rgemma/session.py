@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.generation.decoding import CONTEXT_LIMIT, LogitsProcessor, Processors, Sampler
 from mlx_rgemma.generation.device import wired_limit
-from mlx_rgemma.generation.single import encode
+from mlx_rgemma.generation.prompts import encode
 from mlx_rgemma.generation.text_state import TextState
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
