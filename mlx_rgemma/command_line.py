@@ -112,7 +112,7 @@ class _Notices(logging.Handler):
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the closest argument that there is."""
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown[0])}")
@@ -287,16 +287,15 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     )
     add("--stop", action="append", default=[], help="Text that ends the generation; repeatable.")
     defaults = SamplingOptions()
-    for name, help in SAMPLING_HELP.items():
-        add_option(add, name, getattr(defaults, name), help)
+    for name in SAMPLING_HELP:
+        add_option(add, name, getattr(defaults, name))
 
 
-def add_option(add: Callable[..., Any], name: str, default: Any, help: str) -> None:
-    """Add a sampling option with its bounds."""
+def add_option(add: Callable[..., Any], name: str, default: Any) -> None:
+    """Add one argument of `SAMPLING_HELP`, within its bounds."""
     low, high = BOUNDS[name]
-    whole = isinstance(low, int) and isinstance(high, int) and high >= MAX_COUNT
-    kind = count(int(low), int(high)) if whole else number(low, high)
-    add(f"--{name.replace('_', '-')}", type=kind, default=default, help=help)
+    kind = count(int(low), int(high)) if high >= MAX_COUNT else number(low, high)
+    add(f"--{name.replace('_', '-')}", type=kind, default=default, help=SAMPLING_HELP[name])
 
 
 def load_model(args: argparse.Namespace) -> tuple[Model, Any]:

@@ -55,9 +55,10 @@ than `num_layers` is trained in all of them, unless the number was asked for."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and a few more. None are what was not given."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.lora",
-        description="Fine-tune a model with LoRA, QLoRA (on a quantized model), DoRA, or in full.",
+    parser = command_line.make_parser(
+        "mlx_rgemma.lora",
+        "Fine-tune a model with LoRA, QLoRA (on a quantized model), DoRA, or in full.",
+        ["--train --data my-data --iters 300", "--test --data my-data", "-c lora.yaml"],
     )
     whole, number = command_line.count, command_line.number
     add = parser.add_argument

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from mlx_rgemma.errors import UserError, shown
 
 if TYPE_CHECKING:
-    from mlx_rgemma.generation.decoding import LogitsProcessor, Sampler
+    from mlx_rgemma.generation.decoding import LogitsProcessor
+    from mlx_rgemma.generation.decoding import Sampler as SamplerFunction
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,10 +111,10 @@ class SamplingOptions:
         tokenizer: Any,
         vocab_size: int,
         *,
-        sampler: Sampler | None = None,
+        sampler: SamplerFunction | None = None,
         logits_processors: Sequence[LogitsProcessor] | None = None,
         speculative: bool = False,
-    ) -> tuple[Sampler, list[LogitsProcessor]]:
+    ) -> tuple[SamplerFunction, list[LogitsProcessor]]:
         """Return the sampler and the logits processors.
 
         Args:
@@ -153,7 +154,7 @@ class SamplingOptions:
             processors = made + processors
         return choose, processors
 
-    def _sampler(self, tokenizer: Any, vocab_size: int, speculative: bool) -> Sampler:
+    def _sampler(self, tokenizer: Any, vocab_size: int, speculative: bool) -> SamplerFunction:
         from mlx_rgemma.generation.sampling import Sampler
 
         temp = self.temp if self.temp >= LOWEST_TEMP else 0.0
@@ -172,7 +173,7 @@ class SamplingOptions:
             *tokenizer.encode("\n", add_special_tokens=False),
             *tokenizer.eos_token_ids,
         ]
-        made: Sampler = make_sampler(
+        made: SamplerFunction = make_sampler(
             temp,
             **common,
             xtc_probability=self.xtc_probability,

@@ -145,7 +145,7 @@ def _watch_compiler() -> None:
     """Record when loops are compiled; log one line before the first."""
     from numba.core import event
 
-    class Listener(event.Listener):  # type: ignore[misc]
+    class Listener(event.Listener):
         """Numba compiles one function at a time, and within it those that it calls."""
 
         depth, begin = 0, 0.0

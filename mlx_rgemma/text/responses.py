@@ -71,7 +71,7 @@ def text_responses(
     prompt_tps = 0.0
     for n, (token, logprobs, from_draft) in enumerate(steps, start=1):
         if n == 1:
-            prompt_tps = prompt_tokens / _seconds(started)
+            prompt_tps = prompt_tokens / seconds_since(started)
             started = time.perf_counter()
         ended = token in tokenizer.eos_token_ids
         segment = text.finish() if ended else text.add(token)
@@ -87,7 +87,7 @@ def text_responses(
             prompt_tokens=prompt_tokens,
             prompt_tps=prompt_tps,
             generation_tokens=n,
-            generation_tps=n / _seconds(started),
+            generation_tps=n / seconds_since(started),
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=reason,
         )
@@ -95,6 +95,6 @@ def text_responses(
             return
 
 
-def _seconds(since: float) -> float:
+def seconds_since(since: float) -> float:
     """Return the seconds since a moment, without those of compiling loops for this machine."""
     return time.perf_counter() - since - compile_seconds(since)
