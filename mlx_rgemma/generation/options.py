@@ -99,7 +99,10 @@ class SamplingOptions:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in BOUNDS and value is not None:
-                check_number(field.name, value, *BOUNDS[field.name], whole="int" in str(field.type))
+                whole = "int" in str(field.type)
+                check_number(field.name, value, *BOUNDS[field.name], whole=whole)
+                # MLX compiles for Python's own numbers, not for NumPy's.
+                object.__setattr__(self, field.name, int(value) if whole else float(value))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> SamplingOptions:
@@ -228,7 +231,7 @@ def suggest(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in known:
-                closest = get_close_matches(name, known, n=1)
+                closest = get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f"did you mean '{closest[0]}'?" if closest else "see help()."
                 raise TypeError(
                     f"{function.__name__}() got an unexpected keyword argument {name!r}; {hint}"
