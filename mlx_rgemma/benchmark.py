@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma import command_line
+from mlx_rgemma.errors import shown
 from mlx_rgemma.griffin.config import DTYPES
 from mlx_rgemma.io.atomic import atomic_file, check_target
 from mlx_rgemma.measurement.engines import PEERS
@@ -28,51 +29,62 @@ FLAT_PROMPTS, FLAT_AFTER, FLAT_GENERATION = (2048, 32768), (100, 100_000), 128
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments: mlx-lm's, and more."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.benchmark",
-        description="Measure how fast a model reads, generates and trains, and what it takes.",
+    """Return the command's parser: mlx-lm's arguments, and more."""
+    parser = command_line.make_parser(
+        "mlx_rgemma.benchmark",
+        "Measure how fast a model reads, generates and trains, and what it takes.",
+        [
+            "-p 512 -g 128 -n 3",
+            "--model google/recurrentgemma-2b-it -p 512,2048 -q none,4 --output speed.json",
+            "--shape 2b --flatness --plot flat.svg",
+        ],
         epilog="LIST is one value or several, separated by commas: each is measured.",
     )
     count, number = command_line.count, command_line.number
-    add = parser.add_argument
+    model = parser.add_argument_group("model")
+    add = model.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
     add("--shape", choices=SHAPES, help="Random weights of this shape in place of a model.")
-    _add_list(parser, "--prompt-tokens", "-p", count(1), "Tokens of the prompt. Default: 512.")
-    add(
-        "--generation-tokens",
-        "-g",
-        type=count(2),
-        help=f"Tokens to generate. Default: {GENERATION}.",
-    )
-    _add_list(parser, "--batch-size", "-b", count(1), "Prompts at once. Default: 1.")
-    add("--num-trials", "-n", type=count(1), default=5, help="Timed runs. Default: %(default)s.")
-    add("--warmup", type=count(0), default=1, help="Runs before them. Default: %(default)s.")
-    add("--delay", type=number(0), default=0, help="Seconds to rest before each. Default: 0.")
-    add(
-        "--prefill-step-size",
-        type=count(1),
-        default=2048,
-        help="Tokens of a prompt to read at a time. Default: %(default)s.",
-    )
     _add_list(
-        parser,
+        model,
         "--dtype",
         None,
         _one_of("dtype", DTYPES),
         "dtypes of the weights. Default: float32 on a CPU, the file's own on a GPU.",
     )
     _add_list(
-        parser,
+        model,
         "--quantize",
         "-q",
         str,
         "Quantizations: bits (4), a mode (mxfp4), a recipe (rgemma), or none. Default: none.",
     )
-    _add_list(parser, "--train-tokens", "-t", count(1), "Also time training on rows as long.")
+    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+    group = parser.add_argument_group("measurements")
+    add = group.add_argument
+    _add_list(group, "--prompt-tokens", "-p", count(1), "Tokens of the prompt. Default: 512.")
+    add(
+        "--generation-tokens",
+        "-g",
+        type=count(2),
+        help=f"Tokens to generate. Default: {GENERATION}.",
+    )
+    _add_list(group, "--batch-size", "-b", count(1), "Prompts at once. Default: 1.")
+    add("--num-trials", "-n", type=count(1), default=5, help="Timed runs. Default: %(default)s.")
+    add("--warmup", type=count(0), default=1, help="Runs before them. Default: %(default)s.")
+    add(
+        "--delay", type=number(0, 86400), default=0, help="Seconds to rest before each. Default: 0."
+    )
+    add(
+        "--prefill-step-size",
+        type=count(1),
+        default=2048,
+        help="Tokens of a prompt to read at a time. Default: %(default)s.",
+    )
+    _add_list(group, "--train-tokens", "-t", count(1), "Also time training on rows as long.")
     add("--fine-tune-type", choices=("full", "lora"), default="full", help="What is trained.")
     _add_list(
-        parser,
+        group,
         "--after",
         None,
         count(1),
@@ -84,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="What length costs: prompts of 2,048 and 32,768, generation after 100 and 100,000.",
     )
     _add_list(
-        parser,
+        group,
         "--compare",
         None,
         _one_of("engine", PEERS),
@@ -97,10 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="mlx-lm multiplies through the same BLAS, or its own. Default: %(default)s.",
     )
     add("--startup", action="store_true", help="Time the way to the first token instead.")
+    add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="Print one JSON object, and nothing else.")
     add("--output", type=Path, metavar="FILE", help="Also write the figures to a file, as JSON.")
     add("--plot", type=Path, metavar="FILE", help="Draw speed against length (extra: plot).")
-    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -176,7 +188,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _add_list(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     name: str,
     short: str | None,
     item: Callable[[str], Any],
@@ -195,7 +207,7 @@ def _add_list(
 def _one_of(what: str, names: Any) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is none of {', '.join(names)}")
         return text
 
     parse.__name__ = what

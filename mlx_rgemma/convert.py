@@ -16,9 +16,13 @@ STORIES = ""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.convert",
-        description="Convert a RecurrentGemma checkpoint to MLX, and quantize it.",
+    parser = command_line.make_parser(
+        "mlx_rgemma.convert",
+        "Convert a RecurrentGemma checkpoint to MLX, and quantize it.",
+        [
+            "--hf-path google/recurrentgemma-2b-it --mlx-path 2b-it",
+            "--hf-path google/recurrentgemma-2b-it --mlx-path 2b-it-q -q --report",
+        ],
     )
     add = parser.add_argument
     add(

@@ -69,9 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and a few more. None are what was not given."""
     count, number = command_line.count, command_line.number
     many, batches = count(1, MAX_COUNT), count(1, MAX_COUNT, unlimited=True)
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.lora",
-        description="Fine-tune a model with LoRA, QLoRA (on a quantized model), DoRA, or in full.",
+    parser = command_line.make_parser(
+        "mlx_rgemma.lora",
+        "Fine-tune a model with LoRA, QLoRA (on a quantized model), DoRA, or in full.",
+        ["--train --data my-data --iters 300", "--test --data my-data", "-c lora.yaml"],
     )
     add = parser.add_argument
     switch: dict[str, Any] = {"action": "store_true", "default": None}

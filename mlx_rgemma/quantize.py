@@ -36,9 +36,10 @@ ALL_SETTINGS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.quantize",
-        description="Compare the quantizations of a model, or learn one from a text.",
+    parser = command_line.make_parser(
+        "mlx_rgemma.quantize",
+        "Compare the quantizations of a model, or learn one from a text.",
+        ["compare --model 2b-it", "dwq --model 2b-it --mlx-path 2b-it-dwq --data-path book.txt"],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     compare = commands.add_parser(

@@ -32,10 +32,11 @@ def json_object(text: str) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and a few more."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.server",
-        description="Serve RecurrentGemma: OpenAI's chat and text completions, in batches,"
+    parser = command_line.make_parser(
+        "mlx_rgemma.server",
+        "Serve RecurrentGemma: OpenAI's chat and text completions, in batches,"
         " with a state of fixed size for each conversation.",
+        ["--model google/recurrentgemma-2b-it", "--port 8081 --temp 0.7 --max-tokens 1024"],
     )
     count, number = command_line.count, command_line.number
     add = parser.add_argument

@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.generation.decoding import CONTEXT_LIMIT, LogitsProcessor, Processors, Sampler
 from mlx_rgemma.generation.device import wired_limit
-from mlx_rgemma.generation.single import encode
+from mlx_rgemma.generation.prompts import encode
 from mlx_rgemma.generation.text_state import TextState
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
@@ -34,7 +34,7 @@ from mlx_rgemma.prompt_cache import (
     save_prompt_cache,
 )
 from mlx_rgemma.text.pieces import TextFile, TextPieces
-from mlx_rgemma.text.responses import GenerationResponse, text_responses
+from mlx_rgemma.text.responses import GenerationResponse, seconds_since, text_responses
 
 Source = str | Sequence[int] | mx.array | TextFile
 TOKENS_SEEN = "tokens_seen"
@@ -141,8 +141,8 @@ class Session:
         before = self.tokens_seen
         for _ in self._read(self._tokens(source)):
             if progress is not None:
-                progress(Reading(self.tokens_seen - before, time.perf_counter() - started))
-        return Reading(self.tokens_seen - before, time.perf_counter() - started)
+                progress(Reading(self.tokens_seen - before, seconds_since(started)))
+        return Reading(self.tokens_seen - before, seconds_since(started))
 
     def stream(
         self,
@@ -186,7 +186,7 @@ class Session:
             for chunk in self._read(self._tokens(() if prompt is None else prompt)):
                 recent = (recent + chunk)[-CONTEXT_LIMIT:]
                 if progress is not None:
-                    progress(Reading(self.tokens_seen - before, time.perf_counter() - tic))
+                    progress(Reading(self.tokens_seen - before, seconds_since(tic)))
             read = self.tokens_seen - before
             if self.last_token is None:
                 raise UserError("there is nothing to go on from: give a prompt.")

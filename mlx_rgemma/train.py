@@ -25,10 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments; those that mlx_lm.lora has too are called the same."""
     count, number = command_line.count, command_line.number
     many, rate = count(1, MAX_COUNT), number(0, MAX_RATE)
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.train",
-        description="Train a Griffin on text files, from scratch or further. A run that was"
+    parser = command_line.make_parser(
+        "mlx_rgemma.train",
+        "Train a Griffin on text files, from scratch or further. A run that was"
         " stopped goes on when the same command is given again.",
+        ["--data my-texts --iters 2000 --plot loss.svg", "-c recipe.yaml --save-path my-griffin"],
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument

@@ -93,6 +93,39 @@ def test_help_empty_lines_and_the_end_of_the_input():
     assert len(answers(result.out)) == 1
 
 
+@pytest.mark.parametrize("word", ["q", "/q", "exit", "/exit", "/quit", "/bye"])
+def test_words_that_quit(word, monkeypatch, capsys):
+    from mlx_rgemma.chat import main
+
+    lines = iter([word, "A cat"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["-m", "2"]) == 0
+    assert " tok/s" not in capsys.readouterr().out
+    assert next(lines) == "A cat"  # not read
+
+
+def test_words_for_help(monkeypatch, capsys):
+    from mlx_rgemma.chat import HELP, main
+
+    lines = iter(["h", "/h", "/help", "/?", "q"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["-m", "2"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out.count(HELP), captured.err) == (4, "")
+
+
+def test_line_editing_is_loaded_and_can_be_absent(monkeypatch, capsys):
+    from mlx_rgemma.chat import main
+
+    monkeypatch.setattr("builtins.input", lambda prompt: "q")
+    monkeypatch.delitem(sys.modules, "readline", raising=False)
+    assert main([]) == 0
+    assert "readline" in sys.modules
+    monkeypatch.setitem(sys.modules, "readline", None)
+    assert main([]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_save_load_and_fork(embedded, tmp_path):
     file = tmp_path / "my chat.safetensors"
     lines = [

@@ -62,7 +62,7 @@ A RecurrentGemma (Griffin) model in MLX's format. {how}
 Made with mlx-rgemma {__version__}.
 
 ```shell
-pip install mlx-rgemma
+pip install git+https://github.com/mlx-rgemma/mlx-rgemma
 mlx_rgemma.generate --model <this folder> --prompt "Once upon a time"
 ```
 

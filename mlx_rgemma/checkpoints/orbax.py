@@ -1,6 +1,6 @@
 """Flax checkpoints that Orbax wrote: OCDBT or a zarr folder for each array, without JAX.
 
-tensorstore, which Orbax writes them with, reads them: `pip install "mlx-rgemma[flax]"`.
+tensorstore, which Orbax writes them with, reads them: `pip install ".[flax]"` in a clone.
 """
 
 from __future__ import annotations
@@ -193,5 +193,5 @@ def _import(path: Path) -> Any:
         return importlib.import_module("tensorstore")
     except ImportError:
         raise CheckpointError(
-            f"{path}: reading Flax checkpoints needs tensorstore: pip install 'mlx-rgemma[flax]'."
+            f"{path}: reading Flax checkpoints needs tensorstore: pip install '.[flax]' in a clone."
         ) from None

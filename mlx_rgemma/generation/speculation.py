@@ -67,7 +67,7 @@ def speculative_steps(
     sampler: Any = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prefill_step_size: int = 2048,
-    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    prompt_progress_callback: Callable[[int, int], object] | None = None,
     stats: SpeculationStats | None = None,
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
     """Generate token by token, like `mlx_lm.generate.generate_step`.

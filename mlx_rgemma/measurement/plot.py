@@ -30,7 +30,7 @@ def check(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install 'mlx-rgemma[plot]'.") from error
+        raise UserError("pictures need matplotlib: pip install '.[plot]' in a clone.") from error
 
 
 def plot(path: Path, title: str, results: Sequence[Result]) -> None:

@@ -14,6 +14,8 @@ Within `mx.compile` and `mx.vmap`, where arrays have no values yet, plain operat
 
 from __future__ import annotations
 
+import logging
+import time
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,6 +28,8 @@ from mlx_rgemma.ops import kernels
 from mlx_rgemma.ops.fused import is_forward_only
 from mlx_rgemma.ops.processor import cores, on_linux_cpu
 from mlx_rgemma.ops.team import members, share
+
+log = logging.getLogger(__name__)
 
 View = np.ndarray[Any, Any]
 
@@ -119,4 +123,49 @@ def _installed() -> bool:
 
 @cache
 def _loops() -> Any:
-    return import_module("mlx_rgemma.ops.compiled")  # half a second: not before it is needed
+    found = import_module("mlx_rgemma.ops.compiled")  # half a second: not before it is needed
+    _watch_compiler()
+    return found
+
+
+COMPILING = "Compiling kernels for this CPU, once: about 20 s"
+_compiled: list[tuple[float, float]] = []
+"""When each compilation of this process began and ended."""
+
+
+def compile_seconds(since: float) -> float:
+    """Return the seconds of compilation since a moment of `time.perf_counter`.
+
+    Speeds leave them out: a loop is compiled on its first run on a machine, and kept on disk.
+    """
+    return sum(max(end - max(begin, since), 0.0) for begin, end in _compiled)
+
+
+def _watch_compiler() -> None:
+    """Record when loops are compiled; log one line before the first."""
+    from numba.core import event
+
+    class Listener(event.Listener):
+        """Numba compiles one function at a time, and within it those that it calls."""
+
+        depth, begin = 0, 0.0
+
+        def on_start(self, event: Any) -> None:
+            if self._ours(event):
+                if self.depth == 0:
+                    if not _compiled:
+                        log.info(COMPILING)
+                    self.begin = time.perf_counter()
+                self.depth += 1
+
+        def on_end(self, event: Any) -> None:
+            if self._ours(event):
+                self.depth -= 1
+                if self.depth == 0:
+                    _compiled.append((self.begin, time.perf_counter()))
+
+        def _ours(self, event: Any) -> bool:
+            module: str = event.data["dispatcher"].py_func.__module__
+            return module.startswith("mlx_rgemma.")
+
+    event.register("numba:compile", Listener())

@@ -123,7 +123,7 @@ def check_plot(target: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install 'mlx-rgemma[plot]'.") from error
+        raise UserError("--plot needs matplotlib: pip install '.[plot]' in a clone.") from error
     known = sorted(Figure().canvas.get_supported_filetypes())
     if target.suffix[1:].lower() not in known:
         raise UserError(f"--plot {target}: not an image file ({', '.join(known)}).")
