@@ -25,6 +25,7 @@ _HOMES = {
     "stream_generate": "mlx_rgemma.generation.single",
     "batch_generate": "mlx_rgemma.generation.batch",
     "Session": "mlx_rgemma.session",
+    "Conversation": "mlx_rgemma.conversation",
     "load_prompt_cache": "mlx_rgemma.prompt_cache",
     "save_prompt_cache": "mlx_rgemma.prompt_cache",
     "register": "mlx_rgemma.registration",
@@ -33,6 +34,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Conversation",
     "GriffinConfig",
     "Model",
     "Session",
@@ -52,6 +54,7 @@ __all__ = [
 if TYPE_CHECKING:
     from mlx_rgemma import ops
     from mlx_rgemma.checkpoints import convert, load, load_model
+    from mlx_rgemma.conversation import Conversation
     from mlx_rgemma.generation.batch import batch_generate
     from mlx_rgemma.generation.single import generate, stream_generate
     from mlx_rgemma.griffin.config import GriffinConfig
@@ -72,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(__all__)
 
 
 class _Package(ModuleType):

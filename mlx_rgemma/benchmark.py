@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma import command_line
+from mlx_rgemma.errors import shown
 from mlx_rgemma.griffin.config import DTYPES
+from mlx_rgemma.io.atomic import atomic_file, check_target
 from mlx_rgemma.measurement.engines import PEERS
-from mlx_rgemma.measurement.files import check_folder, write_whole
 from mlx_rgemma.measurement.shapes import SHAPES, UNQUANTIZED
 
 if TYPE_CHECKING:
@@ -27,51 +28,62 @@ FLAT_PROMPTS, FLAT_AFTER, FLAT_GENERATION = (2048, 32768), (100, 100_000), 128
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments: mlx-lm's, and more."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.benchmark",
-        description="Measure how fast a model reads, generates and trains, and what it takes.",
+    """Return the command's parser: mlx-lm's arguments, and more."""
+    parser = command_line.make_parser(
+        "mlx_rgemma.benchmark",
+        "Measure how fast a model reads, generates and trains, and what it takes.",
+        [
+            "-p 512 -g 128 -n 3",
+            "--model google/recurrentgemma-2b-it -p 512,2048 -q none,4 --output speed.json",
+            "--shape 2b --flatness --plot flat.svg",
+        ],
         epilog="LIST is one value or several, separated by commas: each is measured.",
     )
     count, number = command_line.count, command_line.number
-    add = parser.add_argument
+    model = parser.add_argument_group("model")
+    add = model.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
     add("--shape", choices=SHAPES, help="Random weights of this shape in place of a model.")
-    _add_list(parser, "--prompt-tokens", "-p", count(1), "Tokens of the prompt. Default: 512.")
-    add(
-        "--generation-tokens",
-        "-g",
-        type=count(2),
-        help=f"Tokens to generate. Default: {GENERATION}.",
-    )
-    _add_list(parser, "--batch-size", "-b", count(1), "Prompts at once. Default: 1.")
-    add("--num-trials", "-n", type=count(1), default=5, help="Timed runs. Default: %(default)s.")
-    add("--warmup", type=count(0), default=1, help="Runs before them. Default: %(default)s.")
-    add("--delay", type=number(0), default=0, help="Seconds to rest before each. Default: 0.")
-    add(
-        "--prefill-step-size",
-        type=count(1),
-        default=2048,
-        help="Tokens of a prompt to read at a time. Default: %(default)s.",
-    )
     _add_list(
-        parser,
+        model,
         "--dtype",
         None,
         _one_of("dtype", DTYPES),
         "dtypes of the weights. Default: float32 on a CPU, the file's own on a GPU.",
     )
     _add_list(
-        parser,
+        model,
         "--quantize",
         "-q",
         str,
         "Quantizations: bits (4), a mode (mxfp4), a recipe (rgemma), or none. Default: none.",
     )
-    _add_list(parser, "--train-tokens", "-t", count(1), "Also time training on rows as long.")
+    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+    group = parser.add_argument_group("measurements")
+    add = group.add_argument
+    _add_list(group, "--prompt-tokens", "-p", count(1), "Tokens of the prompt. Default: 512.")
+    add(
+        "--generation-tokens",
+        "-g",
+        type=count(2),
+        help=f"Tokens to generate. Default: {GENERATION}.",
+    )
+    _add_list(group, "--batch-size", "-b", count(1), "Prompts at once. Default: 1.")
+    add("--num-trials", "-n", type=count(1), default=5, help="Timed runs. Default: %(default)s.")
+    add("--warmup", type=count(0), default=1, help="Runs before them. Default: %(default)s.")
+    add(
+        "--delay", type=number(0, 86400), default=0, help="Seconds to rest before each. Default: 0."
+    )
+    add(
+        "--prefill-step-size",
+        type=count(1),
+        default=2048,
+        help="Tokens of a prompt to read at a time. Default: %(default)s.",
+    )
+    _add_list(group, "--train-tokens", "-t", count(1), "Also time training on rows as long.")
     add("--fine-tune-type", choices=("full", "lora"), default="full", help="What is trained.")
     _add_list(
-        parser,
+        group,
         "--after",
         None,
         count(1),
@@ -83,17 +95,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="What length costs: prompts of 2,048 and 32,768, generation after 100 and 100,000.",
     )
     _add_list(
-        parser,
+        group,
         "--compare",
         None,
         _one_of("engine", PEERS),
         f"Others to run on the same weights: {', '.join(PEERS)} (extra: parity).",
     )
     add("--startup", action="store_true", help="Time the way to the first token instead.")
+    add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="Print one JSON object, and nothing else.")
     add("--output", type=Path, metavar="FILE", help="Also write the figures to a file, as JSON.")
     add("--plot", type=Path, metavar="FILE", help="Draw speed against length (extra: plot).")
-    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -108,7 +120,8 @@ def _benchmark(args: argparse.Namespace) -> None:
 
     found = runs.prepare(_plan(args))
     for path in (args.plot, args.output):
-        check_folder(path)
+        if path is not None:
+            check_target(path)
     if args.plot is not None:
         plot.check(args.plot)
     # Where JSON is asked for, it has standard output to itself.
@@ -127,14 +140,16 @@ def _benchmark(args: argparse.Namespace) -> None:
 def _startup(args: argparse.Namespace) -> None:
     from mlx_rgemma.measurement import startup
 
-    check_folder(args.output)
+    if args.output is not None:
+        check_target(args.output)
     found = startup.measure(args.model, args.num_trials)
     _print(args, found.as_dict(), found.text())
 
 
 def _print(args: argparse.Namespace, values: dict[str, Any], text: str) -> None:
     if args.output is not None:
-        write_whole(args.output, lambda part: part.write_text(json.dumps(values, indent=1) + "\n"))
+        with atomic_file(args.output) as file:
+            file.write_text(json.dumps(values, indent=1) + "\n")
     print(json.dumps(values, indent=1) if args.json else text)
 
 
@@ -165,7 +180,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _add_list(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     name: str,
     short: str | None,
     item: Callable[[str], Any],
@@ -184,7 +199,7 @@ def _add_list(
 def _one_of(what: str, names: Any) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is none of {', '.join(names)}")
         return text
 
     parse.__name__ = what

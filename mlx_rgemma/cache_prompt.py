@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and a few more."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.cache_prompt",
-        description="Read a text of any size and save the state it leads to, for the"
+    parser = command_line.make_parser(
+        "mlx_rgemma.cache_prompt",
+        "Read a text of any size and save the state it leads to, for the"
         " --prompt-cache-file of generate and chat.",
+        [
+            "--prompt-file book.txt --prompt-cache-file book.safetensors",
+            "--prompt - --prompt-cache-file log.safetensors < server.log",
+        ],
     )
     add = parser.add_argument
     command_line.add_model(parser)
@@ -43,11 +47,9 @@ def _cache_prompt(args: argparse.Namespace) -> None:
     from contextlib import nullcontext
     from pathlib import Path
 
-    from mlx_rgemma.errors import UserError
+    from mlx_rgemma.io.atomic import check_target
 
-    target = Path(args.prompt_cache_file).expanduser()
-    if not target.parent.is_dir():
-        raise UserError(f"{target}: there is no folder {target.parent}.")
+    target = check_target(Path(args.prompt_cache_file).expanduser())
     if args.prompt_file is not None:
         with open(args.prompt_file, encoding="utf-8") as file:
             _read_and_save(args, file, target)
@@ -66,14 +68,14 @@ def _read_and_save(args: argparse.Namespace, source: Any, target: Any) -> None:
     from mlx_rgemma.errors import UserError
     from mlx_rgemma.prompt_cache import save_prompt_cache
     from mlx_rgemma.session import Session
+    from mlx_rgemma.text.progress import clear_reading, source_progress
 
     model, tokenizer = command_line.load_model(args)
     session = Session(model, tokenizer, prefill_step_size=args.prefill_step_size)
     if tokenizer.has_chat_template and not args.ignore_chat_template:
         session.feed(open_turn(tokenizer)[0])
-    reading = session.feed(source, progress=_progress)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    reading = session.feed(source, progress=source_progress(source))
+    clear_reading()
     if reading.tokens == 0:
         raise UserError("the prompt is empty: it needs at least one token.")
     metadata = {"model": args.model or "embedded", TURN: OPEN}
@@ -86,14 +88,6 @@ def _read_and_save(args: argparse.Namespace, source: Any, target: Any) -> None:
 def _report(session: Session, reading: Reading) -> None:
     print(f"Processed {reading.tokens} tokens ({reading.tokens_per_second:.2f} tok/s)")
     print(f"State: {session.nbytes / 1e6:.3f} MB, at any length")
-
-
-def _progress(reading: Reading) -> None:
-    """A counter on stderr while the text is read."""
-    if sys.stderr.isatty():
-        speed = reading.tokens_per_second
-        line = f"\rProcessed {reading.tokens:6d} tokens ({speed:6.2f} tok/s)\033[K"
-        print(line, end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

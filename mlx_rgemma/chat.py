@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlx_rgemma import command_line
@@ -14,12 +16,13 @@ if TYPE_CHECKING:
     from mlx_rgemma.session import Session
 
 DEFAULT_MAX_TOKENS = 256
+QUIT = ("q", "/q", "exit", "/exit", "/quit", "/bye")
 FIRST = "main"
 HELP = """\
 Whatever you type is read by the model, once. A line of its own is a command:
-  q             quit (so does the end of the input, Ctrl-D)
+  q             quit; also exit, /exit, /quit, /bye, and the end of the input (Ctrl-D)
   r             reset: begin a new conversation
-  h             this help
+  h             this help; also /help, /?
   /save FILE    save the conversation
   /load FILE    go on with one that was saved, or with a text that cache_prompt has read
   /fork NAME    go on in a copy called NAME; the conversation stays as it is
@@ -30,42 +33,23 @@ Ctrl-C stops an answer."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and a few more."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.chat",
-        description="Chat with RecurrentGemma. The history is kept in a state of constant size;"
+    parser = command_line.make_parser(
+        "mlx_rgemma.chat",
+        "Chat with RecurrentGemma. The history is kept in a state of constant size;"
         " nothing is read twice.",
+        [
+            "--model google/recurrentgemma-2b-it --temp 0.7",
+            "--prompt-cache-file book.safetensors",
+        ],
     )
-    count, number = command_line.count, command_line.number
-    add = parser.add_argument
     command_line.add_model(parser)
-    command_line.add_state(parser)
+    add = parser.add_argument_group("prompt").add_argument
     add("--prompt-cache-file", help="State to start from, as cache_prompt or /save saves it.")
     add("--system-prompt", help="System prompt for the chat template.")
     add("--chat-template-config", help="JSON object with more arguments for the chat template.")
     add("--ignore-chat-template", action="store_true", help="Have the model continue the text.")
-    add(
-        "--max-tokens",
-        "-m",
-        type=count(1, unlimited=True),
-        default=DEFAULT_MAX_TOKENS,
-        help="Tokens of an answer at most; -1 for no limit. Default: %(default)s.",
-    )
-    add("--stop", action="append", default=[], help="Text that ends an answer; repeatable.")
-    add("--temp", type=number(0), default=0.0, help="Sampling temperature. Default: 0, greedy.")
-    add("--top-p", type=number(0, 1), default=1.0, help="Sampling top-p.")
-    add("--min-p", type=number(0, 1), default=0.0, help="Sampling min-p.")
-    add("--top-k", type=count(0), default=0, help="Sampling top-k; 0 for all.")
-    add("--min-tokens-to-keep", type=count(1), default=1, help="Tokens that min-p keeps.")
-    add("--xtc-probability", type=number(0, 1), default=0.0, help="Probability of XTC sampling.")
-    add("--xtc-threshold", type=number(0, 0.5), default=0.1, help="Threshold of XTC sampling.")
-    add("--repetition-penalty", type=number(0), help="Penalty for tokens of the last stretch.")
-    add(
-        "--repetition-context-size",
-        type=count(1),
-        default=20,
-        help="How far back the penalty looks. Default: %(default)s.",
-    )
-    add("--seed", type=int, help="Seed of the random numbers.")
+    command_line.add_sampling(parser, DEFAULT_MAX_TOKENS)
+    command_line.add_state(parser)
     return parser
 
 
@@ -76,13 +60,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _chat(args: argparse.Namespace) -> None:
+    with suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for `input`)
     model, tokenizer = command_line.load_model(args)
     chat = Chat(args, model, tokenizer)
     name = args.model or "the embedded model"
     print(f"{name}: state {chat.session.nbytes / 1e6:.3f} MB, at any length")
     print("q quits, r resets, h helps")
     while (line := _read_line()) is not None:
-        if line in ("q", "/q"):
+        if line in QUIT:
             break
         try:
             chat.take(line)
@@ -122,28 +108,12 @@ class Chat:
     """
 
     def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
-        from mlx_lm.sample_utils import make_logits_processors, make_sampler
-
         from mlx_rgemma.distributed.membership import agreed
+        from mlx_rgemma.generation.options import SamplingOptions
 
         self.args, self.model, self.tokenizer = args, model, tokenizer
-        sampler = make_sampler(
-            args.temp,
-            args.top_p,
-            args.min_p,
-            args.min_tokens_to_keep,
-            top_k=args.top_k,
-            xtc_probability=args.xtc_probability,
-            xtc_threshold=args.xtc_threshold,
-            xtc_special_tokens=[
-                *tokenizer.encode("\n", add_special_tokens=False),
-                *tokenizer.eos_token_ids,
-            ],
-        )
-        processors = make_logits_processors(
-            repetition_penalty=args.repetition_penalty,
-            repetition_context_size=args.repetition_context_size,
-        )
+        sampling = SamplingOptions.of(vars(args))
+        sampler, processors = sampling.functions(tokenizer, model.args.vocab_size)
         self.options = {
             "max_tokens": args.max_tokens,
             "stop": args.stop,
@@ -173,7 +143,7 @@ class Chat:
             return
         word, _, rest = line.partition(" ")
         rest = rest.strip()
-        if line in ("h", "/h"):
+        if line in ("h", "/h", "/help", "/?"):
             print(HELP, flush=True)
         elif line in ("r", "/r"):
             fresh = self._converse(self._new(), self.args.system_prompt)
@@ -208,12 +178,16 @@ class Chat:
             )
 
     def _save(self, name: str) -> None:
-        self.session.save(_path(name))
-        print(f"[saved in {name}: {self.session.tokens_seen} tokens]", flush=True)
+        file = os.path.realpath(_path(name))
+        self.session.save(file)
+        print(f"[saved in {file}: {self.session.tokens_seen} tokens]", flush=True)
 
     def _go_on(self, name: str) -> None:
-        self.conversations[self.name] = self._converse(self._load(name))
-        print(f"[loaded {name}: {self.session.tokens_seen} tokens]", flush=True)
+        from mlx_rgemma.prompt_cache import find_state
+
+        file = os.path.realpath(find_state(_path(name)))
+        self.conversations[self.name] = self._converse(self._load(file))
+        print(f"[loaded {file}: {self.session.tokens_seen} tokens]", flush=True)
 
     def _fork(self, name: str) -> None:
         from mlx_rgemma.errors import UserError
@@ -251,7 +225,7 @@ class Chat:
 
     def _converse(self, session: Session, system_prompt: str | None = None) -> Conversation:
         from mlx_rgemma.conversation import Conversation
-        from mlx_rgemma.generation.single import template_options
+        from mlx_rgemma.generation.prompts import template_options
 
         return Conversation(
             session,

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import math
 import os
+import shutil
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from mlx_rgemma.errors import UserError
+from mlx_rgemma import __version__
+from mlx_rgemma.errors import UserError, shown
+from mlx_rgemma.generation.options import BOUNDS, MAX_COUNT, SamplingOptions
 
 if TYPE_CHECKING:
     from mlx_rgemma.griffin.model import Model
+
+PROGRAM = "mlx-rgemma"
+"""The command that has all others as sub-commands."""
 
 
 def run(command: Callable[[], int | None], *, pytorch: bool = True) -> int:
@@ -34,7 +45,8 @@ def run(command: Callable[[], int | None], *, pytorch: bool = True) -> int:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     status, problem = 1, "stopped"
     try:
-        status = command() or 0
+        with _notices():
+            status = command() or 0
         sys.stdout.flush()
         problem = f"ended with status {status}" if status else ""
     except UserError as error:
@@ -74,33 +86,127 @@ def _fail(message: str) -> int:
     return 1
 
 
-def count(minimum: int, *, unlimited: bool = False) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `minimum` (or -1, where that means no limit)."""
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Print on stderr what `mlx_rgemma.ops` has to say, as a line of its own."""
+    handler, log = _Notices(), logging.getLogger("mlx_rgemma.ops")
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
+
+
+class _Notices(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        distributed = _distributed()
+        if distributed is None or distributed.rank() == 0:
+            over = "\r\033[K" if sys.stderr.isatty() else ""  # a line of progress may be there
+            print(over + record.getMessage(), file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the closest argument that there is."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown[0])}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
+        if len(message) > 500:
+            message = message[:500] + "..."
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+    def _hint(self, argument: str) -> str:
+        options = self._option_string_actions
+        if argument.startswith("-"):
+            closest = get_close_matches(argument.partition("=")[0], options, n=1)
+            return f"; did you mean {closest[0]}?" if closest else ""
+        return f"; did you mean --prompt {shown(argument)}?" if "--prompt" in options else ""
+
+
+def make_parser(
+    prog: str,
+    description: str,
+    examples: Sequence[str] = (),
+    *,
+    epilog: str = "",
+    **options: Any,
+) -> argparse.ArgumentParser:
+    """Return a command's parser, with `--version`, and examples at the end of `--help`.
+
+    Args:
+        prog: The command's name, as in "mlx_rgemma.generate".
+        description: What the command does.
+        examples: Arguments of complete commands, each with what the shell needs around them.
+        epilog: Text before the examples.
+        **options: More arguments of `argparse.ArgumentParser`.
+    """
+    command = f"{PROGRAM} {prog.removeprefix('mlx_rgemma.')}"
+    if sys.argv[0] == command:  # set by `mlx_rgemma.__main__`
+        prog = command
+    width = max(shutil.get_terminal_size().columns - 2, 20)
+    parts = [textwrap.fill(epilog, width)] if epilog else []
+    if examples:
+        parts.append("\n".join(["examples:", *(f"  {prog} {example}" for example in examples)]))
+    parser = Parser(
+        prog=prog,
+        description=textwrap.fill(description, width),
+        epilog="\n\n".join(parts).replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"{PROGRAM} {__version__}",
+        help="Print the version and exit.",
+    )
+    return parser
+
+
+def count(
+    minimum: int, maximum: int = MAX_COUNT, *, unlimited: bool = False
+) -> Callable[[str], int]:
+    """Return an argparse type: a whole number between bounds (or -1, where that means no limit)."""
 
     def parse(text: str) -> int:
-        value = int(text)
-        if value >= minimum or (unlimited and value == -1):
-            return value
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid whole number value: {shown(text)}") from None
         no_limit = " (or -1 for no limit)" if unlimited else ""
-        raise argparse.ArgumentTypeError(f"{value} is not at least {minimum}{no_limit}")
+        if value < minimum and not (unlimited and value == -1):
+            raise argparse.ArgumentTypeError(f"{shown(value)} is not at least {minimum}{no_limit}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{shown(value)} is not at most {maximum}{no_limit}")
+        return value
 
-    parse.__name__ = "whole number"
     return parse
 
 
-def number(minimum: float, maximum: float = float("inf")) -> Callable[[str], float]:
-    """An argparse type: a number between two bounds."""
+def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type: a finite number between two bounds."""
 
     def parse(text: str) -> float:
-        value = float(text)
-        if minimum <= value <= maximum:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid number value: {shown(text)}") from None
+        if minimum <= value <= maximum and math.isfinite(value):
             return value
         bounds = (
             f"between {minimum:g} and {maximum:g}" if maximum < 1e300 else f"{minimum:g} or more"
         )
-        raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        raise argparse.ArgumentTypeError(f"{shown(value)} is not {bounds}")
 
-    parse.__name__ = "number"
     return parse
 
 
@@ -114,9 +220,10 @@ def refuse_stdin(argument: str) -> None:
         raise UserError(f"{argument} has no end under mlx.launch; give a file.")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name a model."""
-    add = parser.add_argument
+def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the arguments that name a model; returns their group."""
+    group = parser.add_argument_group("model")
+    add = group.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
     add("--adapter-path", help="Folder with trained adapter weights and config.")
     add(
@@ -131,19 +238,64 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="Attention window as DeepMind's code has it (W+1 keys) or transformers' (W).",
     )
     add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+    return group
 
 
-def add_state(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how a text is read into a state."""
-    add = parser.add_argument
+def add_state(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the arguments that say how a text is read into a state; returns their group."""
+    group = parser.add_argument_group("speed")
+    add = group.add_argument
     add(
         "--prefill-step-size",
         type=count(1),
         default=2048,
         help="Tokens to read at a time. Default: %(default)s.",
     )
-    add("--max-kv-size", type=int, help=argparse.SUPPRESS)
-    add("--kv-bits", type=int, help=argparse.SUPPRESS)
+    add("--max-kv-size", type=count(0), help=argparse.SUPPRESS)
+    add("--kv-bits", type=count(0), help=argparse.SUPPRESS)
+    return group
+
+
+SAMPLING_HELP = {
+    "temp": "Sampling temperature. Default: 0, greedy.",
+    "top_p": "Sampling top-p. Default: 1, all tokens.",
+    "min_p": "Sampling min-p. Default: 0, all tokens.",
+    "top_k": "Sampling top-k. Default: 0, all tokens.",
+    "min_tokens_to_keep": "Tokens that min-p keeps. Default: 1.",
+    "xtc_probability": "Probability of XTC sampling. Default: 0.",
+    "xtc_threshold": "Threshold of XTC sampling. Default: 0.1.",
+    "repetition_penalty": "Penalty for recent tokens. Default: none.",
+    "repetition_context_size": "Recent tokens that the penalty covers. Default: 20.",
+    "seed": "Seed of the random numbers.",
+}
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """Add the arguments that say how tokens are chosen, and how many.
+
+    Args:
+        parser: The command's.
+        max_tokens: The default length.
+    """
+    add = parser.add_argument_group("sampling").add_argument
+    add(
+        "--max-tokens",
+        "-m",
+        type=count(1, unlimited=True),
+        default=max_tokens,
+        help="Tokens to generate at most; -1 for no limit. Default: %(default)s.",
+    )
+    add("--stop", action="append", default=[], help="Text that ends the generation; repeatable.")
+    defaults = SamplingOptions()
+    for name in SAMPLING_HELP:
+        add_option(add, name, getattr(defaults, name))
+
+
+def add_option(add: Callable[..., Any], name: str, default: Any) -> None:
+    """Add one argument of `SAMPLING_HELP`, within its bounds."""
+    low, high = BOUNDS[name]
+    kind = count(int(low), int(high)) if high >= MAX_COUNT else number(low, high)
+    add(f"--{name.replace('_', '-')}", type=kind, default=default, help=SAMPLING_HELP[name])
 
 
 def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
@@ -170,8 +322,12 @@ def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
     )
     if getattr(args, "seed", None) is not None:
         mx.random.seed(args.seed)  # now: loading a shared model draws numbers, too
-    if model.preparation_note and distributed.rank() == 0:
-        print(model.preparation_note, file=sys.stderr)
+    if model.dequantized_nbytes and distributed.rank() == 0:
+        print(
+            f"Quantized weights are held in float32 too, {model.dequantized_nbytes / 1e9:.3f} GB:"
+            " faster on a CPU. MLX_RGEMMA_DEQUANTIZE=off saves that memory.",
+            file=sys.stderr,
+        )
     if args.kv_bits is not None or args.max_kv_size is not None:
         megabytes = state_nbytes(model.make_cache()) / 1e6
         raise UserError(

@@ -16,9 +16,13 @@ STORIES = ""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.convert",
-        description="Convert a RecurrentGemma checkpoint to MLX, and quantize it.",
+    parser = command_line.make_parser(
+        "mlx_rgemma.convert",
+        "Convert a RecurrentGemma checkpoint to MLX, and quantize it.",
+        [
+            "--hf-path google/recurrentgemma-2b-it --mlx-path 2b-it",
+            "--hf-path google/recurrentgemma-2b-it --mlx-path 2b-it-q -q --report",
+        ],
     )
     add = parser.add_argument
     add(
@@ -95,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(args: argparse.Namespace) -> None:
     from mlx_rgemma.checkpoints.conversion import convert
     from mlx_rgemma.checkpoints.folder import shortened
-    from mlx_rgemma.checkpoints.output import gigabytes
     from mlx_rgemma.checkpoints.upload import check_repository, upload
+    from mlx_rgemma.io.atomic import gigabytes
     from mlx_rgemma.quality.conversion_report import (
         check_reportable,
         report_conversion,

@@ -9,18 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rgemma import command_line
+from mlx_rgemma.errors import shown
+
+MAX_SEED = 2**32 - 1
+"""NumPy's, which the harness seeds."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments: mlx-lm's, and a few more."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.evaluate",
-        description="Evaluate RecurrentGemma with the lm-evaluation-harness"
-        " (pip install 'mlx-rgemma[evaluate]').",
+    """Return the command's parser: mlx-lm's arguments, and a few more."""
+    parser = command_line.make_parser(
+        "mlx_rgemma.evaluate",
+        "Evaluate RecurrentGemma with the lm-evaluation-harness (pip install '.[evaluate]' in a"
+        " clone).",
+        [
+            "--model google/recurrentgemma-2b --tasks hellaswag piqa --output-dir results",
+            "--tasks arc_easy --limit 100",
+        ],
     )
-    count, number = command_line.count, command_line.number
-    add = parser.add_argument
+    count = command_line.count
+    add = parser.add_argument_group("model").add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
+    add("--adapter-path", help="Folder with trained adapter weights and config.")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="Default: float32 on a CPU, the file's own on a GPU.",
+    )
+    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument_group("tasks").add_argument
     add("--tasks", nargs="+", required=True, help="Tasks, as 'lm-eval ls tasks' lists them.")
     add("--include-path", metavar="FOLDER", help="Folder with tasks of your own, as YAML files.")
     add("--output-dir", default=".", help="Folder for the results. Default: this one.")
@@ -33,7 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-shots", type=count(0), help="Examples before each question. Default: the task's.")
     add("--max-tokens", type=count(1), help="Most tokens of an answer. Default: the task's.")
     add("--limit", type=count(1), help="Questions of each task to ask. Default: all.")
-    add("--seed", type=int, default=123, help="Seed of the examples. Default: %(default)s.")
+    add(
+        "--seed",
+        type=count(0, MAX_SEED),
+        default=123,
+        help="Seed of the examples. Default: %(default)s.",
+    )
     add(
         "--fewshot-as-multiturn",
         action="store_true",
@@ -51,27 +72,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="Allow tasks that run code which the model wrote, as humaneval does.",
     )
     add("--log-samples", action="store_true", help="Keep every question and answer, too.")
-    add("--adapter-path", help="Folder with trained adapter weights and config.")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="Default: float32 on a CPU, the file's own on a GPU.",
-    )
-    add("--temp", type=number(0), default=0.0, help="Sampling temperature. Default: 0, greedy.")
-    add("--top-p", type=number(0, 1), default=1.0, help="Sampling top-p.")
-    add("--top-k", type=count(0), default=0, help="Sampling top-k; 0 for all.")
-    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument_group("sampling").add_argument
+    for name, default in (("temp", 0.0), ("top_p", 1.0), ("top_k", 0)):
+        command_line.add_option(add, name, default)
     return parser
 
 
 def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(f"not JSON: {shown(text)}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("not a JSON object")
     return value
-
-
-_object.__name__ = "JSON object"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,15 +98,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     import os
 
     import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
 
     from mlx_rgemma.checkpoints import load
     from mlx_rgemma.checkpoints.source import locate
+    from mlx_rgemma.generation.options import SamplingOptions
     from mlx_rgemma.quality.harness import evaluate, results_table, write_results
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it would warn when the harness forks
     mx.random.seed(args.seed)
     model, tokenizer = load(args.model, dtype=args.dtype, adapter_path=args.adapter_path)
+    sampling = SamplingOptions(args.temp, args.top_p, top_k=args.top_k)
     found = evaluate(
         model,
         tokenizer,
@@ -108,7 +123,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         chat_template_args=args.chat_template_args,
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
         log_samples=args.log_samples,
-        sampler=make_sampler(args.temp, args.top_p, top_k=args.top_k),
+        sampler=sampling.functions(tokenizer, model.args.vocab_size)[0],
     )
     kept: dict[str, Any] = {key: found[key] for key in ("results", "samples") if key in found}
     name = args.model or locate(None).name

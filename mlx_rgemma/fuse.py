@@ -11,8 +11,10 @@ from mlx_rgemma.errors import UserError
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and convert's for a quantized result."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.fuse", description="Fuse trained adapters into their model."
+    parser = command_line.make_parser(
+        "mlx_rgemma.fuse",
+        "Fuse trained adapters into their model.",
+        ["--model my-model --adapter-path adapters", "--model my-model -q --save-path fused-q"],
     )
     add = parser.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")

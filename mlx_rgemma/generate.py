@@ -17,16 +17,25 @@ DEFAULT_PROMPT = "Once upon a time"
 DEFAULT_MAX_TOKENS = 100
 
 
+EXAMPLES = (
+    '--prompt "Once upon a time" --temp 0.8 --seed 1',
+    '--model google/recurrentgemma-2b-it --prompt "Why is the sky blue?" --max-tokens 300',
+    "--prompt-file question.txt --json > answer.json",
+)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments: mlx-lm's, and a few more."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.generate",
-        description="Generate text with RecurrentGemma, in constant memory.",
+    """Return the command's parser: mlx-lm's arguments, and a few more."""
+    parser = command_line.make_parser(
+        "mlx_rgemma.generate",
+        "Generate text with RecurrentGemma, in constant memory.",
+        EXAMPLES,
     )
-    count, number = command_line.count, command_line.number
-    add = parser.add_argument
-    command_line.add_model(parser)
-    add("--extra-eos-token", nargs="+", default=(), help="More tokens that stop generation.")
+    count = command_line.count
+    command_line.add_model(parser).add_argument(
+        "--extra-eos-token", nargs="+", default=(), help="More tokens that stop generation."
+    )
+    add = parser.add_argument_group("prompt").add_argument
     add(
         "--prompt",
         "-p",
@@ -39,28 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prefill-response", help="How the chat model's answer begins.")
     add("--ignore-chat-template", action="store_true", help="Use the prompt as it is.")
     add("--chat-template-config", help="JSON object with more arguments for the chat template.")
-    add(
-        "--max-tokens",
-        "-m",
-        type=count(1, unlimited=True),
-        default=DEFAULT_MAX_TOKENS,
-        help="Tokens to generate at most; -1 for no limit. Default: %(default)s.",
-    )
-    add("--temp", type=number(0), default=0.0, help="Sampling temperature. Default: 0, greedy.")
-    add("--top-p", type=number(0, 1), default=1.0, help="Sampling top-p.")
-    add("--min-p", type=number(0, 1), default=0.0, help="Sampling min-p.")
-    add("--top-k", type=count(0), default=0, help="Sampling top-k; 0 for all.")
-    add("--min-tokens-to-keep", type=count(1), default=1, help="Tokens that min-p keeps.")
-    add("--repetition-penalty", type=number(0), help="Penalty for tokens of the last stretch.")
-    add(
-        "--repetition-context-size",
-        type=count(1),
-        default=20,
-        help="How far back the penalty looks. Default: %(default)s.",
-    )
-    add("--stop", action="append", default=[], help="Text that ends the generation; repeatable.")
-    add("--seed", type=int, help="Seed of the random numbers.")
-    command_line.add_state(parser)
+    add("--prompt-cache-file", help="State to start from, as cache_prompt saves it.")
+    command_line.add_sampling(parser, DEFAULT_MAX_TOKENS)
+    add = command_line.add_state(parser).add_argument
     add("--draft-model", help="A smaller model of the same vocabulary, for speculative decoding.")
     add(
         "--num-draft-tokens",
@@ -75,14 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="Without a draft model: propose N tokens at a time from the text so far.",
     )
-    add("--prompt-cache-file", help="State to start from, as cache_prompt saves it.")
+    add = parser.add_argument_group("output").add_argument
     add(
         "--verbose",
         type=lambda text: text.lower() not in ("false", "f"),
         default=True,
         help="'False' prints the text only.",
     )
-    add("--json", action="store_true", help="Print one JSON object a prompt, and nothing else.")
+    add("--json", action="store_true", help="Print one JSON object per prompt, and nothing else.")
     return parser
 
 
@@ -99,6 +89,8 @@ def _generate(args: argparse.Namespace) -> int:
     from mlx_rgemma.session import Session
 
     model, tokenizer = command_line.load_model(args)
+    if args.model is None and args.verbose and not args.json:
+        _introduce(model)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     drafting = _drafting(model, tokenizer, args)
@@ -115,6 +107,21 @@ def _generate(args: argparse.Namespace) -> int:
     if len(prompts) == 1:
         return _generate_one(model, tokenizer, tokens[0], cache, drafting, args)
     return _generate_batch(model, tokenizer, prompts, tokens, args)
+
+
+def _introduce(model: Model) -> None:
+    """Say on stderr what to expect of the embedded model."""
+    from mlx.utils import tree_flatten
+
+    from mlx_rgemma import distributed
+
+    arrays: Any = tree_flatten(model.parameters())
+    if distributed.rank() == 0:
+        print(
+            f"Embedded demo model ({sum(x.size for _, x in arrays):,} parameters)."
+            " For real answers: --model google/recurrentgemma-2b-it",
+            file=sys.stderr,
+        )
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
@@ -143,16 +150,16 @@ def _encode(
     vocab_size: int,
 ) -> list[int]:
     """Token ids of a prompt, in the chat template where the model has one."""
-    from mlx_rgemma.generation.single import apply_chat_template, encode
+    from mlx_rgemma.generation.prompts import chat_text, encode, template_options
 
     if tokenizer.has_chat_template and not args.ignore_chat_template:
-        prompt = apply_chat_template(
-            tokenizer,
-            prompt,
-            system_prompt=args.system_prompt,
-            response=args.prefill_response,
-            config=args.chat_template_config,
-        )
+        turns = {
+            "system": args.system_prompt,
+            "user": prompt,
+            "assistant": args.prefill_response,
+        }
+        messages = [{"role": r, "content": text} for r, text in turns.items() if text is not None]
+        prompt = chat_text(tokenizer, messages, **template_options(args.chat_template_config))
     tokens: Any = encode(tokenizer, prompt, vocab_size).tolist()
     return tokens
 
@@ -160,7 +167,7 @@ def _encode(
 def _encode_next(session: Session, prompt: str, args: argparse.Namespace) -> list[int]:
     """Token ids of a prompt that goes on from a state, in the chat template as its next turn."""
     from mlx_rgemma.conversation import Conversation
-    from mlx_rgemma.generation.single import template_options
+    from mlx_rgemma.generation.prompts import template_options
 
     conversation = Conversation(
         session,
@@ -194,23 +201,19 @@ def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[st
     }
 
 
-def _sampling(args: argparse.Namespace, *, drafting: bool = False) -> tuple[Any, list[Any]]:
+def _sampling(
+    model: Model, tokenizer: Any, args: argparse.Namespace, *, drafting: bool = False
+) -> dict[str, Any]:
+    """Return the sampler and the logits processors, by name."""
     from mlx_rgemma.distributed.membership import agreed
-    from mlx_rgemma.generation.sampling import Sampler
+    from mlx_rgemma.generation.options import SamplingOptions
 
-    make: Any = Sampler
-    if args.temp and not drafting:
-        from mlx_lm.sample_utils import make_sampler as make
-    sampler = make(args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, top_k=args.top_k)
-    processors = []
-    if args.repetition_penalty is not None:
-        from mlx_lm.sample_utils import make_logits_processors
-
-        processors = make_logits_processors(
-            repetition_penalty=args.repetition_penalty,
-            repetition_context_size=args.repetition_context_size,
-        )
-    return sampler if drafting else agreed(sampler), processors
+    options = SamplingOptions.of(vars(args))
+    sampler, processors = options.functions(tokenizer, model.args.vocab_size, speculative=drafting)
+    return {
+        "sampler": sampler if drafting else agreed(sampler),
+        "logits_processors": processors,
+    }
 
 
 def _generate_one(
@@ -225,17 +228,16 @@ def _generate_one(
 
     from mlx_rgemma.generation.single import generate, stream_generate
     from mlx_rgemma.griffin.cache import state_nbytes
+    from mlx_rgemma.text.progress import prompt_progress
 
-    sampler, processors = _sampling(args, drafting=bool(drafting))
     cache = cache or model.make_cache()
     options: dict[str, Any] = {
         "max_tokens": args.max_tokens,
         "stop": args.stop,
         "prompt_cache": cache,
-        "sampler": sampler,
-        "logits_processors": processors,
         "prefill_step_size": args.prefill_step_size,
-        "prompt_progress_callback": _progress(args.prefill_step_size),
+        "prompt_progress_callback": prompt_progress(args.prefill_step_size),
+        **_sampling(model, tokenizer, args, drafting=bool(drafting)),
         **drafting,
     }
     if not args.json:
@@ -278,17 +280,16 @@ def _generate_batch(
 
     if args.max_tokens == -1:
         raise UserError("--max-tokens -1 goes with one prompt.")
-    sampler, processors = _sampling(args)
     result = batch_generate(
         model,
         tokenizer,
         tokens,
         max_tokens=args.max_tokens,
         stop=args.stop,
-        sampler=sampler,
-        logits_processors=processors,
         prefill_step_size=args.prefill_step_size,
+        **_sampling(model, tokenizer, args),
     )
+    stats = result.stats
     state_bytes = state_nbytes(model.make_cache())
     for i, text in enumerate(result.texts):
         if args.json:
@@ -296,7 +297,10 @@ def _generate_batch(
                 "text": text,
                 "finish_reason": result.finish_reasons[i],
                 "prompt_tokens": len(tokens[i]),
+                "prompt_tps": stats.prompt_tps,
                 "generation_tokens": len(result.token_ids[i]),
+                "generation_tps": stats.generation_tps,
+                "peak_memory_gb": stats.peak_memory,
                 "state_bytes": state_bytes,
             }
             print(json.dumps(answer))
@@ -306,7 +310,6 @@ def _generate_batch(
         else:
             print(text)
     if args.verbose and not args.json:
-        stats = result.stats
         print(
             f"{'=' * 10}\n"
             f"Prompt: {stats.prompt_tokens} tokens, {stats.prompt_tps:.3f} tokens-per-sec\n"
@@ -316,17 +319,6 @@ def _generate_batch(
             f"State: {len(prompts)} x {state_bytes / 1e6:.3f} MB, at any length"
         )
     return 0
-
-
-def _progress(step_size: int) -> Any:
-    """A counter on stderr while a prompt of more than one chunk is read."""
-
-    def show(done: int, total: int) -> None:
-        if total > step_size and sys.stderr.isatty():
-            end = "\r\033[K" if done >= total else ""
-            print(f"\rPrompt: {done}/{total} tokens{end}", end="", file=sys.stderr, flush=True)
-
-    return show
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from mlx_rgemma import command_line
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.launches",
-        description="Count what a bfloat16 model launches on a Mac's GPU, with the Metal kernels,"
+    """Return the command's parser."""
+    parser = command_line.make_parser(
+        "mlx_rgemma.launches",
+        "Count what a bfloat16 model launches on a Mac's GPU, with the Metal kernels,"
         " from its recorded graph. Needs no Mac.",
+        ["--shape 9b --details", "--prompt 64 128 2048 --json"],
     )
     add = parser.add_argument
     add("--shape", choices=("2b", "9b"), default="2b", help="Layers of the model.")

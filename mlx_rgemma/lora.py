@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma import command_line
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.tuner.settings import (
+    MAX_COUNT,
+    MAX_RATE,
+    MAX_SEED,
+    MAX_TOKENS,
+    check_keys,
+    complete,
+)
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 DEFAULTS: dict[str, Any] = {
     "model": None,
@@ -55,11 +67,13 @@ than `num_layers` is trained in all of them, unless the number was asked for."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and a few more. None are what was not given."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.lora",
-        description="Fine-tune a model with LoRA, QLoRA (on a quantized model), DoRA, or in full.",
+    count, number = command_line.count, command_line.number
+    many, batches = count(1, MAX_COUNT), count(1, MAX_COUNT, unlimited=True)
+    parser = command_line.make_parser(
+        "mlx_rgemma.lora",
+        "Fine-tune a model with LoRA, QLoRA (on a quantized model), DoRA, or in full.",
+        ["--train --data my-data --iters 300", "--test --data my-data", "-c lora.yaml"],
     )
-    whole, number = command_line.count, command_line.number
     add = parser.add_argument
     switch: dict[str, Any] = {"action": "store_true", "default": None}
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
@@ -69,25 +83,31 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fine-tune-type", choices=("lora", "dora", "full"), help="Default: lora.")
     add("--optimizer", choices=("adam", "adamw", "muon", "sgd", "adafactor"), help="Default: adam.")
     add("--mask-prompt", **switch, help="Leave prompts out of the loss.")
-    add("--num-layers", type=whole(-1), help="Layers to train, from the last; -1 for all. [16]")
-    add("--batch-size", type=whole(1), help="Rows of a batch. [4]")
-    add("--iters", type=whole(1), help="Iterations. [1000]")
-    add("--val-batches", type=whole(1, unlimited=True), help="Of an evaluation; -1 for all. [25]")
-    add("--learning-rate", type=number(0), help="Of the optimizer. [1e-5]")
-    add("--steps-per-report", type=whole(1), help="Iterations between reports. [10]")
-    add("--steps-per-eval", type=whole(1), help="Iterations between evaluations. [200]")
-    add("--grad-accumulation-steps", type=whole(1), help="Iterations to an update. [1]")
+    add(
+        "--num-layers",
+        type=count(-1, MAX_COUNT),
+        help="Layers to train, from the last; -1 for all. [16]",
+    )
+    add("--batch-size", type=count(1, MAX_TOKENS), help="Rows of a batch. [4]")
+    add("--iters", type=many, help="Iterations. [1000]")
+    add("--val-batches", type=batches, help="Of an evaluation; -1 for all. [25]")
+    add("--learning-rate", type=number(0, MAX_RATE), help="Of the optimizer. [1e-5]")
+    add("--steps-per-report", type=many, help="Iterations between reports. [10]")
+    add("--steps-per-eval", type=many, help="Iterations between evaluations. [200]")
+    add("--grad-accumulation-steps", type=many, help="Iterations to an update. [1]")
     add("--resume-adapter-file", help="Adapter weights to begin with.")
     add("--adapter-path", help="Folder to write, or for --test to read. [adapters]")
-    add("--save-every", type=whole(1), help="Iterations between checkpoints. [100]")
-    add("--test-batches", type=whole(1, unlimited=True), help="Of a test; -1 for all. [500]")
-    add("--max-seq-length", type=whole(2), help="Tokens of a row, or of a chunk. [2048]")
+    add("--save-every", type=many, help="Iterations between checkpoints. [100]")
+    add("--test-batches", type=batches, help="Of a test; -1 for all. [500]")
+    add(
+        "--max-seq-length", type=count(2, MAX_TOKENS), help="Tokens of a row, or of a chunk. [2048]"
+    )
     add("-c", "--config", help="YAML file with any of these settings; the command line wins.")
     add("--grad-checkpoint", **switch, help="Less memory, about a third more time.")
     add("--clear-cache-threshold", help=argparse.SUPPRESS)
     add("--report-to", help="wandb, swanlab, or both with a comma.")
     add("--project-name", help="For --report-to.")
-    add("--seed", type=whole(0), help="Of order, adapters and dropout. [0]")
+    add("--seed", type=count(0, MAX_SEED), help="Of order, adapters and dropout. [0]")
     add("--trust-remote-code", **switch, help=argparse.SUPPRESS)
     more = parser.add_argument_group("beyond mlx-lm").add_argument
     more("--pack", **switch, help="Lay several documents in a row, none reading another.")
@@ -120,7 +140,6 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
         UserError: If the file is missing or no such file, or two settings exclude each other.
     """
     from mlx_rgemma.tuner.examples import FEATURES
-    from mlx_rgemma.tuner.settings import check_keys, complete
 
     defaults = {**DEFAULTS, "num_layers": None}
     chosen = complete(build_parser(), vars(args), defaults, FEATURES)
@@ -130,6 +149,8 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
         raise UserError("--pack and --carry-state exclude each other: carried rows are full.")
     if chosen.resume and not chosen.train:
         raise UserError("--resume goes on with training: give --train, too.")
+    if chosen.adapter_path:
+        chosen.adapter_path = str(Path(chosen.adapter_path).expanduser())
     parameters = chosen.lora_parameters or {}
     check_keys("lora_parameters", parameters, ("rank", "scale", "dropout", "keys", "alpha"))
     if "alpha" not in parameters:
@@ -138,21 +159,37 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
 
 
 def _run(args: SimpleNamespace) -> None:
-    from mlx_rgemma import distributed, load
+    from mlx_rgemma import distributed
     from mlx_rgemma.tuner import finetuning
-    from mlx_rgemma.tuner.examples import check_data, read_examples
-    from mlx_rgemma.tuner.progress import ProgressLog
-    from mlx_rgemma.tuner.services import reporting, service_names
+    from mlx_rgemma.tuner.examples import check_data
+    from mlx_rgemma.tuner.run_folder import run_folder
 
     group = distributed.join(args.seed)
     check_data(args)
     finetuning.check(args)
+    if args.train:
+        with run_folder(Path(args.adapter_path), lock=distributed.rank() == 0):
+            _work(args, group)
+    else:
+        _work(args, group)
+
+
+def _work(args: SimpleNamespace, group: mx.distributed.Group | None) -> None:
+    from mlx_rgemma import distributed, load
+    from mlx_rgemma.tuner import finetuning
+    from mlx_rgemma.tuner.examples import read_examples
+    from mlx_rgemma.tuner.progress import ProgressLog
+    from mlx_rgemma.tuner.services import reporting, service_names
+
     services = service_names(args.report_to) if args.train and distributed.rank() == 0 else []
     print("Loading pretrained model")
     model, tokenizer = load(args.model, dtype=args.dtype, window=args.window, lazy=True)
     model.prepare_for_inference(dequantize=not args.grad_checkpoint)
-    if model.preparation_note:
-        print(model.preparation_note)
+    if model.dequantized_nbytes:
+        print(
+            f"Quantized weights are held in float32 too, {model.dequantized_nbytes / 1e9:.3f} GB:"
+            " faster on a CPU. --grad-checkpoint saves that memory."
+        )
     if args.num_layers is None:
         args.num_layers = min(DEFAULTS["num_layers"], len(model.layers))
     print("Loading datasets")
@@ -164,7 +201,7 @@ def _run(args: SimpleNamespace) -> None:
         for warning in finetuning.warnings(examples, args):
             print(f"Warning: {warning}")
         print(f"Starting training..., iters: {args.iters}")
-        log = ProgressLog(None, 0)
+        log = ProgressLog(None, 0, args.iters)
         with reporting(services, log, args.project_name, vars(args)) as callback:
             finetuning.train(model, examples, args, callback=callback, group=group)
     else:

@@ -6,16 +6,22 @@ import argparse
 import sys
 
 from mlx_rgemma import command_line
+from mlx_rgemma.generation.options import MAX_SEED
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments: mlx-lm's, and a few more."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.perplexity",
-        description="Perplexity of RecurrentGemma on a text, and its distance from another model.",
+    """Return the command's parser: mlx-lm's arguments, and a few more."""
+    parser = command_line.make_parser(
+        "mlx_rgemma.perplexity",
+        "Perplexity of RecurrentGemma on a text, and its distance from another model.",
+        [
+            "--data-path book.txt",
+            "--model 2b-it-q --reference google/recurrentgemma-2b-it --data-path valid.jsonl",
+        ],
     )
-    add = parser.add_argument
     command_line.add_model(parser)
+    group = parser.add_argument_group("text")
+    add = group.add_argument
     add(
         "--reference",
         help="Folder or Hub repository of another model, as a rule the unquantized one: mean KL"
@@ -28,12 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
         " and 'completion', or 'messages'), or - for text on stdin. Default: a few short stories"
         " that come with the package.",
     )
-    add_reading(parser)
-    add("--json", action="store_true", help="Print JSON, and nothing else.")
+    add_reading(group)
+    parser.add_argument("--json", action="store_true", help="Print JSON, and nothing else.")
     return parser
 
 
-def add_reading(parser: argparse.ArgumentParser) -> None:
+def add_reading(parser: argparse._ActionsContainer) -> None:
     """Add the arguments that say how a text is read."""
     count = command_line.count
     add = parser.add_argument
@@ -55,7 +61,12 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         default=-1,
         help="Rows to read, chosen by chance; -1 for all. Default: %(default)s.",
     )
-    add("--seed", type=int, default=123, help="Seed of that choice. Default: %(default)s.")
+    add(
+        "--seed",
+        type=count(0, MAX_SEED),
+        default=123,
+        help="Seed of that choice. Default: %(default)s.",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

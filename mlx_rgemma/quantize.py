@@ -36,9 +36,10 @@ ALL_SETTINGS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.quantize",
-        description="Compare the quantizations of a model, or learn one from a text.",
+    parser = command_line.make_parser(
+        "mlx_rgemma.quantize",
+        "Compare the quantizations of a model, or learn one from a text.",
+        ["compare --model 2b-it", "dwq --model 2b-it --mlx-path 2b-it-dwq --data-path book.txt"],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     compare = commands.add_parser(
@@ -119,21 +120,23 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _options(flags: str) -> dict[str, Any]:
     """What the flags of `convert` mean."""
-    from mlx_rgemma.errors import UserError
+    from mlx_rgemma.errors import UserError, shown
 
     try:
         parsed, rest = convert_parser().parse_known_args(["--model", "", *shlex.split(flags)])
     except (SystemExit, ValueError) as error:
-        raise UserError(f"--setting {flags!r}: not flags of mlx_rgemma.convert.") from error
+        raise UserError(f"--setting {shown(flags)}: not flags of mlx_rgemma.convert.") from error
     if rest:
-        raise UserError(f"--setting {flags!r}: mlx_rgemma.convert does not know {rest[0]}.")
+        raise UserError(
+            f"--setting {shown(flags)}: mlx_rgemma.convert does not know {shown(rest[0])}."
+        )
     names = ("quantize", "q_bits", "q_group_size", "q_mode", "quant_predicate", "dtype")
     return {name: getattr(parsed, name) for name in names}
 
 
 def _learn(args: argparse.Namespace, rest: list[str]) -> None:
-    from mlx_rgemma.checkpoints.output import refuse_existing
     from mlx_rgemma.checkpoints.source import locate
+    from mlx_rgemma.io.atomic import refuse_existing
     from mlx_rgemma.quality.calibration import run_quantizer
     from mlx_rgemma.text.files import read_documents
 

@@ -37,10 +37,11 @@ class Row(NamedTuple):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.selftest",
-        description="Compare every Metal kernel with its plain MLX reference, and time both.",
+    """Return the command's parser."""
+    parser = command_line.make_parser(
+        "mlx_rgemma.selftest",
+        "Compare every Metal kernel with its plain MLX reference, and time both.",
+        ["--timing none", "--kernel rg_lru ring_attention --repeat 100", "--json > selftest.json"],
         epilog="Exits with 1 if a kernel fails or disagrees. Where there is no Metal nothing can"
         " be compared, and the command says so.",
     )

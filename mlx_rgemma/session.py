@@ -21,10 +21,11 @@ import mlx.core as mx
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.generation.decoding import CONTEXT_LIMIT, LogitsProcessor, Processors, Sampler
 from mlx_rgemma.generation.device import wired_limit
-from mlx_rgemma.generation.single import encode
+from mlx_rgemma.generation.prompts import encode
 from mlx_rgemma.generation.text_state import TextState
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.prompt_cache import (
     FINGERPRINT,
     PENDING,
@@ -33,7 +34,7 @@ from mlx_rgemma.prompt_cache import (
     save_prompt_cache,
 )
 from mlx_rgemma.text.pieces import TextFile, TextPieces
-from mlx_rgemma.text.responses import GenerationResponse, text_responses
+from mlx_rgemma.text.responses import GenerationResponse, seconds_since, text_responses
 
 Source = str | Sequence[int] | mx.array | TextFile
 TOKENS_SEEN = "tokens_seen"
@@ -86,6 +87,7 @@ class Session:
     """
 
     def __init__(self, model: Model, tokenizer: Any, *, prefill_step_size: int = 2048) -> None:
+        refuse_forked_process()
         # What is left to compute could only be computed by the thread that made it.
         mx.eval(model.parameters())
         self.model = model
@@ -94,6 +96,9 @@ class Session:
         self.metadata: dict[str, str] = {}
         self._pieces = TextPieces(tokenizer)
         self._state = TextState(model.make_cache())
+
+    def __repr__(self) -> str:
+        return f"<Session: {self.tokens_seen:,} tokens, {self.nbytes:,} bytes>"
 
     @property
     def tokens_seen(self) -> int:
@@ -136,8 +141,8 @@ class Session:
         before = self.tokens_seen
         for _ in self._read(self._tokens(source)):
             if progress is not None:
-                progress(Reading(self.tokens_seen - before, time.perf_counter() - started))
-        return Reading(self.tokens_seen - before, time.perf_counter() - started)
+                progress(Reading(self.tokens_seen - before, seconds_since(started)))
+        return Reading(self.tokens_seen - before, seconds_since(started))
 
     def stream(
         self,
@@ -181,7 +186,7 @@ class Session:
             for chunk in self._read(self._tokens(() if prompt is None else prompt)):
                 recent = (recent + chunk)[-CONTEXT_LIMIT:]
                 if progress is not None:
-                    progress(Reading(self.tokens_seen - before, time.perf_counter() - tic))
+                    progress(Reading(self.tokens_seen - before, seconds_since(tic)))
             read = self.tokens_seen - before
             if self.last_token is None:
                 raise UserError("there is nothing to go on from: give a prompt.")
@@ -233,7 +238,12 @@ class Session:
         The file appears whole or not at all. Its header says which token is still to be read.
 
         Args:
-            path: The file; one that exists is replaced.
+            path: The file, of any name (`load` does not look at it; mlx-lm needs `.safetensors`);
+                one that exists is replaced.
+
+        Raises:
+            CheckpointError: If it cannot be written; a file that was there stays.
+            UserError: If `metadata` holds anything but texts, or 2 MB of them.
         """
         metadata = {**self.metadata, TOKENS_SEEN: str(self.tokens_seen)}
         if self.last_token is not None:

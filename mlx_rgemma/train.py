@@ -6,23 +6,30 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from mlx_rgemma import command_line
+from mlx_rgemma.tuner.settings import MAX_COUNT, MAX_RATE, MAX_SEED, MAX_TOKENS, read_settings
 
 if TYPE_CHECKING:
     from mlx_rgemma.tuner.recipe import Recipe
 
 DEFAULT_FOLDER = "griffin"
 
+MAX_WIDTH = 1 << 17
+MAX_LAYERS = 1000
+MAX_VOCABULARY = 1 << 20
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments; those that mlx_lm.lora has too are called the same."""
     count, number = command_line.count, command_line.number
-    parser = argparse.ArgumentParser(
-        prog="mlx_rgemma.train",
-        description="Train a Griffin on text files, from scratch or further. A run that was"
+    many, rate = count(1, MAX_COUNT), number(0, MAX_RATE)
+    parser = command_line.make_parser(
+        "mlx_rgemma.train",
+        "Train a Griffin on text files, from scratch or further. A run that was"
         " stopped goes on when the same command is given again.",
+        ["--data my-texts --iters 2000 --plot loss.svg", "-c recipe.yaml --save-path my-griffin"],
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -44,23 +51,31 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-path", help=f"Folder of the run. Default: {DEFAULT_FOLDER}.")
     add("--init-from", metavar="FOLDER", help="Train this model further; 'embedded' is known.")
     add("--shape", choices=("tiny", "small", "2b", "9b"), help="Default: tiny.")
-    add("--hidden-size", type=count(1), help="Width, of the recurrence too.")
-    add("--intermediate-size", type=count(2), help="Twice the width inside the MLP.")
-    add("--num-hidden-layers", type=count(1), help="Residual blocks.")
-    add("--num-attention-heads", type=count(1), help="Heads.")
-    add("--attention-window-size", type=count(1), help="Tokens that attention looks back.")
+    add("--hidden-size", type=count(1, MAX_WIDTH), help="Width, of the recurrence too.")
+    add("--intermediate-size", type=count(2, 8 * MAX_WIDTH), help="Twice the width inside the MLP.")
+    add("--num-hidden-layers", type=count(1, MAX_LAYERS), help="Residual blocks.")
+    add("--num-attention-heads", type=count(1, MAX_WIDTH), help="Heads.")
+    add(
+        "--attention-window-size",
+        type=count(1, MAX_TOKENS),
+        help="Tokens that attention looks back.",
+    )
     add("--tokenizer", metavar="FILE", help="A SentencePiece model; by default one is trained.")
-    add("--vocab-size", type=count(8), help="Tokens of the one that is trained. Default: 2048.")
-    add("--context-length", type=count(2), help="Tokens of a row. Default: 512.")
-    add("--batch-size", type=count(1), help="Rows of an iteration. Default: 4.")
-    add("--iters", type=count(1), help="Iterations of the whole run. Default: 1000.")
-    add("--grad-accumulation-steps", type=count(1), help="Iterations to an update. Default: 1.")
-    add("--learning-rate", type=number(0), help="The highest. Default: 3e-3.")
-    add("--min-learning-rate", type=number(0), help="The last. Default: 0.")
+    add(
+        "--vocab-size",
+        type=count(8, MAX_VOCABULARY),
+        help="Tokens of the one that is trained. Default: 2048, or fewer for a small text.",
+    )
+    add("--context-length", type=count(2, MAX_TOKENS), help="Tokens of a row. Default: 512.")
+    add("--batch-size", type=count(1, MAX_TOKENS), help="Rows of an iteration. Default: 4.")
+    add("--iters", type=many, help="Iterations of the whole run. Default: 1000.")
+    add("--grad-accumulation-steps", type=many, help="Iterations to an update. Default: 1.")
+    add("--learning-rate", type=rate, help="The highest. Default: 3e-3.")
+    add("--min-learning-rate", type=rate, help="The last. Default: 0.")
     add("--lr-decay", choices=("cosine", "linear", "constant"), help="Default: cosine.")
-    add("--warmup", type=count(0), help="Updates until the highest rate. Default: 100.")
-    add("--weight-decay", type=number(0), help="Of matrices outside the RG-LRU. Default: 0.1.")
-    add("--max-grad-norm", type=number(0), help="Longest gradient; 0 for any. Default: 1.")
+    add("--warmup", type=count(0, MAX_COUNT), help="Updates until the highest rate. Default: 100.")
+    add("--weight-decay", type=rate, help="Of matrices outside the RG-LRU. Default: 0.1.")
+    add("--max-grad-norm", type=rate, help="Longest gradient; 0 for any. Default: 1.")
     add("--dropout", type=number(0, 0.95), help="Default: 0.")
     add(
         "--average-decay",
@@ -69,12 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--dtype", choices=("float32", "bfloat16"), help="Of computation. Default: float32.")
     add("--save-dtype", choices=("float32", "bfloat16"), help="Of the model. Default: bfloat16.")
-    add("--seed", type=count(0), help="Default: 0.")
-    add("--steps-per-report", type=count(1), help="Default: 10.")
-    add("--steps-per-eval", type=count(1), help="Default: 200.")
-    add("--steps-per-save", type=count(1), help="Iterations between checkpoints. Default: 100.")
+    add("--seed", type=count(0, MAX_SEED), help="Default: 0.")
+    add("--steps-per-report", type=many, help="Default: 10.")
+    add("--steps-per-eval", type=many, help="Default: 200.")
+    add("--steps-per-save", type=many, help="Iterations between checkpoints. Default: 100.")
     add("--sample-prompt", help="Begins the sample of each evaluation. Default: Once upon a time.")
-    add("--sample-tokens", type=count(1), help="Length of the sample. Default: 60.")
+    add("--sample-tokens", type=count(1, MAX_TOKENS), help="Length of the sample. Default: 60.")
     add("--plot", metavar="FILE", help="Draw the losses into this image at the end.")
     return parser
 
@@ -105,46 +120,13 @@ def read_recipe(argv: Sequence[str]) -> tuple[Recipe, Path, Path | None]:
 
     args = vars(build_parser().parse_args(argv))
     file = args.pop("config", None)
-    values = {**(_read_yaml(Path(file).expanduser()) if file else {}), **args}
+    values = {**(read_settings(file, build_parser()) if file else {}), **args}
     folder = Path(values.pop("save_path", DEFAULT_FOLDER)).expanduser()
     plot = values.pop("plot", None)
     changes = {key: values.pop(key) for key in SHAPE_KEYS if key in values}
     for name in ("data", "valid_data"):
         values[name] = tuple(values.get(name, ()))
     return Recipe(**values, shape_changes=changes), folder, Path(plot) if plot else None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a recipe, checked as the options of the same names are."""
-    import yaml  # type: ignore[import-untyped]
-
-    from mlx_rgemma.errors import UserError
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds no settings.")
-    options: list[str] = []
-    for key, value in values.items():
-        option = "--" + str(key).replace("_", "-")
-        if isinstance(value, list):
-            options += [option, *map(str, value)]
-        elif value is True:
-            options.append(option)
-        elif value is not None and value is not False:
-            options.append(f"{option}={value}")
-    parser = build_parser()
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{path}: {message}.")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    found = vars(parser.parse_args(options))
-    if "config" in found:
-        refuse("a recipe cannot name another")
-    return found
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -154,21 +136,27 @@ def _train(argv: Sequence[str]) -> None:
     from mlx_rgemma.tuner.loss import batch_loss
     from mlx_rgemma.tuner.pretraining import LOG, MODEL, Pretraining
     from mlx_rgemma.tuner.progress import ProgressLog, check_plot, plot_log
+    from mlx_rgemma.tuner.run_folder import run_folder
 
-    run = Pretraining(recipe, folder, distributed.join(recipe.seed))
-    if plot is not None and run.first:
-        check_plot(plot)
-    for line in run.description():
-        print(line)
-    log = ProgressLog(folder / LOG, run.state.progress.iteration) if run.first else None
-    try:
-        run.run(log, batch_loss)
-    except KeyboardInterrupt:
-        print(f"Stopped after iteration {run.state.progress.iteration}; the same command goes on.")
-        raise
-    print(f"Saved final weights to {folder / MODEL}.")
-    if plot is not None and run.first:
-        plot_log(folder / LOG, plot)
+    group = distributed.join(recipe.seed)
+    first = distributed.rank() == 0
+    with run_folder(folder, lock=first):
+        if plot is not None and first:
+            check_plot(plot)
+        run = Pretraining(recipe, folder, group)
+        for line in run.description():
+            print(line)
+        done = run.state.progress.iteration
+        log = ProgressLog(folder / LOG, done, recipe.iters) if first else None
+        try:
+            run.run(log, batch_loss)
+        except KeyboardInterrupt:
+            done = run.state.progress.iteration
+            print(f"Stopped after iteration {done}; the same command goes on.")
+            raise
+        print(f"Saved final weights to {folder / MODEL}.")
+        if plot is not None and first:
+            plot_log(folder / LOG, plot)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,10 @@ def relative_error(actual: mx.array | np.ndarray, expected: np.ndarray) -> float
 
 
 LONGEST = (
+    "test_fuzz_requests.py",
+    "test_fuzz_flags.py",
+    "test_fuzz_archives.py",
+    "test_fuzz_training.py",
     "test_launch.py",
     "test_speculation.py",
     "test_mutants.py",
@@ -123,6 +127,13 @@ LONGEST = (
     "test_chat.py",
 )
 """Files that take longest, the longest first: begun last, one would keep the rest waiting."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of tests/fuzz."""
+    add = parser.getgroup("fuzz").addoption
+    add("--fuzz-cases", type=int, default=400, help="Damaged cases of tests/fuzz.")
+    add("--fuzz-seed", type=int, default=0, help="Seed of the damages.")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -93,6 +93,39 @@ def test_help_empty_lines_and_the_end_of_the_input():
     assert len(answers(result.out)) == 1
 
 
+@pytest.mark.parametrize("word", ["q", "/q", "exit", "/exit", "/quit", "/bye"])
+def test_words_that_quit(word, monkeypatch, capsys):
+    from mlx_rgemma.chat import main
+
+    lines = iter([word, "A cat"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["-m", "2"]) == 0
+    assert " tok/s" not in capsys.readouterr().out
+    assert next(lines) == "A cat"  # not read
+
+
+def test_words_for_help(monkeypatch, capsys):
+    from mlx_rgemma.chat import HELP, main
+
+    lines = iter(["h", "/h", "/help", "/?", "q"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["-m", "2"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out.count(HELP), captured.err) == (4, "")
+
+
+def test_line_editing_is_loaded_and_can_be_absent(monkeypatch, capsys):
+    from mlx_rgemma.chat import main
+
+    monkeypatch.setattr("builtins.input", lambda prompt: "q")
+    monkeypatch.delitem(sys.modules, "readline", raising=False)
+    assert main([]) == 0
+    assert "readline" in sys.modules
+    monkeypatch.setitem(sys.modules, "readline", None)
+    assert main([]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_save_load_and_fork(embedded, tmp_path):
     file = tmp_path / "my chat.safetensors"
     lines = [
@@ -119,6 +152,25 @@ def test_save_load_and_fork(embedded, tmp_path):
     assert saved.generate("\nThe dog", max_tokens=10) == others[0]
     again = chat("-m", "10", "--prompt-cache-file", str(file), lines=["The dog"])
     assert answers(again.out) == others[:1]
+
+
+def test_states_under_any_name(embedded, tmp_path):
+    """The messages name the real file: at the end of a link, with the suffix of mlx-lm's."""
+    names = ["book", "a.b", "x.npz", "dir/über", "two words"]
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "link").symlink_to("dir/real")
+    model, tokenizer = embedded
+    Session(model, tokenizer).save(tmp_path / "other.safetensors")
+    lines = ["Once upon a time"]
+    for name in [*names, "link"]:
+        lines += [f"/save {tmp_path / name}", "r", f"/load {tmp_path / name}"]
+    result = chat("-m", "3", lines=[*lines, f"/load {tmp_path / 'other'}"])
+    assert result.err == ""
+    for name in [*names, "dir/real"]:
+        assert f"[saved in {tmp_path / name}: 8 tokens]" in result.out
+        assert f"[loaded {tmp_path / name}: 8 tokens]" in result.out
+    assert f"[loaded {tmp_path / 'other.safetensors'}: 0 tokens]" in result.out
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_mistakes_are_told_and_the_conversation_goes_on(tmp_path):

@@ -84,7 +84,8 @@ def test_wrong_usage(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("mlx_rgemma.convert: error: ") and error.count("\n") == 1
 
 
 def test_flags_are_those_of_mlx_lm():

@@ -18,6 +18,7 @@ from conftest import GOLDEN, LOGITS_ATOL, golden, golden_model, max_error
 
 from mlx_rgemma import Model, convert, generate, load, register
 from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,65 @@ def test_mlx_lm_loads_our_class():
     model.set_dtype(mx.float32)
     data = golden("logits/tiny-sharded.npz")
     assert max_error(model(mx.array(data["tokens_L29"])), data["google_L29"]) < LOGITS_ATOL
+
+
+MLX_LM_ARGUMENTS = {
+    "model_type": "recurrent_gemma",
+    "attention_bias": False,
+    "conv1d_width": 3,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "logits_soft_cap": 1.0,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-4,
+    "rope_theta": 1000,
+    "attention_window_size": 1024,
+    "vocab_size": 1000,
+}
+"""As mlx-lm's own test of its class (`test_models.test_recurrent_gemma`) gives them."""
+
+
+@pytest.mark.parametrize("key", ["block_types", "_block_types"])
+def test_model_args_as_mlx_lm_s_tests_make_them(key):
+    """What mlx-lm asserts of each of its models, but for the dtype: logits are float32 here."""
+    import copy
+
+    from mlx_lm.models import recurrent_gemma
+    from mlx_lm.models.cache import make_prompt_cache
+
+    blocks = ["recurrent", "recurrent", "attention"]
+    args = recurrent_gemma.ModelArgs(**MLX_LM_ARGUMENTS, **{key: blocks})
+    assert (args.head_dim, args.lru_width, args.num_key_value_heads) == (32, 128, 1)
+    assert args.block_types == tuple(blocks)
+    model = recurrent_gemma.Model(args)
+    assert len(model.layers) == args.num_hidden_layers and model.model_type == args.model_type
+    for dtype in (mx.float32, mx.float16):
+        model.set_dtype(dtype)
+        tokens = mx.array([[0, 1]])
+        assert model(tokens).shape == (1, 2, 1000)
+        cache = make_prompt_cache(model)
+        logits = model(tokens, cache=cache)
+        assert logits.shape == (1, 2, 1000) and logits.dtype == mx.float32
+        following = mx.argmax(logits[0, -1:, :], keepdims=True)
+        assert model(following, cache=cache).shape == (1, 1, 1000)
+    assert model(mx.array([[0, 1], [2, 3]])).shape == (2, 2, 1000)
+    copied = copy.deepcopy(model)
+    assert max_error(copied(tokens), np.array(model(tokens))) == 0
+
+
+def test_model_args_of_this_package_s_own_names():
+    from mlx_lm.models import recurrent_gemma
+
+    more = {"lru_width": 64, "head_dim": 16, "eos_token_ids": (1, 107), "window": "hf"}
+    args = recurrent_gemma.ModelArgs(**{**MLX_LM_ARGUMENTS, **more})
+    assert args.block_types == ("recurrent", "recurrent", "attention")
+    assert {key: getattr(args, key) for key in more} == more
+    with pytest.raises(TypeError, match="unexpected keyword argument 'hidden'"):
+        recurrent_gemma.ModelArgs(**MLX_LM_ARGUMENTS, hidden=3)
+    with pytest.raises(ConfigError, match="vocab_size is missing"):
+        recurrent_gemma.ModelArgs(**{**MLX_LM_ARGUMENTS, "vocab_size": None})
 
 
 def test_mlx_lm_generates_with_our_class():

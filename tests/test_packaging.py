@@ -69,6 +69,7 @@ def test_the_wheel_declares_its_commands(wheel):
         commands = archive.read(name).decode()
     for command in ("generate", "convert", "launches", "selftest"):
         assert f"mlx_rgemma.{command} = mlx_rgemma.{command}:main" in commands
+    assert "\nmlx-rgemma = mlx_rgemma.__main__:main\n" in commands
 
 
 def run(code: str, cwd: Path) -> str:

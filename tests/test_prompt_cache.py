@@ -89,19 +89,19 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         load_prompt_cache(tmp_path / "missing.safetensors", model)
 
 
-def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
-    import mlx_lm.models.cache
-
+@pytest.mark.parametrize("message", ["[write] Unable to write 99 bytes", "[metal] no memory"])
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch, message):
     model = golden_model("tiny-2b")
     file = tmp_path / "c.safetensors"
     save_prompt_cache(file, model, used_cache(model))
     before = file.read_bytes()
 
     def fail(*args, **kwargs):
-        raise RuntimeError("disk full")
+        raise RuntimeError(message)
 
-    monkeypatch.setattr(mlx_lm.models.cache, "save_prompt_cache", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
+    monkeypatch.setattr(mx, "save_safetensors", fail)
+    with pytest.raises((CheckpointError, RuntimeError), match=message.split("]")[1]) as error:
         save_prompt_cache(file, model, used_cache(model, 3))
+    assert isinstance(error.value, CheckpointError) == message.startswith("[write]")
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]

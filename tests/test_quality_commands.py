@@ -296,4 +296,6 @@ def test_wrong_usage(capsys, main):
     with pytest.raises(SystemExit) as stop:
         main(["compare", "--no-such-flag"])
     assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "unrecognized arguments: " in error

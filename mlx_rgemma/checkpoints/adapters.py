@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma.checkpoints.folder import read_json, shortened
-from mlx_rgemma.checkpoints.safetensors import read_header
-from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.errors import CheckpointError, UserError, shown
+from mlx_rgemma.io.atomic import atomic_file
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -29,7 +27,15 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"
 FINE_TUNE_TYPES = ("lora", "dora", "full")
-FLOATS = ("F32", "BF16", "F16")
+FLOATS = ("float32", "bfloat16", "float16")
+RUN = "run_digest"
+"""Key of `adapter_config.json` and of the metadata of `adapters.safetensors`. A run that is killed
+between writing the two leaves files of two runs, which this tells apart."""
+
+MAX_CONFIG_BYTES = 1_000_000
+MAX_RANK = 1 << 16
+MAX_LAYERS = 1 << 16
+MAX_SCALE = 1e6
 
 OTHER_MODEL = "; the adapters were trained on another model, or in another way."
 
@@ -67,7 +73,7 @@ class AdapterConfig:
         """
 
         def refuse(key: str, value: Any, expected: str) -> UserError:
-            return UserError(f"{where}: {key} is {value!r}, expected {expected}.")
+            return UserError(f"{where}: {key} is {shown(value)}, expected {expected}.")
 
         kind = values.get("fine_tune_type", "lora")
         layers = values.get("num_layers", 16)
@@ -75,8 +81,8 @@ class AdapterConfig:
         parameters = values.get("lora_parameters") or {}
         if kind not in FINE_TUNE_TYPES:
             raise refuse("fine_tune_type", kind, f"one of {', '.join(FINE_TUNE_TYPES)}")
-        if type(layers) is not int or layers < -1:
-            raise refuse("num_layers", layers, "a whole number (-1 for all)")
+        if not is_whole(layers, -1, MAX_LAYERS):
+            raise refuse("num_layers", layers, "a whole number of layers (-1 for all)")
         if type(gates) is not bool:
             raise refuse("lora_gates", gates, "true or false")
         if kind == "full":
@@ -88,13 +94,13 @@ class AdapterConfig:
         rank, dropout = parameters.get("rank", 8), parameters.get("dropout", 0.0)
         scale: Any = parameters.get("scale")
         keys: Any = parameters.get("keys")
-        if type(rank) is not int or rank < 1:
-            raise refuse("lora_parameters.rank", rank, "a whole number above 0")
+        if not is_whole(rank, 1, MAX_RANK):
+            raise refuse("lora_parameters.rank", rank, f"a whole number from 1 to {MAX_RANK}")
         if scale is None and "alpha" in parameters:
             raise UserError(f"{where}: lora_parameters has alpha, expected scale (alpha / rank).")
-        if not _is_number(scale):
-            raise refuse("lora_parameters.scale", scale, "a number")
-        if not _is_number(dropout) or not 0 <= dropout < 1:
+        if not is_number(scale, -MAX_SCALE, MAX_SCALE):
+            raise refuse("lora_parameters.scale", scale, f"a number up to {MAX_SCALE:g}")
+        if not is_number(dropout, 0, 1) or dropout == 1:
             raise refuse("lora_parameters.dropout", dropout, "a number from 0 to less than 1")
         if keys is not None and not (
             isinstance(keys, list) and all(isinstance(key, str) for key in keys)
@@ -116,6 +122,7 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
         UserError: If the model has fewer layers, or none of the names, or cannot be trained so.
     """
     _check_layers(model, config, "num-layers", "; -1 stands for all.")
+    _check_rank(model, config)
     model.freeze()
     if config.fine_tune_type == "full":
         for layer in model.layers[-max(config.num_layers, 0) :]:
@@ -150,14 +157,21 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     Raises:
         CheckpointError: If a file is missing or damaged.
     """
-    folder = Path(folder).expanduser()
+    return _read_config(Path(folder).expanduser())[0]
+
+
+def _read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
+    """Return the configuration in a folder, checked, and all values of its file."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; adapters are what lora writes.")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: no such file; the adapters are incomplete.")
     file = folder / CONFIG_FILE
-    return AdapterConfig.of(read_json(file), str(file))
+    if (size := file.stat().st_size) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{file}: {size} bytes, expected at most {MAX_CONFIG_BYTES}.")
+    values = read_json(file)
+    return AdapterConfig.of(values, str(file)), values
 
 
 def load_adapters(model: Model, folder: str | os.PathLike[str]) -> AdapterConfig:
@@ -176,15 +190,21 @@ def load_adapters(model: Model, folder: str | os.PathLike[str]) -> AdapterConfig
     Raises:
         CheckpointError: If anything is missing, damaged, or of another model.
     """
-    config = read_adapter_config(folder)
     folder = Path(folder).expanduser()
-    file = folder / CONFIG_FILE
+    config, values = _read_config(folder)
+    file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    weights, metadata = _read_weights(weights_file)
+    if (run := metadata.get(RUN)) is not None and run != values.get(RUN):
+        raise CheckpointError(
+            f"{file}: of another run than {WEIGHTS_FILE} ({RUN} is {shown(values.get(RUN))} and"
+            f" {shown(run)}); train again, or put back the file that belongs to it."
+        )
     _check_layers(model, config, f"{file}: num_layers", OTHER_MODEL)
     try:
         add_adapters(model, config)
     except UserError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    load_adapter_weights(model, folder / WEIGHTS_FILE)
+    _set_weights(model, weights_file, weights)
     model.freeze()
     model.eval()
     return config
@@ -203,71 +223,81 @@ def load_adapter_weights(
     Raises:
         CheckpointError: If the file is damaged or of another model.
     """
-    import mlx.core as mx
+    path = Path(file).expanduser()
+    _set_weights(model, path, _read_weights(path)[0], partial=partial)
+
+
+def _read_weights(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    from mlx_rgemma.checkpoints.arrays import load_arrays
+
+    return load_arrays(path)
+
+
+def _set_weights(
+    model: Model, path: Path, weights: dict[str, mx.array], *, partial: bool = False
+) -> None:
+    """Check weights against the trainable parameters of a model before it gets them."""
     from mlx.utils import tree_flatten
 
-    path = Path(file).expanduser()
-    found = read_header(path)
     trained: Any = tree_flatten(model.trainable_parameters())
     wanted = {name: value.shape for name, value in trained}
-    unknown = [name for name in found if name not in wanted]
-    missing = [name for name in wanted if name not in found]
+    unknown = [name for name in weights if name not in wanted]
+    missing = [name for name in wanted if name not in weights]
     if unknown:
         raise CheckpointError(f"{path}: holds {shortened(unknown)}, unknown here{OTHER_MODEL}")
-    if (missing and not partial) or not found:
+    if (missing and not partial) or not weights:
         raise CheckpointError(f"{path}: lacks {shortened(missing)}{OTHER_MODEL}")
-    for name, info in found.items():
-        if info.shape != wanted[name]:
+    for name, value in weights.items():
+        if value.shape != wanted[name]:
             raise CheckpointError(
-                f"{path}: {name} has shape {info.shape}, the model needs {wanted[name]}"
+                f"{path}: {name} has shape {value.shape}, the model needs {wanted[name]}"
                 f"{OTHER_MODEL}"
             )
-        if info.dtype not in FLOATS:
-            raise CheckpointError(f"{path}: {name} is {info.dtype}, expected {', '.join(FLOATS)}.")
-    try:
-        weights = mx.load(str(path))
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
-    model.load_weights(list(weights.items()), strict=False)  # type: ignore[union-attr]
+        if (dtype := str(value.dtype).removeprefix("mlx.core.")) not in FLOATS:
+            raise CheckpointError(f"{path}: {name} is {dtype}, expected {', '.join(FLOATS)}.")
+    model.load_weights(list(weights.items()), strict=False)
 
 
 def save_adapter_config(folder: Path, values: Mapping[str, Any]) -> None:
     """Write `adapter_config.json`, with all settings of a run, as mlx-lm does."""
     text = json.dumps(dict(sorted(values.items())), indent=4, ensure_ascii=False) + "\n"
-    path = folder / CONFIG_FILE
-    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    with atomic_file(folder / CONFIG_FILE) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
-def save_adapter_weights(file: Path, weights: Mapping[str, mx.array]) -> None:
+def save_adapter_weights(
+    file: Path, weights: Mapping[str, mx.array], run: str | None = None
+) -> None:
     """Write adapters over those before, in one step.
+
+    Args:
+        file: The file.
+        weights: The weights.
+        run: The `RUN` of the configuration beside it.
 
     Raises:
         CheckpointError: If they cannot be written; the file that was there stays.
     """
-    import mlx.core as mx
+    from mlx_rgemma.checkpoints.arrays import save_arrays
 
-    _replace(file, lambda partial: mx.save_safetensors(str(partial), dict(weights)))
-
-
-def _replace(path: Path, write: Any) -> None:
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: cannot be written ({reason}).") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    save_arrays(file, weights, {} if run is None else {RUN: run})
 
 
 def _check_layers(model: Model, config: AdapterConfig, name: str, hint: str) -> None:
     if config.num_layers > len(model.layers):
         raise UserError(
             f"{name} is {config.num_layers}, but the model has {len(model.layers)} layers{hint}"
+        )
+
+
+def _check_rank(model: Model, config: AdapterConfig) -> None:
+    """Refuse adapters that are larger than any matrix of the model."""
+    args = model.args
+    widest = max(args.hidden_size, args.lru_width, args.intermediate_size // 2)
+    if config.fine_tune_type != "full" and config.rank > widest:
+        raise UserError(
+            f"lora_parameters.rank is {config.rank}, more than any matrix of the model needs"
+            f" ({widest})."
         )
 
 
@@ -296,5 +326,11 @@ def _check_dora(model: Model) -> None:
             )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(value: Any, minimum: float, maximum: float) -> bool:
+    """Whether a value is a number of a range, and not NaN, true or false."""
+    return type(value) in (int, float) and minimum <= value <= maximum
+
+
+def is_whole(value: Any, minimum: int, maximum: int) -> bool:
+    """Whether a value is a whole number of a range."""
+    return type(value) is int and minimum <= value <= maximum

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_rgemma.checkpoints.contents import EMBEDDING, Contents, check_contents
+from mlx_rgemma.checkpoints.contents import EMBEDDING, PACKED, Contents, check_contents
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.google import Unsaid
 from mlx_rgemma.checkpoints.loading import read_dtype
 from mlx_rgemma.checkpoints.model_card import ignored_by_mlx_lm
 from mlx_rgemma.checkpoints.opening import Opened, open_source
-from mlx_rgemma.checkpoints.output import refuse_existing
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.recipes import Recipe
-from mlx_rgemma.checkpoints.safetensors import MLX_NAME, TensorInfo
+from mlx_rgemma.checkpoints.safetensors import MLX_NAME, TensorInfo, verify_checksums
 from mlx_rgemma.checkpoints.source import Source
 from mlx_rgemma.checkpoints.tokenizer import has_tokenizer, load_tokenizer
 from mlx_rgemma.checkpoints.upload import check_repository, upload
@@ -32,6 +32,8 @@ from mlx_rgemma.checkpoints.writing import (
 )
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import GriffinConfig
+from mlx_rgemma.io.atomic import refuse_existing
+from mlx_rgemma.io.memory import check_memory
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,10 @@ def _convert(
         values=folder.values,
         how=f"Its weights are {stored}.",
     )
+    _check_memory(folder, checkpoint)
+    if folder.read is None:
+        for file in folder.files:
+            verify_checksums(file)
     weights = ConvertedWeights(folder, contents, quantized, chosen, strict)
     write_checkpoint(target, checkpoint, iter(weights), progress=progress)
     return Conversion(
@@ -168,6 +174,20 @@ def _convert(
         kept,
         (*opened.notes, *_notes(source, folder, contents, weights, recipe)),
     )
+
+
+def _check_memory(folder: CheckpointFolder, checkpoint: Written) -> None:
+    """Refuse a checkpoint whose largest tensor memory cannot hold, as it is and converted.
+
+    Raises:
+        UserError: Naming what it needs and what is available.
+    """
+    sizes: Counter[str] = Counter()
+    for info in (*folder.tensors.values(), *checkpoint.tensors):
+        path, _, part = info.name.rpartition(".")
+        sizes[path if part in PACKED else info.name] += info.nbytes
+    ((largest, needed),) = sizes.most_common(1)
+    check_memory(f"{folder.path}: converting {largest}", needed, "use a machine with more memory")
 
 
 def _recipe(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma.checkpoints.safetensors import TensorInfo, read_header
-from mlx_rgemma.errors import CheckpointError, ConfigError
+from mlx_rgemma.checkpoints.safetensors import MAX_TENSORS, TensorInfo, read_header
+from mlx_rgemma.errors import CheckpointError, ConfigError, shown
 from mlx_rgemma.griffin.config import GriffinConfig
+from mlx_rgemma.io.reading import read_json as read_json
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -55,7 +55,8 @@ class CheckpointFolder:
         if not path.exists():
             raise CheckpointError(f"{path}: no such folder.")
         if not path.is_dir():
-            raise CheckpointError(f"{path}: a file; give the folder that holds it.")
+            kind = "a file" if path.is_file() else "neither a regular file nor a folder"
+            raise CheckpointError(f"{path}: {kind}; give the folder that holds the model.")
         values = read_config(path)
         try:
             config = GriffinConfig.from_dict(values)
@@ -76,7 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: If there is no configuration or it is not a JSON object.
     """
     path = folder / CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file; is this the folder of a model?")
     values = read_json(path)
     generation = folder / GENERATION_CONFIG
@@ -85,24 +86,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         if stops:
             stops = list(dict.fromkeys(stops))
             values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-    return values
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object.
-
-    Raises:
-        CheckpointError: If the file cannot be read or holds anything else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, RecursionError) as error:
-        where = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise CheckpointError(f"{path}: not valid JSON{where}.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not a JSON object.")
     return values
 
 
@@ -126,10 +109,13 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         for name, info in read_header(file).items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{folder}: {name!r} is both in {tensors[name].file.name} and in {file.name};"
+                    f"{folder}: {shown(name)} is both in {tensors[name].file.name} and in"
+                    f" {file.name};"
                     " remove the file that does not belong here."
                 )
             tensors[name] = info
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointError(f"{folder}: more than {MAX_TENSORS:,} tensors; this is refused.")
     if places is not None:
         _check_index(index, places, tensors)
     return tensors
@@ -142,10 +128,13 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: no 'weight_map'; {_INDEX_MEND}.")
     for name, file in places.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: {name!r} is in {file!r}, which is no safetensors file.")
+            raise CheckpointError(
+                f"{path}: {shown(name)} is in {shown(file)}, which is no safetensors file."
+            )
         if re.search(r"[/\\\0]", file):
             raise CheckpointError(
-                f"{path}: {name!r} is in {file!r}, outside of the folder; this is refused."
+                f"{path}: {shown(name)} is in {shown(file)}, outside of the folder; this is"
+                " refused."
             )
     return places
 

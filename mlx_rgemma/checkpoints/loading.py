@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,16 +12,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_rgemma.checkpoints.adapters import load_adapters, read_adapter_config
-from mlx_rgemma.checkpoints.contents import Contents, check_contents
+from mlx_rgemma.checkpoints.contents import FLOATS, Contents, check_contents
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.parts import read_parts
 from mlx_rgemma.checkpoints.plain_tokenizer import plain_tokenizer
 from mlx_rgemma.checkpoints.recognition import refuse_unconverted
+from mlx_rgemma.checkpoints.safetensors import verify_checksums
 from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
-from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.errors import CheckpointError, UserError, shown
 from mlx_rgemma.griffin.config import DTYPES, GriffinConfig
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.io.memory import check_memory
+from mlx_rgemma.io.reading import reason
 
 
 def load(
@@ -33,6 +37,7 @@ def load(
     revision: str | None = None,
     group: mx.distributed.Group | None = None,
     plain: bool = False,
+    verify: bool = False,
 ) -> tuple[Model, Any]:
     """A model and its tokenizer.
 
@@ -49,6 +54,8 @@ def load(
         group: Processes that share the model; each keeps its part of the weights only.
         plain: Leave transformers and mlx-lm alone, which take a second to import, where the
             tokenizer is a plain one.
+        verify: Compare the weights with the checksums that `convert` stored, which reads the
+            files once more. Weights without checksums pass.
 
     Returns:
         The model, and mlx-lm's `TokenizerWrapper`; where `plain` was asked for and is possible, a
@@ -56,7 +63,8 @@ def load(
 
     Raises:
         CheckpointError: If anything is missing, damaged or does not fit; the message says what.
-        UserError: If the processes cannot share the model, or are to share adapters.
+        UserError: If the processes cannot share the model, or are to share adapters; if memory
+            cannot hold the weights.
     """
     chosen = _choose_dtype(dtype)
     if group is not None and adapter_path is not None:
@@ -70,7 +78,14 @@ def load(
     refuse_unconverted(source.folder)
     folder = CheckpointFolder.open(source.folder)
     tokenizer = _load_tokenizer(source.folder, folder.config.eos_token_ids, source.name, plain)
-    model, _ = _load_model(folder, chosen, lazy or adapter_path is not None, window, group)
+    contents = check_contents(folder)
+    if verify:
+        for file in folder.files:
+            verify_checksums(file)
+    if not lazy:
+        _check_memory(folder, contents, chosen, 1 if group is None else group.size())
+    later = lazy or adapter_path is not None
+    model, _ = _load_model(folder, contents, chosen, later, window, group)
     if adapter_path is not None:
         load_adapters(model, adapter_path)
         if not lazy:
@@ -94,7 +109,11 @@ def load_model(
     chosen = _choose_dtype(dtype)
     source = locate(path, revision)
     refuse_unconverted(source.folder)
-    return _load_model(CheckpointFolder.open(source.folder), chosen, lazy, window)
+    folder = CheckpointFolder.open(source.folder)
+    contents = check_contents(folder)
+    if not lazy:
+        _check_memory(folder, contents, chosen)
+    return _load_model(folder, contents, chosen, lazy, window)
 
 
 def read_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
@@ -105,7 +124,7 @@ def read_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
     """
     name = str(dtype).removeprefix("mlx.core.")
     if name not in DTYPES:
-        raise UserError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}.")
+        raise UserError(f"dtype is {shown(name)}, expected one of {', '.join(DTYPES)}.")
     return getattr(mx, name)
 
 
@@ -120,7 +139,7 @@ def read_tensors(folder: CheckpointFolder, contents: Contents) -> dict[str, mx.a
         try:
             tensors.update(mx.load(str(file)))  # type: ignore[arg-type]
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error}).") from error
+            raise CheckpointError(f"{file}: cannot be read ({reason(error)}).") from error
     for name in contents.redundant:
         del tensors[name]
     return tensors
@@ -141,8 +160,30 @@ def _choose_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
 
 
+def _check_memory(
+    folder: CheckpointFolder, contents: Contents, dtype: mx.Dtype | None, processes: int = 1
+) -> None:
+    """Refuse weights that memory cannot hold.
+
+    Raises:
+        UserError: Naming what they need and what is available.
+    """
+    size = None if dtype is None else dtype.size
+    needed = sum(
+        math.prod(info.shape) * size if size and info.dtype in FLOATS else info.nbytes
+        for name, info in folder.tensors.items()
+        if name not in contents.redundant
+    )
+    check_memory(
+        f"{folder.path}: the model",
+        needed // processes,
+        "choose a dtype of fewer bits, or quantize it with mlx_rgemma.convert -q",
+    )
+
+
 def _load_model(
     folder: CheckpointFolder,
+    contents: Contents,
     dtype: mx.Dtype | None,
     lazy: bool,
     window: str,
@@ -150,7 +191,6 @@ def _load_model(
 ) -> tuple[Model, GriffinConfig]:
     # A file that was made for the other rule keeps it unless it is asked for.
     config = folder.config if window == "google" else folder.config.with_window(window)
-    contents = check_contents(folder)
     model = Model(config)
     quantized = {path: how.as_dict() for path, how in contents.quantized.items()}
     if quantized:

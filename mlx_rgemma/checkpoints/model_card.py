@@ -9,8 +9,12 @@ from typing import Any
 from mlx_rgemma import __version__
 from mlx_rgemma.checkpoints.source import Source
 from mlx_rgemma.griffin.config import ATTENTION, GriffinConfig
+from mlx_rgemma.io.reading import read_limited
 
 MODEL_CARD = "README.md"
+MAX_CARD_BYTES = 1_000_000
+MAX_FRONT_MATTER = 50_000
+MAX_BRACKETS = 500
 THIS_FOLDER = "<this folder>"
 """How a card calls the model, until it is uploaded and has a name."""
 
@@ -35,7 +39,7 @@ def write_model_card(folder: Path, source: Source | None, how: str, config: Grif
 
     stated = _stated(source)
     tags = stated.pop("tags", [])
-    tags = tags if isinstance(tags, list) else [tags]
+    tags = [tag for tag in (tags if isinstance(tags, list) else [tags]) if isinstance(tag, str)]
     stated |= {
         "library_name": "mlx",
         "pipeline_tag": "text-generation",
@@ -58,7 +62,7 @@ A RecurrentGemma (Griffin) model in MLX's format. {how}
 Made with mlx-rgemma {__version__}.
 
 ```shell
-pip install mlx-rgemma
+pip install git+https://github.com/mlx-rgemma/mlx-rgemma
 mlx_rgemma.generate --model <this folder> --prompt "Once upon a time"
 ```
 
@@ -98,7 +102,6 @@ def _in_mlx_lm(config: GriffinConfig) -> str:
 
 def _stated(source: Source | None) -> dict[str, Any]:
     """The metadata of the source's own card, as far as there is one that can be read."""
-    import yaml
     from huggingface_hub import hf_hub_download
 
     if source is None:
@@ -107,8 +110,23 @@ def _stated(source: Source | None) -> dict[str, Any]:
     try:
         if source.repository is not None and not card.is_file():
             card = Path(hf_hub_download(source.repository, MODEL_CARD))
-        header = FRONT_MATTER.match(card.read_text(encoding="utf-8"))
-        values = yaml.safe_load(header["yaml"]) if header else None
+        text = read_limited(card, MAX_CARD_BYTES).decode("utf-8")
+        header = FRONT_MATTER.match(text)
+        return {} if header is None else _front_matter(header["yaml"])
     except Exception:  # a card is welcome, but nothing depends on it
         return {}
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    """Return metadata that can be written again in bounded time and memory; else nothing."""
+    import yaml
+
+    # PyYAML takes time by the square of the brackets that are open.
+    if len(text) > MAX_FRONT_MATTER or text.count("[") + text.count("{") > MAX_BRACKETS:
+        return {}
+    # A few aliases of aliases are larger than the memory when they are written.
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        return {}
+    values = yaml.safe_load(text)
+    yaml.safe_dump(values)
     return values if isinstance(values, dict) else {}

@@ -12,12 +12,12 @@ from mlx_rgemma.checkpoints.archive import unpack
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
 from mlx_rgemma.checkpoints.google import OPTION, Unsaid, open_google
 from mlx_rgemma.checkpoints.orbax import OrbaxFolder
-from mlx_rgemma.checkpoints.output import scratch_folder
 from mlx_rgemma.checkpoints.recognition import Found, Kind, recognise
 from mlx_rgemma.checkpoints.source import Source, locate
 from mlx_rgemma.checkpoints.tokenizer import SENTENCEPIECE
 from mlx_rgemma.checkpoints.torch_file import TorchFile
 from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.io.atomic import scratch_directory
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def open_source(
     if found.kind is not Kind.ARCHIVE:
         yield _open(found, source, unsaid)
         return
-    with scratch_folder(target) as scratch:
+    with scratch_directory(target) as scratch:
         try:
             _unpack(found.path, scratch, progress)
             inside = recognise(_only_folder(scratch))

@@ -1,11 +1,12 @@
 """Flax checkpoints that Orbax wrote: OCDBT or a zarr folder for each array, without JAX.
 
-tensorstore, which Orbax writes them with, reads them: `pip install "mlx-rgemma[flax]"`.
+tensorstore, which Orbax writes them with, reads them: `pip install ".[flax]"` in a clone.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mlx_rgemma.checkpoints.recognition import ARRAY
 from mlx_rgemma.checkpoints.safetensors import MEND, TensorInfo
 from mlx_rgemma.checkpoints.torch_file import BITS
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.reading import reason
 
 MANIFEST = "manifest.ocdbt"
 METADATA = "_METADATA"
@@ -24,6 +26,10 @@ OUTER = "params."
 """The level that some trees have around their parameters."""
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+MAX_FILES = 100_000
+MAX_ARRAYS = 20_000
+MAX_ARRAY_JSON_BYTES = 100_000
+LIST_SECONDS = 60
 CACHE_BYTES = 1 << 33
 READ_TOGETHER = 1 << 27
 DETAILS = re.compile(r"\s*\[(source locations|tensorstore_spec)=.*", re.DOTALL)
@@ -47,6 +53,7 @@ class OrbaxFolder:
         """
         self._tensorstore = _import(path)
         self.path = path
+        _check_files(path)
         names = self._names()
         if not names:
             raise CheckpointError(f"{path}: no arrays in it; {MEND}.")
@@ -82,12 +89,19 @@ class OrbaxFolder:
         if (self.path / MANIFEST).is_file():
             try:
                 store = self._tensorstore.KvStore.open(self._store("")).result()
-                keys = [key.decode("utf-8") for key in store.list().result()]
+                keys = [key.decode("utf-8") for key in store.list().result(timeout=LIST_SECONDS)]
             except Exception as error:
                 raise self._damaged("its database cannot be read", error) from error
             names = [key.removesuffix(f"/{ARRAY}") for key in keys if key.endswith(f"/{ARRAY}")]
         else:
-            names = [p.parent.name for p in self.path.glob(f"*/{ARRAY}") if p.is_file()]
+            files = [p for p in self.path.glob(f"*/{ARRAY}") if p.is_file()]
+            for file in files:
+                read_json(file, MAX_ARRAY_JSON_BYTES)
+            names = [file.parent.name for file in files]
+        if len(names) > MAX_ARRAYS:
+            raise CheckpointError(
+                f"{self.path}: {len(names):,} arrays, expected up to {MAX_ARRAYS:,}."
+            )
         return sorted(names)
 
     def _compare_with_list(self, names: list[str]) -> None:
@@ -146,8 +160,32 @@ class OrbaxFolder:
         return {"driver": "ocdbt", "base": base, "path": path}
 
     def _damaged(self, what: str, error: Exception) -> CheckpointError:
-        why = " ".join(DETAILS.sub("", str(error)).split()) or type(error).__name__
-        return CheckpointError(f"{self.path}: {what} ({why[:300]}); {MEND}.")
+        why = reason(ValueError(DETAILS.sub("", str(error)) or type(error).__name__))
+        return CheckpointError(f"{self.path}: {what} ({why}); {MEND}.")
+
+
+def _check_files(path: Path) -> None:
+    """Refuse links that leave a folder, devices and pipes, and more files than arrays need.
+
+    In the cache of the Hugging Face Hub, files are links to the blobs of the same repository.
+    """
+    root = path.resolve()
+    snapshots = next((parent for parent in root.parents if parent.name == "snapshots"), None)
+    if snapshots is not None and snapshots.parent.name.startswith("models--"):
+        root = snapshots.parent
+    count = 0
+    for folder, folders, files in os.walk(path):
+        count += len(folders) + len(files)
+        if count > MAX_FILES:
+            raise CheckpointError(
+                f"{path}: more than {MAX_FILES:,} files, no checkpoint needs them."
+            )
+        for name in (*folders, *files):
+            entry = Path(folder, name)
+            if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+                raise CheckpointError(f"{entry}: a link out of {path}; this is refused.")
+            if not entry.is_dir() and not entry.is_file():
+                raise CheckpointError(f"{entry}: not a regular file; this is refused.")
 
 
 def _import(path: Path) -> Any:
@@ -155,5 +193,5 @@ def _import(path: Path) -> Any:
         return importlib.import_module("tensorstore")
     except ImportError:
         raise CheckpointError(
-            f"{path}: reading Flax checkpoints needs tensorstore: pip install 'mlx-rgemma[flax]'."
+            f"{path}: reading Flax checkpoints needs tensorstore: pip install '.[flax]' in a clone."
         ) from None

@@ -7,10 +7,12 @@ usual special tokens says all there is to say; for the rest there is still the w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from mlx_rgemma.checkpoints.tokenizer_check import read_tokenizer
+from mlx_rgemma.io.reading import read_json
 
 SPACE = "▁"
 OPTIONS = {
@@ -167,23 +169,26 @@ def plain_tokenizer(
     from tokenizers import Tokenizer
 
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-        text = (folder / "tokenizer.json").read_text("utf-8")
-        content = json.loads(text)
+        config = read_json(folder / "tokenizer_config.json")
+        content = read_tokenizer(folder / "tokenizer.json")
         if any((folder / file).exists() for file in MORE_FILES) or not _plain(config, content):
             return None
-        tokenizer = Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         special = {name: config[name] for name in SPECIAL_TOKENS}
         if tokenizer.encode("a").ids[:1] != [tokenizer.token_to_id(special["bos_token"])]:
             return None
         strip = content["decoder"]["decoders"][-1] == _STRIP
         return PlainTokenizer(tokenizer, special, eos_token_ids, strip, wrapper)
-    except Exception:  # a damaged file, in whatever way: loading the wrapper says what it is
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a damaged file, or a panic of Rust's: loading the wrapper says which
         return None
 
 
 def _plain(config: dict[str, Any], content: dict[str, Any]) -> bool:
     """Whether nothing is said but what a plain tokenizer does."""
+    if content.get("padding") is not None or content.get("truncation") is not None:
+        return False
     if set(config) - {*OPTIONS, *WITHOUT_EFFECT, *SPECIAL_TOKENS}:
         return False
     if any(config.get(name) not in values for name, values in OPTIONS.items()):

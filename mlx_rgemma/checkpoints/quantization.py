@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_rgemma.checkpoints.safetensors import TensorInfo
-from mlx_rgemma.errors import UserError
+from mlx_rgemma.errors import UserError, shown
 
 MODES = {
     "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
@@ -49,7 +49,7 @@ class Quantization:
             UserError: Naming the values that are possible.
         """
         if mode not in MODES:
-            raise UserError(f"q-mode is {mode!r}, expected one of {', '.join(MODES)}.")
+            raise UserError(f"q-mode is {shown(mode)}, expected one of {', '.join(MODES)}.")
         group_sizes, all_bits = MODES[mode]
         bits = all_bits[0] if bits is None else bits
         group_size = group_sizes[0] if group_size is None else group_size
@@ -61,7 +61,7 @@ class Quantization:
                 choice = ", ".join(str(v) for v in sorted(possible))
                 one_of = "one of " if len(possible) > 1 else ""
                 raise UserError(
-                    f"{name} is {value}; with q-mode {mode} it must be {one_of}{choice}."
+                    f"{name} is {shown(value)}; with q-mode {mode} it must be {one_of}{choice}."
                 )
         return cls(group_size, bits, mode)
 
@@ -118,9 +118,19 @@ class Quantization:
 
 
 def agrees(found: Quantization, written: Any) -> bool:
-    """Whether a layer's own entry in `config.json`, if it has one, says what the file holds."""
+    """Return whether a layer's own entry in `config.json` says what the file holds.
+
+    A missing entry or key says nothing. mlx-lm's mixed recipes write null for the group size (and
+    may for the bits): the mode's default, as `mx.quantize` takes it.
+    """
     if written is None:
         return True
     if not isinstance(written, Mapping):
         return bool(written)
-    return all(written.get(key, value) == value for key, value in found.as_dict().items())
+    group_sizes, all_bits = MODES[found.mode]
+    defaults = {"group_size": group_sizes[0], "bits": all_bits[0]}
+    for key, value in found.as_dict().items():
+        said = written.get(key, value)
+        if (defaults.get(key) if said is None else said) != value:
+            return False
+    return True

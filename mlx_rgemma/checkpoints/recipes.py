@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mlx_rgemma.checkpoints.quantization import Quantization
-from mlx_rgemma.errors import UserError
+from mlx_rgemma.errors import UserError, shown
 
 MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 """mlx-lm's recipes: low bits, and high bits for some of the value and down projections."""
@@ -58,7 +58,7 @@ class Recipe:
             return cls(how, RGEMMA if mode == "affine" and bits is None else None)
         if predicate not in RECIPES:
             raise UserError(
-                f"quant-predicate is {predicate!r}, expected one of {', '.join(RECIPES)}."
+                f"quant-predicate is {shown(predicate)}, expected one of {', '.join(RECIPES)}."
             )
         if mode != "affine":
             raise UserError(f"quant-predicate goes with q-mode affine, not with {mode}.")

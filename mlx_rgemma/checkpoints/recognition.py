@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from enum import Enum
 from pathlib import Path
 
 from mlx_rgemma.checkpoints.folder import CONFIG, WEIGHT_FILES, shortened
+from mlx_rgemma.checkpoints.torch_file import open_zip
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.reading import open_regular
 
 LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 """A torch file of before 1.6: its magic number, pickled."""
@@ -116,7 +117,7 @@ def _is_orbax(path: Path) -> bool:
 
 def _kind_of_file(path: Path) -> Kind:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
@@ -141,7 +142,7 @@ def _kind_of_file(path: Path) -> Kind:
 
 def _is_torch_zip(path: Path) -> bool:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     except Exception:  # a damaged one, whatever zipfile makes of it
         return any(path.match(name) for name in TORCH_NAMES)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.errors import CheckpointError, shown
+from mlx_rgemma.io.checksum import CRC32, UNKNOWN, crc32, dump_checksums, verify_file
+from mlx_rgemma.io.reading import open_regular
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -48,7 +50,11 @@ MLX_NAME = {
 }
 """What MLX calls the dtypes that checkpoints of this architecture hold."""
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 10_000_000
+MAX_TENSORS = 100_000
+"""Limits of a header. The 9B model, quantized, has 1,186 tensors in 230 kB."""
+
+MAX_DIMENSIONS = 16
 METADATA = "__metadata__"
 MEND = "download or copy it again"
 
@@ -95,9 +101,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: Naming the file and what is wrong with it.
     """
+    return _read(path)[0]
+
+
+def verify_checksums(path: Path) -> None:
+    """Compare the tensors of a file with the checksums that it was written with, if it has any.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    tensors, metadata = _read(path)
+    verify_file(path, tensors, metadata.get(CRC32))
+
+
+def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+    """Return the tensors of a file and the metadata of its header."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if start == b"version ":
@@ -109,13 +130,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path}: truncated: {size} bytes, shorter than its own header; {MEND}."
                 )
             if length > MAX_HEADER_BYTES:
-                raise _damaged(path, f"the header is said to have {length} bytes")
+                raise _damaged(
+                    path, f"the header has {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}"
+                )
             text = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    return _tensors(path, _parse(path, text), 8 + length, size)
+    header = _parse(path, text)
+    metadata = header.pop(METADATA, {})
+    tensors = _tensors(path, header, 8 + length, size)
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -124,6 +148,8 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(pairs) > MAX_TENSORS:
+            raise _damaged(path, f"the header names more than {MAX_TENSORS:,} tensors")
         values = dict(pairs)
         if len(values) != len(pairs):
             raise _damaged(path, "its header names a tensor twice")
@@ -142,14 +168,13 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
 def _tensors(path: Path, header: dict[str, Any], data: int, size: int) -> dict[str, TensorInfo]:
     """The header's entries, checked against each other and the size of the file."""
-    header.pop(METADATA, None)
     found = sorted(
         (_entry(path, name, value) for name, value in header.items()), key=lambda entry: entry[1:]
     )
     tensors, at = {}, 0
     for info, begin, end in found:
         if begin != at or end - begin != info.nbytes:
-            raise _damaged(path, f"{info.name!r} does not lie where its header says")
+            raise _damaged(path, f"{shown(info.name)} does not lie where its header says")
         at = end
         tensors[info.name] = TensorInfo(info.name, info.dtype, info.shape, path, data + begin)
     if data + at > size:
@@ -163,13 +188,13 @@ def _tensors(path: Path, header: dict[str, Any], data: int, size: int) -> dict[s
 
 def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
     if not isinstance(value, dict):
-        raise _damaged(path, f"the entry of {name!r} is not an object")
+        raise _damaged(path, f"the entry of {shown(name)} is not an object")
     dtype = value.get("dtype")
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise _damaged(path, f"{name!r} has the unknown dtype {dtype!r}")
+        raise _damaged(path, f"{shown(name)} has the unknown dtype {shown(dtype)}")
     shape, offsets = (_whole_numbers(value.get(key)) for key in ("shape", "data_offsets"))
-    if shape is None or offsets is None or len(offsets) != 2:
-        raise _damaged(path, f"{name!r} has no proper shape and place")
+    if shape is None or len(shape) > MAX_DIMENSIONS or offsets is None or len(offsets) != 2:
+        raise _damaged(path, f"{shown(name)} has no proper shape and place")
     return TensorInfo(name, dtype, shape), offsets[0], offsets[1]
 
 
@@ -188,6 +213,8 @@ def write_file(
 ) -> None:
     """Write a safetensors file, one tensor at a time, and see that it reaches the disk.
 
+    The metadata gets the checksums of the tensors; see `verify_checksums`.
+
     Args:
         path: The new file.
         tensors: Name, dtype and shape of each tensor, in order.
@@ -200,7 +227,8 @@ def write_file(
     """
     import mlx.core as mx
 
-    header: dict[str, Any] = {METADATA: dict(metadata)}
+    sums = {info.name: UNKNOWN for info in tensors}
+    header: dict[str, Any] = {}
     at = 0
     for info in tensors:
         header[info.name] = {
@@ -209,17 +237,25 @@ def write_file(
             "data_offsets": [at, at + info.nbytes],
         }
         at += info.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+
+    def start() -> bytes:
+        entries = {METADATA: {**metadata, CRC32: dump_checksums(sums)}, **header}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(start())
         for info in tensors:
             name, value = next(values)
             dtype = getattr(mx, MLX_NAME[info.dtype])
             if (name, value.dtype, value.shape) != (info.name, dtype, info.shape):
                 raise ValueError(f"{info} was announced, not {name} {value.dtype} {value.shape}.")
             file.write(memoryview(mx.contiguous(value).view(mx.uint8)))  # type: ignore[arg-type]
+            sums[name] = crc32(value)
             del value
             advance(info.nbytes)
+        file.seek(0)
+        file.write(start())  # of the same length
         file.flush()
         os.fsync(file.fileno())

@@ -11,7 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.checkpoints.tokenizer_check import MAX_SENTENCEPIECE_BYTES
+from mlx_rgemma.errors import CheckpointError, shown
+from mlx_rgemma.io.reading import read_limited
+
+MAX_PIECES = 1_000_000
+MAX_PIECE = 500
+"""Characters of a piece."""
 
 SPACE = "▁"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
@@ -88,11 +94,21 @@ def _read(path: Path) -> Any:
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
-        proto.ParseFromString(path.read_bytes())
+        proto.ParseFromString(read_limited(path, MAX_SENTENCEPIECE_BYTES))
     except DecodeError:
         raise CheckpointError(f"{path}: not a SentencePiece model; download it again.") from None
     if not proto.pieces or not proto.HasField("trainer_spec"):
         raise CheckpointError(f"{path}: not a SentencePiece model; download it again.")
+    if len(proto.pieces) > MAX_PIECES:
+        raise CheckpointError(
+            f"{path}: {len(proto.pieces):,} pieces, expected up to {MAX_PIECES:,}."
+        )
+    for number, piece in enumerate(proto.pieces):
+        # Texts that are not UTF-8 come as bytes.
+        if not isinstance(piece.piece, str) or not 0 < len(piece.piece) <= MAX_PIECE:
+            raise CheckpointError(
+                f"{path}: damaged: piece {number} is {shown(piece.piece)}; download it again."
+            )
     if proto.trainer_spec.model_type not in (UNIGRAM, BPE):
         raise CheckpointError(
             f"{path}: a SentencePiece model of kind {proto.trainer_spec.model_type}; only BPE (2)"

@@ -7,12 +7,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.errors import CheckpointError, shown
+from mlx_rgemma.io.reading import reason
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
 """The model that comes with the package."""
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+MAX_PATH = 4096
 
 PATTERNS = ["*.json", "model*.safetensors", "weights*.safetensors", "tokenizer.model", "*.jinja"]
 """What is downloaded of a repository: of what mlx-lm downloads, all but code."""
@@ -55,6 +58,8 @@ def locate(path_or_repo: str | os.PathLike[str] | None, revision: str | None = N
         return Source(EMBEDDED)
     if not os.fspath(path_or_repo):
         raise CheckpointError("the path of the model is empty.")
+    if len(os.fspath(path_or_repo)) > MAX_PATH:
+        raise CheckpointError(f"model is {shown(path_or_repo)}, longer than a path can be.")
     folder = Path(path_or_repo).expanduser()
     if os.path.lexists(folder):
         return Source(folder)
@@ -83,7 +88,7 @@ def _download(repository: str, revision: str | None) -> Path:
             f" https://huggingface.co/{repository}, accept, then log in with 'hf auth login'."
         ) from error
     except RevisionNotFoundError as error:
-        raise CheckpointError(f"{repository}: has no revision {revision!r}.") from error
+        raise CheckpointError(f"{repository}: has no revision {shown(revision)}.") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{repository}: neither a folder here nor a repository of the Hugging Face Hub that"
@@ -95,12 +100,6 @@ def _download(repository: str, revision: str | None) -> Path:
             " cannot be reached; connect to the network, or give a folder."
         ) from error
     except HFValidationError as error:
-        raise CheckpointError(f"{repository}: {_first_line(error)}") from error
+        raise CheckpointError(f"{repository}: {reason(error)}") from error
     except Exception as error:  # the network's many ways to fail
-        raise CheckpointError(
-            f"{repository}: cannot be downloaded ({_first_line(error)})."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{repository}: cannot be downloaded ({reason(error)}).") from error

@@ -10,22 +10,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mlx_rgemma.checkpoints.folder import read_json
+from mlx_rgemma.checkpoints.chat_template import limit_rendering
 from mlx_rgemma.checkpoints.sentencepiece import END_OF_TURN, START_OF_TURN, convert_sentencepiece
-from mlx_rgemma.errors import CheckpointError
-
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-SENTENCEPIECE = "tokenizer.model"
-TOKENIZER_FILES = (
+from mlx_rgemma.checkpoints.tokenizer_check import (
+    JSON_FILES,
+    SENTENCEPIECE,
+    TEXT_FILES,
     TOKENIZER,
     TOKENIZER_CONFIG,
-    SENTENCEPIECE,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    check_tokenizer_files,
 )
+from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.reading import read_json, reason
+
+TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, *JSON_FILES, *TEXT_FILES)
 """Files that a tokenizer may consist of."""
 
 BASE_MODEL = re.compile(r"(recurrentgemma-)?(2b|9b)", re.IGNORECASE)
@@ -59,9 +57,8 @@ def load_tokenizer(
         CheckpointError: If there is no tokenizer, or it is damaged.
     """
     folder = Path(folder)
+    check_tokenizer_files(folder)
     if (folder / TOKENIZER).is_file():
-        if (folder / TOKENIZER_CONFIG).is_file():
-            read_json(folder / TOKENIZER_CONFIG)
         tokenizer = _load(folder, folder / TOKENIZER, eos_token_ids)
     elif (folder / SENTENCEPIECE).is_file():
         with tempfile.TemporaryDirectory() as translated:
@@ -102,9 +99,12 @@ def _load(folder: Path, origin: Path, eos_token_ids: Iterable[int]) -> Any:
     try:
         tokenizer = tokenizer_utils.load(folder, eos_token_ids=list(eos_token_ids))
         _begin_with_bos(tokenizer)
-    except Exception as error:  # whatever a damaged file makes transformers stumble over
-        what = " ".join(str(error).split()) or type(error).__name__
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # also a panic of Rust's, which is no Exception
+        what = reason(error)
         raise CheckpointError(f"{origin}: not a tokenizer that can be read: {what}") from error
+    limit_rendering(tokenizer._tokenizer)
     return tokenizer
 
 

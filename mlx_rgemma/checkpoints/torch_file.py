@@ -1,68 +1,71 @@
 """PyTorch checkpoints, read without PyTorch and without running what is pickled in them.
 
 A `.pt` file is a zip archive, nothing in it compressed: `data.pkl` says which tensors there are
-and `data/<key>` holds the bytes of a storage that they lie in. Unpickling can call anything that
-is importable; here it can name three things, and calls nothing but code of this file.
+and `data/<key>` holds the bytes of a storage that they lie in. Unpickling could call anything that
+is importable; `torch_pickle` interprets the pickle instead.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from mlx_rgemma.checkpoints.safetensors import ITEM_SIZE, MEND, TensorInfo
-from mlx_rgemma.errors import CheckpointError
-
-STORAGES = {
-    "BFloat16Storage": "BF16",
-    "HalfStorage": "F16",
-    "FloatStorage": "F32",
-    "DoubleStorage": "F64",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}
-"""What `torch` calls the storages of each dtype."""
+from mlx_rgemma.checkpoints.safetensors import ITEM_SIZE, MAX_DIMENSIONS, MEND, TensorInfo
+from mlx_rgemma.checkpoints.torch_pickle import ForbiddenName, Storage, Tensor, read_pickle
+from mlx_rgemma.errors import CheckpointError, shown
+from mlx_rgemma.io.reading import open_regular, reason
 
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 """Whole numbers of the size of each dtype that weights have."""
 
-MAX_PICKLE_BYTES = 64_000_000
-READ_TOGETHER = 1 << 24
+MAX_PICKLE_BYTES = 4_000_000
+MAX_SIZE = 1 << 48
+"""Limit of sizes, strides and offsets, in elements."""
+
+READ_TOGETHER = 1 << 22
+"""Bytes read at once; a directory of 50,000 entries takes as much."""
+
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 LOCAL_MAGIC = b"PK\x03\x04"
 
 
-@dataclass(frozen=True)
-class _Storage:
-    """A storage that a pickle names."""
+class _LimitedReader:
+    """A file of which no more than `READ_TOGETHER` bytes are read at once.
 
-    dtype: str
-    key: str
-    length: int
+    zipfile reads a directory of any size into memory.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        most = READ_TOGETHER + 1
+        data = self._file.read(most if size < 0 else min(size, most))
+        if len(data) == most:
+            raise ValueError(f"its directory has more than {READ_TOGETHER:,} bytes")
+        return data
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor that a pickle describes; nothing of it is checked yet."""
+@contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive with a directory of bounded size.
 
-    storage: Any
-    offset: Any
-    shape: Any
-    strides: Any
+    Raises:
+        CheckpointError: If the file is missing or no regular file.
+        ValueError: If its directory is too large. zipfile raises others where it is damaged.
+    """
+    with open_regular(path) as file, zipfile.ZipFile(_LimitedReader(file)) as archive:
+        yield archive
 
 
 class TorchFile:
@@ -111,16 +114,20 @@ class TorchFile:
             raise CheckpointError(
                 f"{self.path}: cannot be read ({error.strerror or error})."
             ) from error
-        except Exception as error:  # the many ways in which zipfile and pickle meet damage
-            what = " ".join(str(error).split()) or type(error).__name__
-            raise self._damaged(what) from error
+        except ForbiddenName as error:
+            raise CheckpointError(
+                f"{self.path}: its pickle asks for {error}; only tensors and dictionaries of them"
+                " are read, nothing else is loaded or run."
+            ) from error
+        except Exception as error:  # zipfile and pickletools raise many types for damaged files
+            raise self._damaged(reason(error)) from error
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: not a sound PyTorch file: {what}; {MEND}.")
 
     def _open(self) -> None:
-        self._size = self.path.stat().st_size
-        with zipfile.ZipFile(self.path) as archive:
+        with open_zip(self.path) as archive:
+            self._size = self.path.stat().st_size
             entries = archive.infolist()
             self._entries = {entry.filename: entry for entry in entries}
             if len(self._entries) != len(entries):
@@ -132,12 +139,14 @@ class TorchFile:
             for name in self._entries:
                 self._check_entry(name)
             order = self._prefix + "byteorder"
+            if order in self._entries and self._entries[order].file_size > 16:
+                raise self._damaged("byteorder is too large for a word")
             if order in self._entries and archive.read(order).strip() != b"little":
                 raise CheckpointError(f"{self.path}: written on a big-endian machine.")
             if self._entries[pickles[0]].file_size > MAX_PICKLE_BYTES:
                 raise self._damaged("data.pkl is too large for names and shapes")
             content = archive.read(pickles[0])
-        values = _Unpickler(self.path, content).load()
+        values = read_pickle(content)
         if not isinstance(values, dict) or not values:
             raise CheckpointError(f"{self.path}: not a dictionary of tensors.")
         self._tensors = {name: self._tensor(name, value) for name, value in values.items()}
@@ -145,33 +154,32 @@ class TorchFile:
     def _check_entry(self, name: str) -> None:
         entry = self._entries[name]
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise self._damaged(f"{name!r} is compressed or encrypted")
+            raise self._damaged(f"{shown(name)} is compressed or encrypted")
         if entry.file_size != entry.compress_size or entry.file_size > self._size:
-            raise self._damaged(f"{name!r} is larger than its place in the file")
+            raise self._damaged(f"{shown(name)} is larger than its place in the file")
 
-    def _tensor(self, name: Any, value: Any) -> _Tensor:
+    def _tensor(self, name: str, value: Any) -> Tensor:
         """What the pickle says of a tensor, checked against its storage."""
-        if not isinstance(name, str):
-            raise CheckpointError(f"{self.path}: {name!r} is no name of a tensor.")
-        if not isinstance(value, _Tensor):
+        label = shown(name)
+        if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{self.path}: {name!r} is no tensor but a {type(value).__name__}; expected is a"
+                f"{self.path}: {label} is no tensor but a {type(value).__name__}; expected is a"
                 " flat dictionary of tensors."
             )
         storage, shape, strides = value.storage, value.shape, value.strides
-        if not isinstance(storage, _Storage) or not _sizes(shape) or not _sizes(strides):
-            raise self._damaged(f"{name!r} has no proper storage and shape")
-        if len(shape) != len(strides) or type(value.offset) is not int or value.offset < 0:
-            raise self._damaged(f"{name!r} has no proper strides and offset")
+        if not isinstance(storage, Storage) or not _sizes(shape) or not _sizes(strides):
+            raise self._damaged(f"{label} has no proper storage and shape")
+        if len(shape) != len(strides) or not _is_size(value.offset):
+            raise self._damaged(f"{label} has no proper strides and offset")
         entry = self._entries.get(f"{self._prefix}data/{storage.key}")
         if entry is None:
-            raise self._damaged(f"the storage of {name!r} is missing")
+            raise self._damaged(f"the storage of {label} is missing")
         if entry.file_size != storage.length * ITEM_SIZE[storage.dtype]:
-            raise self._damaged(f"the storage of {name!r} has {entry.file_size} bytes")
+            raise self._damaged(f"the storage of {label} has {entry.file_size} bytes")
         count = math.prod(shape)
         last = value.offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if count == 0 or count > storage.length or last >= storage.length:
-            raise self._damaged(f"{name!r} does not lie in its storage")
+            raise self._damaged(f"{label} does not lie in its storage")
         return value
 
     def _read(self, name: str, part: int | None) -> np.ndarray[Any, Any]:
@@ -200,50 +208,23 @@ class TorchFile:
             header = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
         begin = entry.header_offset + LOCAL_HEADER.size + header[-2] + header[-1]
         if header[0] != LOCAL_MAGIC or begin + entry.file_size > self._size:
-            raise self._damaged(f"{entry.filename!r} is not where the directory says")
+            raise self._damaged(f"{shown(entry.filename)} is not where the directory says")
         return begin
 
     def _check_sum(self, entry: zipfile.ZipInfo) -> None:
         """Compare a storage with its CRC-32, as zipfile does at the end of what it reads."""
-        with zipfile.ZipFile(self.path) as archive, archive.open(entry) as file:
+        with open_zip(self.path) as archive, archive.open(entry) as file:
             while file.read(READ_TOGETHER):
                 pass
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles dictionaries, names and numbers, and what describes a tensor."""
-
-    def __init__(self, path: Path, content: bytes) -> None:
-        super().__init__(io.BytesIO(content), encoding="utf-8")
-        self.path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What a pickle may call by name: three things, none of them torch's."""
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _describe
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        shown = f"{module}.{name}"
-        shown = shown if shown.isprintable() and len(shown) < 100 else repr(shown[:100])
-        raise CheckpointError(
-            f"{self.path}: its pickle asks for {shown}; only tensors and dictionaries of them are"
-            " read, nothing else is loaded or run."
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        """A storage, by the tuple that torch writes for it."""
-        if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage":
-            _, dtype, key, _, length = pid
-            if dtype in ITEM_SIZE and isinstance(key, str) and type(length) is int:
-                return _Storage(dtype, key, length)
-        raise CheckpointError(f"{self.path}: its pickle names a storage that torch has not.")
-
-
-def _describe(storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> _Tensor:
-    return _Tensor(storage, offset, shape, strides)
-
-
 def _sizes(values: Any) -> bool:
-    return isinstance(values, tuple) and all(type(n) is int and 0 <= n < 1 << 48 for n in values)
+    return (
+        isinstance(values, tuple)
+        and len(values) <= MAX_DIMENSIONS
+        and all(_is_size(value) for value in values)
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_SIZE

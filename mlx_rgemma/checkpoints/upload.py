@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_rgemma.checkpoints.model_card import MODEL_CARD, THIS_FOLDER
-from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.errors import CheckpointError, UserError, shown
+from mlx_rgemma.io.reading import reason
 
 
 def check_repository(name: str) -> None:
@@ -23,9 +24,9 @@ def check_repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"upload-repo: {str(error).splitlines()[0]}") from error
+        raise UserError(f"upload-repo: {reason(error)}") from error
     if "/" not in name:
-        raise UserError(f"upload-repo is {name!r}, expected owner/name.")
+        raise UserError(f"upload-repo is {shown(name)}, expected owner/name.")
     if get_token() is None:
         raise UserError("upload-repo: log in first, with 'hf auth login'.")
 
@@ -58,9 +59,8 @@ def upload(folder: Path, repository: str) -> str:
             repo_id=repository, folder_path=folder, commit_message="Upload an MLX model"
         )
     except Exception as error:  # the network's many ways to fail
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{repository}: cannot be uploaded ({reason}). {folder} is complete; try again with"
-            f" 'hf upload {repository} {folder}'."
+            f"{repository}: cannot be uploaded ({reason(error)}). {folder} is complete; try again"
+            f" with 'hf upload {repository} {folder}'."
         ) from error
     return f"{api.endpoint}/{repository}"

@@ -12,6 +12,7 @@ from mlx_rgemma.checkpoints.folder import CheckpointFolder, shortened
 from mlx_rgemma.checkpoints.loading import read_tensors
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.reading import reason
 
 EXPONENT = {
     "float32": (mx.uint32, 0x7F800000, 0x007FFFFF),
@@ -78,7 +79,7 @@ class ConvertedWeights:
             except RuntimeError as error:
                 raise CheckpointError(
                     f"{self.folder.tensors[wanted.name].file}: {wanted.name} cannot be read"
-                    f" ({error})."
+                    f" ({reason(error)})."
                 ) from error
             for name, value in self._converted(wanted, parts, found):
                 parts.clear()

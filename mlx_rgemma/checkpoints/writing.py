@@ -20,7 +20,6 @@ from mlx_rgemma.checkpoints.folder import (
     read_json,
 )
 from mlx_rgemma.checkpoints.model_card import write_model_card
-from mlx_rgemma.checkpoints.output import new_folder
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.safetensors import MLX_NAME, TensorInfo, write_file
 from mlx_rgemma.checkpoints.source import Source
@@ -32,6 +31,7 @@ from mlx_rgemma.checkpoints.tokenizer import (
     write_translation,
 )
 from mlx_rgemma.griffin.config import GriffinConfig
+from mlx_rgemma.io.atomic import atomic_directory
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -162,7 +162,7 @@ def write_checkpoint(
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    with new_folder(target, checkpoint.nbytes) as folder:
+    with atomic_directory(target, checkpoint.nbytes) as folder:
         with tqdm(
             total=checkpoint.nbytes,
             desc="Writing",

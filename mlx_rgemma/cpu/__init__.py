@@ -20,6 +20,7 @@ from mlx_rgemma.cpu import (  # noqa: F401  (they register their implementations
     rms_norm,
 )
 from mlx_rgemma.cpu.layers import replace_linear_layers
+from mlx_rgemma.cpu.numba_runtime import compile_seconds
 
 if TYPE_CHECKING:
     import mlx.optimizers as optim
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from mlx_rgemma.cpu.decode_step import Decoder
 
 
-def prepare(model: nn.Module, *, dequantize: bool = True) -> str:
+__all__ = ["compile_seconds", "decoder", "optimizer", "prepare"]
+
+
+def prepare(model: nn.Module, *, dequantize: bool = True) -> int:
     """Multiply by NumPy in all layers of a model, and dequantize weights where there is room.
 
     Args:
@@ -35,7 +39,7 @@ def prepare(model: nn.Module, *, dequantize: bool = True) -> str:
         dequantize: Keep quantized weights in float32 too, where that is faster and there is room.
 
     Returns:
-        One line for the user about memory that this takes, or an empty string.
+        Bytes of the dequantized weights.
     """
     from mlx_rgemma.cpu.dequantize import cache_dequantized
     from mlx_rgemma.griffin.fused_projection import FusedInputBlock
@@ -44,13 +48,7 @@ def prepare(model: nn.Module, *, dequantize: bool = True) -> str:
     for module in model.modules():
         if isinstance(module, FusedInputBlock) and (fused := module.fused_projection()):
             replace_linear_layers(fused.layer)
-    nbytes = cache_dequantized(model) if dequantize else 0
-    if not nbytes:
-        return ""
-    return (
-        f"Quantized weights are held in float32 too, {nbytes / 1e9:.3f} GB: faster on a CPU."
-        " MLX_RGEMMA_DEQUANTIZE=off saves that memory."
-    )
+    return cache_dequantized(model) if dequantize else 0
 
 
 def decoder(model: Any) -> Decoder | None:

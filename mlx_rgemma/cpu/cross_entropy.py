@@ -9,6 +9,7 @@ from mlx_rgemma.cpu.streams import split_across_streams
 from mlx_rgemma.ops.autograd import custom_function, inference_mode
 from mlx_rgemma.ops.backend import Backend
 from mlx_rgemma.ops.cross_entropy import CROSS_ENTROPIES
+from mlx_rgemma.ops.sums import long_sum
 
 
 @CROSS_ENTROPIES.implementation(Backend.CPU, gradient="own")
@@ -17,7 +18,7 @@ def cross_entropies(scores: mx.array, targets: mx.array, *, cap: float) -> mx.ar
         logits = tanh(scores * (1.0 / cap)) * cap if cap else scores
         row_max = logits.max(axis=-1, keepdims=True)
         exponentials = exp2((logits - row_max) * LOG2_E)
-        row_sum = exponentials.sum(axis=-1, keepdims=True)
+        row_sum = long_sum(exponentials)
         loss = mx.log(row_sum) + row_max - mx.take_along_axis(logits, wanted, axis=-1)
         # softmax - one-hot, times the slope of the soft cap
         slopes = exponentials * mx.reciprocal(row_sum)

@@ -25,6 +25,7 @@ from mlx_rgemma.cpu.parameter_guard import ParameterGuard
 from mlx_rgemma.cpu.thread_pool import spin_between_tasks
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
 from mlx_rgemma.griffin.fused_projection import FusedInputBlock
+from mlx_rgemma.griffin.indices import check_token_ids
 from mlx_rgemma.griffin.layers import RecurrentBlock, ResidualBlock, RMSNorm
 from mlx_rgemma.ops import rotary_angles
 from mlx_rgemma.ops.rg_lru import log_a_base
@@ -89,6 +90,7 @@ class Decoder:
             ids: Any = tokens.tolist()
         except ValueError:  # within `mx.compile`, where they have no value
             return None
+        ids = [check_token_ids(sequence, len(self.embedding)) for sequence in ids]
         return self._step(ids, cache, last_only)
 
     def _step(

@@ -6,7 +6,6 @@ The quantized arrays stay the model's parameters, which are saved, adapted and f
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +13,7 @@ import mlx.nn as nn
 from mlx_rgemma.cpu.layers import QuantizedEmbedding, QuantizedLinear
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.fused_projection import FusedInputBlock
+from mlx_rgemma.io.memory import available_memory
 
 VARIABLE = "MLX_RGEMMA_DEQUANTIZE"
 MODES = ("auto", "off")
@@ -39,7 +39,7 @@ def cache_dequantized(model: nn.Module) -> int:
         return 0
     modules = [m for m in model.modules() if isinstance(m, (QuantizedLinear, QuantizedEmbedding))]
     needed = sum(4 * module["weight"].size * 32 // module.bits for module in modules)
-    if needed > _free_memory() // 2:
+    if needed > (available_memory() or 0) // 2:
         return 0
     for module in model.modules():
         if isinstance(module, FusedInputBlock):
@@ -57,28 +57,3 @@ def _cache_fused(block: FusedInputBlock) -> None:
         for name, weight in zip(block.shared, weights, strict=True):
             if isinstance(block[name], QuantizedLinear):
                 block[name].keep_dequantized(weight)
-
-
-def _free_memory() -> int:
-    """Return the bytes that this process may still allocate."""
-    free = _numbers(Path("/proc/meminfo")).get("MemAvailable:", 0) * 1024
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit_bytes, used_bytes = (int((group / name).read_text()) for name in (limit, used))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-        free = min(free, limit_bytes - used_bytes)
-    return free
-
-
-def _numbers(file: Path) -> dict[str, int]:
-    """Lines of a name, a number and a unit."""
-    try:
-        lines = [line.split() for line in file.read_text().splitlines()]
-    except OSError:
-        return {}
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}

@@ -10,6 +10,8 @@ Within `mx.compile` and `mx.vmap`, where arrays have no values, the reference ru
 
 from __future__ import annotations
 
+import logging
+import time
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -93,4 +95,51 @@ def constant(name: str) -> int:
 
 @cache
 def _kernels() -> Any:
-    return import_module("mlx_rgemma.cpu.kernels")  # takes half a second: only when needed
+    found = import_module("mlx_rgemma.cpu.kernels")  # takes half a second: only when needed
+    _watch_compiler()
+    return found
+
+
+log = logging.getLogger(__name__)
+
+COMPILING = "Compiling kernels for this CPU, once: about 20 s"
+_compiled: list[tuple[float, float]] = []
+"""When each compilation of this process began and ended."""
+
+
+def compile_seconds(since: float) -> float:
+    """Return the seconds of compilation since a moment of `time.perf_counter`.
+
+    Speeds leave them out: a kernel is compiled on its first run on a machine, and cached on disk.
+    """
+    return sum(max(end - max(begin, since), 0.0) for begin, end in _compiled)
+
+
+def _watch_compiler() -> None:
+    """Record when kernels are compiled; log one line before the first."""
+    from numba.core import event
+
+    class Listener(event.Listener):
+        """Numba compiles one function at a time, and within it those that it calls."""
+
+        depth, begin = 0, 0.0
+
+        def on_start(self, event: Any) -> None:
+            if self._ours(event):
+                if self.depth == 0:
+                    if not _compiled:
+                        log.info(COMPILING)
+                    self.begin = time.perf_counter()
+                self.depth += 1
+
+        def on_end(self, event: Any) -> None:
+            if self._ours(event):
+                self.depth -= 1
+                if self.depth == 0:
+                    _compiled.append((self.begin, time.perf_counter()))
+
+        def _ours(self, event: Any) -> bool:
+            module: str = event.data["dispatcher"].py_func.__module__
+            return module.startswith("mlx_rgemma.")
+
+    event.register("numba:compile", Listener())

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.single import Prompt, encode
+import mlx.core as mx
+
+from mlx_rgemma.errors import UserError, shown
+from mlx_rgemma.generation.decoding import LogitsProcessor, Sampler
+from mlx_rgemma.generation.options import SamplingOptions, check_number, suggest
+from mlx_rgemma.generation.prompts import Prompt, encode_prompt
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops.backend import compile_seconds
 from mlx_rgemma.text.stream import StopMatcher, TextStream
 
 if TYPE_CHECKING:
@@ -59,47 +65,95 @@ class _Row:
         return stopped
 
 
+@suggest
 def batch_generate(
     model: Model,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     max_tokens: int | list[int] = 128,
     *,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
+    top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    seed: int | None = None,
+    repetition_penalty: float | None = None,
+    repetition_context_size: int = 20,
+    presence_penalty: float | None = None,
+    presence_context_size: int = 20,
+    frequency_penalty: float | None = None,
+    frequency_context_size: int = 20,
+    logit_bias: Mapping[int, float] | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
     stop: str | Sequence[str] = (),
     return_prompt_caches: bool = False,
     prompt_caches: list[list[GriffinCache]] | None = None,
-    **kwargs: Any,
+    prefill_step_size: int = 2048,
+    completion_batch_size: int = 32,
+    prefill_batch_size: int = 8,
 ) -> BatchResponse:
     """Generate a text for each of several prompts at once; each is what it would be alone.
 
     Args:
         model, tokenizer: From `load`.
-        prompts: Texts, or token ids, of any lengths.
-        max_tokens: How many tokens to write at most, for all or for each.
+        prompts: Texts, token ids or lists of chat messages, as for `stream_generate`.
+        max_tokens: Tokens to generate at most, for all or for each.
         stop: Texts that end a generation; they are not part of the output.
         return_prompt_caches: Whether to return each prompt's state.
         prompt_caches: A state for each prompt to continue.
-        **kwargs: Passed on to `mlx_lm.generate.BatchGenerator`: `sampler`, `logits_processors`,
-            `prefill_step_size`, `completion_batch_size`, `prefill_batch_size`.
+        prefill_step_size: Prompt tokens to read at a time.
+        completion_batch_size: Texts that are written together.
+        prefill_batch_size: Prompts that are read together.
+
+    The arguments from `temp` to `logits_processors` are those of `stream_generate`.
 
     Returns:
         A `BatchResponse`.
 
     Raises:
-        UserError: If a prompt is empty or holds an unknown token, or `max_tokens` is no count.
+        UserError: If a prompt is empty, holds an unknown token or malformed messages, or an option
+            is out of bounds; or a state is another model's.
     """
+    sampling = SamplingOptions.of(locals())
     from mlx_lm.generate import BatchGenerator
 
+    if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise UserError("prompts is a single prompt: put it in a list.")
     if not prompts:
         raise UserError("there are no prompts.")
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     if len(limits) != len(prompts) or min(limits) < 1:
-        raise UserError(f"max_tokens is {max_tokens}, expected at least 1 for each prompt.")
+        raise UserError(f"max_tokens is {shown(max_tokens)}, expected at least 1 for each prompt.")
+    sizes = {
+        "prefill_step_size": prefill_step_size,
+        "completion_batch_size": completion_batch_size,
+        "prefill_batch_size": prefill_batch_size,
+    }
+    for name, size in sizes.items():
+        check_number(name, size, 1, whole=True)
     stop = [stop] if isinstance(stop, str) else stop
+    if prompt_caches is not None:
+        _check_caches(model, prompt_caches, len(prompts))
     known = model.args.vocab_size
-    tokens: list[Any] = [encode(tokenizer, prompt, known).tolist() for prompt in prompts]
+    tokens: list[Any] = [encode_prompt(tokenizer, prompt, known).tolist() for prompt in prompts]
+    choose, processors = sampling.functions(
+        tokenizer, known, sampler=sampler, logits_processors=logits_processors
+    )
+    if seed is not None:
+        mx.random.seed(seed)
 
-    generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **kwargs)
+    started = time.perf_counter()
+    generator = BatchGenerator(
+        model,
+        stop_tokens=[[t] for t in tokenizer.eos_token_ids],
+        sampler=choose,
+        logits_processors=processors,
+        **sizes,
+    )
     rows = {
         uid: _Row(tokenizer, stop) for uid in generator.insert(tokens, limits, caches=prompt_caches)
     }
@@ -117,6 +171,7 @@ def batch_generate(
                         row.cache = cache[response.uid][0]
     finally:
         generator.close()
+    _leave_out(stats, compile_seconds(started))
     answers = list(rows.values())
     return BatchResponse(
         texts=["".join(row.pieces) for row in answers],
@@ -125,3 +180,23 @@ def batch_generate(
         stats=stats,
         caches=[row.cache or [] for row in answers] if return_prompt_caches else None,
     )
+
+
+def _check_caches(model: Model, caches: list[list[GriffinCache]], prompts: int) -> None:
+    """Refuse states that are not one of one sequence for each prompt."""
+    if len(caches) != prompts:
+        raise UserError(f"there are {len(caches)} prompt_caches for {prompts} prompts.")
+    for cache in caches:
+        try:
+            model.check_cache(cache)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if any(layer.batch_size != 1 for layer in cache):
+            raise UserError("each of prompt_caches must be the state of one sequence.")
+
+
+def _leave_out(stats: BatchStats, seconds: float) -> None:
+    """Take the compilation of loops, as a rule on the first prompt, out of the speeds."""
+    stats.wall_time -= seconds
+    if seconds < stats.prompt_time:
+        stats.prompt_time -= seconds

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_rgemma.generation.device import generation_stream
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops.sums import log_softmax
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 Sampler = Callable[[mx.array], mx.array]
@@ -66,7 +67,7 @@ def plain_steps(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prefill_step_size: int = 2048,
-    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    prompt_progress_callback: Callable[[int, int], object] | None = None,
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
     """Generate token by token, like `mlx_lm.generate.generate_step`.
 
@@ -95,7 +96,7 @@ def plain_steps(
     def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
         with mx.stream(generation_stream):
             logits = processors(model.last_logits(tokens[None], prompt_cache))
-            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            logprobs = log_softmax(logits)
             token = choose(logprobs)
             processors.see(token)
             mx.async_eval(token, logprobs, processors.recent)

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_rgemma.generation.sampling import Sampler, log_softmax
+from mlx_rgemma.generation.sampling import Sampler
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops.sums import log_softmax
 
 Process = Callable[[mx.array, mx.array], mx.array]
 """Logits processors, applied to (1, V) logits behind the tokens drafted so far."""

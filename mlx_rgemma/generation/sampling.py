@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_rgemma.ops.sums import log_softmax
+
 
 class Sampler:
     """mlx-lm's sampler (`mlx_lm.sample_utils.make_sampler`), with its distribution at hand.
@@ -52,8 +54,3 @@ class Sampler:
         if self.greedy:
             return mx.argmax(logprobs, axis=-1)
         return mx.random.categorical(self.distribution(logprobs))
-
-
-def log_softmax(logits: mx.array) -> mx.array:
-    """Logits as log-probabilities, along the last axis."""
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

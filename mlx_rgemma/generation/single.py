@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.decoding import LogitsProcessor, plain_steps
+from mlx_rgemma.generation.decoding import LogitsProcessor, Sampler, plain_steps
 from mlx_rgemma.generation.device import generation_stream, wired_limit
+from mlx_rgemma.generation.options import (
+    SamplingOptions,
+    check_max_tokens,
+    check_number,
+    suggest,
+)
+from mlx_rgemma.generation.prompts import Prompt, encode_prompt
 from mlx_rgemma.generation.speculation import DRAFT_TOKENS, SpeculationStats, speculative_steps
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.text.responses import GenerationResponse, text_responses
 
-Prompt = str | Sequence[int] | mx.array
 
-
+@suggest
 def stream_generate(
     model: Model,
     tokenizer: Any,
     prompt: Prompt,
     max_tokens: int = 256,
     *,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
+    top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    seed: int | None = None,
+    repetition_penalty: float | None = None,
+    repetition_context_size: int = 20,
+    presence_penalty: float | None = None,
+    presence_context_size: int = 20,
+    frequency_penalty: float | None = None,
+    frequency_context_size: int = 20,
+    logit_bias: Mapping[int, float] | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
     stop: str | Sequence[str] = (),
     prompt_cache: list[GriffinCache] | None = None,
-    logits_processors: Sequence[LogitsProcessor] | None = None,
+    prefill_step_size: int = 2048,
+    prompt_progress_callback: Callable[[int, int], object] | None = None,
     draft_model: Model | None = None,
     num_draft_tokens: int = DRAFT_TOKENS,
     prompt_lookup: int = 0,
     speculation_stats: SpeculationStats | None = None,
-    **kwargs: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate text piece by piece.
 
@@ -43,35 +65,67 @@ def stream_generate(
     Args:
         model: From `load`.
         tokenizer: From `load`.
-        prompt: Text, or token ids.
-        max_tokens: How many tokens to write at most; -1 for no limit.
+        prompt: A text, which is read as it is, as in mlx-lm; token ids; or a list of chat messages
+            (mappings with "role" and "content"), to which the chat template is applied.
+        max_tokens: Tokens to generate at most; -1 for no limit.
+        temp: Sampling temperature; 0 takes the most probable token.
+        top_p: Keep the most probable tokens of this total probability; 1 for all.
+        min_p: Keep tokens of at least this share of the highest probability; 0 for all.
+        min_tokens_to_keep: Tokens that `min_p` keeps in any case.
+        top_k: Keep this many of the most probable tokens; 0 for all.
+        xtc_probability: Probability per token of excluding the top choices (XTC).
+        xtc_threshold: Probability from which on XTC excludes a token.
+        seed: Seeds MLX's random numbers, those of the whole process, before the first token.
+        repetition_penalty: Divides positive logits of recent tokens, multiplies negative ones.
+        presence_penalty: Subtracted from the logits of recent tokens.
+        frequency_penalty: Subtracted once per occurrence.
+        repetition_context_size, presence_context_size, frequency_context_size: Recent tokens that
+            each penalty covers.
+        logit_bias: Added to the logits of these tokens.
+        sampler: A function of log-probabilities (1, V) to tokens (1,), in place of `temp` to
+            `xtc_threshold`.
+        logits_processors: Functions of (the last tokens, logits) to logits, applied after the
+            penalties. They see at most `CONTEXT_LIMIT` tokens.
         stop: Texts that end the generation; they are not part of the output.
         prompt_cache: A state to continue, from `model.make_cache()`; updated in place.
-        logits_processors: Functions of (the last tokens, logits) to logits, from
-            `mlx_lm.sample_utils.make_logits_processors`. They see at most `CONTEXT_LIMIT` tokens.
-        draft_model: A smaller model with the same vocabulary, for speculative decoding. A
-            `mlx_rgemma.generation.sampling.Sampler` as `sampler` keeps most of its drafts.
+        prefill_step_size: Prompt tokens to read at a time.
+        prompt_progress_callback: Called with the prompt tokens read so far and their number.
+        draft_model: A smaller model with the same vocabulary, for speculative decoding.
         num_draft_tokens: Tokens that it drafts at a time.
         prompt_lookup: Tokens to draft at a time from the text so far, without a draft model.
         speculation_stats: Filled in while speculating.
-        **kwargs: Those of `mlx_lm.generate.generate_step`: `sampler`, `prefill_step_size`,
-            `prompt_progress_callback`.
 
     Yields:
         A `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
 
     Raises:
-        UserError: If the prompt is empty or holds an unknown token, `max_tokens` is no count, or
-            the draft model does not fit.
+        UserError: If the prompt is empty, holds an unknown token or malformed messages, an option
+            is out of bounds, or the draft model does not fit.
     """
-    if max_tokens < 1 and max_tokens != -1:
-        raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1 for no limit).")
-    tokens = encode(tokenizer, prompt, model.args.vocab_size)
-    cache = model.make_cache() if prompt_cache is None else prompt_cache
-    common: dict[str, Any] = {"max_tokens": max_tokens, "prompt_cache": cache, **kwargs}
-    if draft_model is None and not prompt_lookup:
-        steps = plain_steps(tokens, model, logits_processors=logits_processors, **common)
-    else:
+    sampling = SamplingOptions.of(locals())
+    check_max_tokens(max_tokens)
+    check_number("prefill_step_size", prefill_step_size, 1, whole=True)
+    vocab_size = model.args.vocab_size
+    tokens = encode_prompt(tokenizer, prompt, vocab_size)
+    speculative = draft_model is not None or bool(prompt_lookup)
+    choose, processors = sampling.functions(
+        tokenizer,
+        vocab_size,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        speculative=speculative,
+    )
+    if seed is not None:
+        mx.random.seed(seed)
+    common: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "prompt_cache": model.make_cache() if prompt_cache is None else prompt_cache,
+        "sampler": choose,
+        "logits_processors": processors,
+        "prefill_step_size": prefill_step_size,
+        "prompt_progress_callback": prompt_progress_callback,
+    }
+    if speculative:
         steps = speculative_steps(
             tokens,
             model,
@@ -79,9 +133,10 @@ def stream_generate(
             num_draft_tokens=num_draft_tokens,
             prompt_lookup=prompt_lookup,
             stats=speculation_stats,
-            logits_processors=logits_processors,
             **common,
         )
+    else:
+        steps = plain_steps(tokens, model, **common)
     with wired_limit(model, generation_stream):
         tic = time.perf_counter()
         with closing(steps):
@@ -90,36 +145,72 @@ def stream_generate(
             )
 
 
+@suggest
 def generate(
-    model: Model, tokenizer: Any, prompt: Prompt, verbose: bool = False, **kwargs: Any
+    model: Model,
+    tokenizer: Any,
+    prompt: Prompt,
+    verbose: bool = False,
+    *,
+    max_tokens: int = 256,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
+    top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    seed: int | None = None,
+    repetition_penalty: float | None = None,
+    repetition_context_size: int = 20,
+    presence_penalty: float | None = None,
+    presence_context_size: int = 20,
+    frequency_penalty: float | None = None,
+    frequency_context_size: int = 20,
+    logit_bias: Mapping[int, float] | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    stop: str | Sequence[str] = (),
+    prompt_cache: list[GriffinCache] | None = None,
+    prefill_step_size: int = 2048,
+    prompt_progress_callback: Callable[[int, int], object] | None = None,
+    draft_model: Model | None = None,
+    num_draft_tokens: int = DRAFT_TOKENS,
+    prompt_lookup: int = 0,
+    speculation_stats: SpeculationStats | None = None,
 ) -> str:
     """Generate a text as one string.
 
+        generate(model, tokenizer, "Once upon a time", temp=0.8, top_p=0.95)
+        generate(model, tokenizer, [{"role": "user", "content": "Why is the sky blue?"}])
+
     Args:
-        model, tokenizer, prompt: As for `stream_generate`.
         verbose: Whether to print the text as it comes, and mlx-lm's statistics after it.
-        **kwargs: Passed on to `stream_generate`.
+
+    All other arguments are those of `stream_generate`.
 
     Returns:
         The text without the prompt.
     """
+    options = dict(locals())
+    del options["verbose"]
     if verbose:
         print("=" * 10)
     pieces = []
     response = None
-    if kwargs.get("draft_model") is not None or kwargs.get("prompt_lookup"):
-        kwargs.setdefault("speculation_stats", SpeculationStats())
-    cache = kwargs.pop("prompt_cache", None) or model.make_cache()
+    if speculation_stats is None and (draft_model is not None or prompt_lookup):
+        options["speculation_stats"] = SpeculationStats()
+    cache = options["prompt_cache"] = prompt_cache or model.make_cache()
     try:
-        for response in stream_generate(model, tokenizer, prompt, prompt_cache=cache, **kwargs):
+        for response in stream_generate(**options):
             if verbose:
                 print(response.text, end="", flush=True)
             pieces.append(response.text)
     finally:
         if verbose and response is not None:
             print(f"\n{'=' * 10}\n{statistics(response, state_nbytes(cache))}", flush=True)
-            if kwargs.get("speculation_stats") is not None:
-                print(kwargs["speculation_stats"], flush=True)
+            if options["speculation_stats"] is not None:
+                print(options["speculation_stats"], flush=True)
     return "".join(pieces)
 
 
@@ -132,77 +223,3 @@ def statistics(response: GenerationResponse, state_bytes: int) -> str:
         f"Peak memory: {response.peak_memory:.3f} GB\n"
         f"State: {state_bytes / 1e6:.3f} MB, at any length"
     )
-
-
-def apply_chat_template(
-    tokenizer: Any,
-    prompt: str,
-    *,
-    system_prompt: str | None = None,
-    response: str | None = None,
-    config: str | None = None,
-) -> str:
-    """The text of a chat with one question, ready for the model's answer.
-
-    Args:
-        tokenizer: From `load`, with a chat template.
-        prompt: The user's message.
-        system_prompt: A system message; Gemma's own template knows none.
-        response: How the answer begins.
-        config: JSON object with more arguments for the template.
-
-    Raises:
-        UserError: If the template refuses the messages or `config` is no JSON object.
-    """
-    options = template_options(config)
-    messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    messages.append({"role": "user", "content": prompt})
-    if response is not None:
-        messages.append({"role": "assistant", "content": response})
-    try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=response is not None,
-            add_generation_prompt=response is None,
-            **options,
-        )
-    except Exception as error:  # templates raise errors of their own making
-        raise UserError(f"the model's chat template refuses the prompt: {error}.") from error
-
-
-def template_options(config: str | None) -> dict[str, Any]:
-    """The arguments for a chat template that `--chat-template-config` holds.
-
-    Raises:
-        UserError: If it is no JSON object.
-    """
-    import json
-
-    try:
-        options = {} if config is None else json.loads(config)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--chat-template-config is not JSON: {error}.") from error
-    if not isinstance(options, dict):
-        raise UserError("--chat-template-config must be a JSON object.")
-    return options
-
-
-def encode(tokenizer: Any, prompt: Prompt, vocab_size: int) -> mx.array:
-    """Token ids of a prompt, (L,) int32; a text begins with BOS unless it says so itself.
-
-    Raises:
-        UserError: If there is no token, or one that the model does not have.
-    """
-    if isinstance(prompt, str):
-        bos = tokenizer.bos_token
-        special = bos is None or not prompt.startswith(bos)
-        prompt = tokenizer.encode(prompt, add_special_tokens=special)
-    tokens = prompt if isinstance(prompt, mx.array) else mx.array(list(prompt), mx.int32)
-    if tokens.size == 0:
-        raise UserError("the prompt is empty: it needs at least one token.")
-    low, high = int(tokens.min().item()), int(tokens.max().item())  # type: ignore[arg-type]
-    if low < 0 or high >= vocab_size:
-        unknown = low if low < 0 else high
-        raise UserError(f"the prompt holds token {unknown}; the model knows 0 to {vocab_size - 1}.")
-    return tokens

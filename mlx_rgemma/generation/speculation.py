@@ -18,9 +18,10 @@ import mlx.core as mx
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.decoding import LogitsProcessor, Processors
 from mlx_rgemma.generation.drafts import Draft, Drafter, DraftModel, PromptLookup
-from mlx_rgemma.generation.sampling import Sampler, log_softmax
+from mlx_rgemma.generation.sampling import Sampler
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops.sums import log_softmax
 
 DRAFT_TOKENS = 3
 """Tokens of a draft, unless asked otherwise."""
@@ -66,7 +67,7 @@ def speculative_steps(
     sampler: Any = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prefill_step_size: int = 2048,
-    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    prompt_progress_callback: Callable[[int, int], object] | None = None,
     stats: SpeculationStats | None = None,
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
     """Generate token by token, like `mlx_lm.generate.generate_step`.

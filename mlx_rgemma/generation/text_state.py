@@ -12,6 +12,8 @@ from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.decoding import Processors, Sampler, greedy
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.process import refuse_forked_process
+from mlx_rgemma.ops.sums import log_softmax
 
 
 class TextState:
@@ -44,6 +46,7 @@ class TextState:
 
     def evaluate(self) -> None:
         """Compute what is left to compute: no other thread could."""
+        refuse_forked_process()
         mx.eval(_arrays(self.cache))
 
     def copy(self) -> TextState:
@@ -90,7 +93,7 @@ class TextState:
 
         def step(cache: Sequence[GriffinCache], token: mx.array) -> tuple[mx.array, mx.array]:
             logits = processors(model(token[:, None], cache=cache)[:, -1])
-            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            logprobs = log_softmax(logits)
             return choose(logprobs), logprobs.squeeze(0)
 
         ahead = handles(self.cache)

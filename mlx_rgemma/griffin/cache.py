@@ -11,9 +11,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.griffin.indices import KEPT, as_count, as_index, as_list, read_counts
 from mlx_rgemma.griffin.rollback import Rollback
+from mlx_rgemma.io.memory import check_memory
 from mlx_rgemma.ops import RingBuffer
+
+DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+"""dtypes of activations."""
+
+SMALL_STATE = 1 << 26
+"""Bytes of a state that is allocated without asking the system what is free."""
 
 
 class _StateCache(Rollback):
@@ -52,9 +59,10 @@ class _StateCache(Rollback):
         if other.get("left_padding") is not None:
             raise ValueError("[cache] prompts must be padded on the right, not on the left.")
         if lengths is not None:
-            self.lengths = [int(n) for n in lengths]
-            if len(self.lengths) != self.batch_size:
-                self.resize(len(self.lengths))
+            counts = [as_count("[cache] a prompt's length", n) for n in as_list(lengths)]
+            if len(counts) != self.batch_size:
+                self.resize(len(counts))
+            self.lengths = counts
 
     def finalize(self) -> None:
         """The right-padded batch has been read."""
@@ -81,7 +89,11 @@ class _StateCache(Rollback):
             self.lengths = [max(0, n - length) for n in self.lengths]
 
     def resize(self, batch_size: int) -> None:
-        """Give a cache that has seen nothing another number of rows."""
+        """Give a cache that has seen nothing another number of rows.
+
+        Raises:
+            ValueError: If it has seen a token, or there is to be no row.
+        """
         if batch_size == self.batch_size:
             return
         if not self.empty():
@@ -89,9 +101,31 @@ class _StateCache(Rollback):
                 f"[cache] the cache holds {self.batch_size} sequences, the tokens are of"
                 f" {batch_size}."
             )
+        if batch_size < 1:
+            raise ValueError("[cache] a cache of no sequences.")
         self.positions = [0] * batch_size
         self.clear_history()
         self._allocate(batch_size)
+
+    def rows(self, batch_indices: Any) -> tuple[list[int], mx.array]:
+        """Return numbers of rows that there are, as integers and as an index.
+
+        Raises:
+            ValueError: Naming the first that there is not.
+        """
+        rows = [as_index("[cache] row", row, self.batch_size) for row in as_list(batch_indices)]
+        return rows, mx.array(rows, mx.int32)
+
+    @classmethod
+    def same_model(cls, caches: Sequence[Any]) -> None:
+        """Refuse caches that cannot be one.
+
+        Raises:
+            ValueError: If there is none, or they belong to different models.
+        """
+        kinds = {getattr(cache, "signature", type(cache)) for cache in caches}
+        if len(kinds) != 1 or not all(isinstance(cache, cls) for cache in caches):
+            raise ValueError("[cache] only caches of the same model can be merged.")
 
     def _allocate(self, batch_size: int) -> None:
         raise AssertionError("each kind of cache allocates its own arrays")
@@ -150,30 +184,32 @@ class RecurrentCache(_StateCache):
         try:
             h, conv, positions = state
             h_ok = h.ndim == 2 and h.dtype == mx.float32
-            conv_ok = conv.ndim == 3 and conv.shape[0] == h.shape[0]
-            ok = h_ok and conv_ok and conv.shape[2] == h.shape[1]
-            positions = _counts(positions, h.shape[0])
+            conv_ok = conv.ndim == 3 and conv.dtype in DTYPES
+            ok = h_ok and conv_ok and (conv.shape[0], conv.shape[2]) == h.shape
+            positions = read_counts(positions, h.shape[0])
         except (TypeError, ValueError, AttributeError):
             ok = False
         if not ok:
-            raise CheckpointError("the file does not hold the state of a recurrent block.")
+            raise ValueError("[cache] not the state of a recurrent block.")
         self.h, self.conv, self.positions = h, conv, positions
         self.clear_history()
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep these rows, in this order."""
-        rows, index = _rows(batch_indices)
+        rows, index = self.rows(batch_indices)
         self.h, self.conv = self.h[index], self.conv[index]
         _keep_rows(self, rows)
 
     def extend(self, other: RecurrentCache) -> None:
         """Append the rows of another cache."""
+        self.same_model([self, other])
         self.h = mx.concatenate([self.h, other.h])
         self.conv = mx.concatenate([self.conv, other.conv.astype(self.conv.dtype)])
         _append_rows(self, other)
 
     def extract(self, idx: int) -> RecurrentCache:
         """A cache of its own for one row."""
+        idx = as_index("[cache] row", idx, self.batch_size)
         cache = RecurrentCache.__new__(RecurrentCache)
         cache.h = mx.contiguous(self.h[idx : idx + 1])
         cache.conv = mx.contiguous(self.conv[idx : idx + 1])
@@ -183,6 +219,7 @@ class RecurrentCache(_StateCache):
     @classmethod
     def merge(cls, caches: Sequence[RecurrentCache]) -> RecurrentCache:
         """One batch of all the rows of several caches."""
+        cls.same_model(caches)
         cache = cls.__new__(cls)
         cache.h = mx.concatenate([c.h for c in caches])
         cache.conv = mx.concatenate([c.conv for c in caches])
@@ -229,7 +266,7 @@ class AttentionCache(_StateCache):
         Raises:
             ValueError: If the window is shorter than that.
         """
-        if tokens > self.window:
+        if as_count(KEPT, tokens) > self.window:
             raise ValueError(f"[cache] a window of {self.window} cannot keep {tokens} tokens.")
         super().enable_rollback(tokens)
 
@@ -290,25 +327,26 @@ class AttentionCache(_StateCache):
     def state(self, state: Any) -> None:
         try:
             kv, ring, positions = state
-            write_pos, window = _counts(ring, 2)
+            write_pos, window = read_counts(ring, 2)
             ok = kv.ndim == 4 and kv.shape[1] == 2 and kv.shape[2] == window + 1
-            ok = ok and write_pos <= window
-            positions = _counts(positions, kv.shape[0])
+            ok = ok and write_pos <= window and kv.dtype in DTYPES
+            positions = read_counts(positions, kv.shape[0])
         except (TypeError, ValueError, AttributeError):
             ok = False
         if not ok:
-            raise CheckpointError("the file does not hold the state of an attention block.")
+            raise ValueError("[cache] not the state of an attention block.")
         self.kv, self.write_pos, self.window, self.positions = kv, write_pos, window, positions
         self.clear_history()
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep these rows, in this order."""
-        rows, index = _rows(batch_indices)
+        rows, index = self.rows(batch_indices)
         self.kv = self.kv[index]
         _keep_rows(self, rows)
 
     def extend(self, other: AttentionCache) -> None:
         """Append the rows of another cache."""
+        self.same_model([self, other])
         if self.write_pos != other.write_pos:
             self.kv, self.write_pos = self.ring.in_order(), 0
             other_kv = other.ring.in_order()
@@ -319,6 +357,7 @@ class AttentionCache(_StateCache):
 
     def extract(self, idx: int) -> AttentionCache:
         """A cache of its own for one row."""
+        idx = as_index("[cache] row", idx, self.batch_size)
         cache = AttentionCache.__new__(AttentionCache)
         cache.kv = mx.contiguous(self.kv[idx : idx + 1])
         cache.write_pos, cache.window = self.write_pos, self.window
@@ -328,8 +367,7 @@ class AttentionCache(_StateCache):
     @classmethod
     def merge(cls, caches: Sequence[AttentionCache]) -> AttentionCache:
         """One batch of all the rows of several caches."""
-        if len({c.signature for c in caches}) > 1:
-            raise ValueError("[cache] only caches of the same model can be merged.")
+        cls.same_model(caches)
         cache = cls.__new__(cls)
         cache.kv = mx.concatenate([c.ring.in_order() for c in caches])
         cache.write_pos, cache.window = 0, caches[0].window
@@ -345,20 +383,16 @@ def state_nbytes(cache: Sequence[GriffinCache]) -> int:
     return sum(c.nbytes for c in cache)
 
 
-def _counts(array: mx.array, size: int) -> list[int]:
-    """The whole numbers of an array that holds `size` of them, none negative."""
-    if array.shape != (size,) or not mx.issubdtype(array.dtype, mx.integer):
-        raise ValueError("not as many whole numbers as expected")
-    values: Any = array.tolist()
-    if min(values) < 0:
-        raise ValueError("a negative count")
-    return values
+def check_state_memory(nbytes: int, batch_size: int) -> None:
+    """Refuse a state that memory cannot hold: MLX would not, but crash.
 
-
-def _rows(batch_indices: Any) -> tuple[list[int], mx.array]:
-    values: Any = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
-    rows = [int(row) for row in values]
-    return rows, mx.array(rows, mx.int32)
+    Raises:
+        UserError: If less memory is available.
+    """
+    if nbytes > SMALL_STATE:
+        texts = "1 sequence" if batch_size == 1 else f"{batch_size} sequences"
+        remedy = "use fewer sequences, or a model with a smaller attention_window_size"
+        check_memory(f"the state of {texts}", nbytes, remedy)
 
 
 def _keep_rows(cache: _StateCache, rows: list[int]) -> None:

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mlx_rgemma.errors import ConfigError
+from mlx_rgemma.errors import ConfigError, shown
+from mlx_rgemma.griffin.config_reader import ConfigReader, as_float, is_int
 
 MODEL_TYPE = "recurrent_gemma"
 RECURRENT, ATTENTION = "recurrent", "attention"
 BLOCK_TYPES = (RECURRENT, RECURRENT, ATTENTION)
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_tanh", "gelu_approx")
+
+MAX_INT32 = 2**31 - 1
+"""MLX counts elements along an axis, and Metal kernels within a row, in int32."""
+MAX_SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 12,
+    "head_dim": 1 << 16,
+    "lru_width": 1 << 20,
+    "attention_window_size": 1 << 30,
+    "conv1d_width": 1 << 8,
+}
+"""Sizes of a model, each at least 1, and the largest that is taken."""
+RANGES = {
+    "logits_soft_cap": (1e-3, 1e6),
+    "rope_theta": (1.0, 1e15),
+    "partial_rotary_factor": (1e-6, 1.0),
+    "rms_norm_eps": (1e-30, 1.0),
+}
+"""Constants, all representable in float32 with their reciprocals; a cap of 0 means none."""
+MAX_BLOCK_TYPES = MAX_SIZES["num_hidden_layers"]
+MAX_STOP_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -91,15 +115,15 @@ class GriffinConfig:
             raise ConfigError("the configuration is not a JSON object.")
         if values.get("model_type") != MODEL_TYPE:
             raise ConfigError(
-                f"model_type is {values.get('model_type')!r}; this package runs"
+                f"model_type is {shown(values.get('model_type'))}; this package runs"
                 f" '{MODEL_TYPE}' models only."
             )
         activation = values.get("hidden_activation") or ACTIVATIONS[0]
         if activation not in ACTIVATIONS:
             raise ConfigError(
-                f"hidden_activation is {activation!r}; RecurrentGemma has '{ACTIVATIONS[0]}'."
+                f"hidden_activation is {shown(activation)}; RecurrentGemma has '{ACTIVATIONS[0]}'."
             )
-        read = _Reader(values)
+        read = ConfigReader(values)
         hidden_size = read.integer("hidden_size")
         heads = read.integer("num_attention_heads")
         _divides("num_attention_heads", heads, "hidden_size", hidden_size)
@@ -112,7 +136,7 @@ class GriffinConfig:
             head_dim=read.integer("head_dim", hidden_size // heads),
             lru_width=read.integer("lru_width", hidden_size),
             attention_window_size=read.integer("attention_window_size"),
-            block_types=read.block_types(),
+            block_types=read.block_types(BLOCK_TYPES),
             conv1d_width=read.integer("conv1d_width", 4),
             logits_soft_cap=read.soft_cap(),
             embeddings_scale_by_sqrt_dim=read.boolean("embeddings_scale_by_sqrt_dim", True),
@@ -122,7 +146,7 @@ class GriffinConfig:
             attention_bias=read.boolean("attention_bias", False),
             num_key_value_heads=read.integer("num_key_value_heads", 1),
             tie_word_embeddings=read.boolean("tie_word_embeddings", True),
-            dtype=read.dtype(),
+            dtype=read.dtype(DTYPES),
             bos_token_id=read.token("bos_token_id"),
             pad_token_id=read.token("pad_token_id"),
             eos_token_ids=read.tokens("eos_token_id"),
@@ -134,7 +158,9 @@ class GriffinConfig:
     def preset(cls, name: str) -> GriffinConfig:
         """The shape of a released model: "2b" or "9b" (also for the -it variants)."""
         if name not in PRESETS:
-            raise ConfigError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+            raise ConfigError(
+                f"there is no preset {shown(name)}; choose one of {', '.join(PRESETS)}."
+            )
         return PRESETS[name]
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,127 +210,26 @@ class GriffinConfig:
         return replace(self, window=window)
 
 
-class _Reader:
-    """Typed access to the values of a config file; null counts as missing."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if not isinstance(rope, Mapping):
-            raise ConfigError(f"rope_parameters is {rope!r}, expected an object.")
-        kind = rope.get("rope_type", "default")
-        if kind != "default":
-            raise ConfigError(
-                f"rope_parameters.rope_type is {kind!r}; RecurrentGemma has 'default'."
-            )
-        self.rope_parameters = rope
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        if value is None:
-            if default is None:
-                raise ConfigError(f"{key} is missing.")
-            return default
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{key} is {value!r}, expected a whole number.")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        return self._number(key, self.values.get(key), default)
-
-    def soft_cap(self) -> float:
-        """A cap that is spelled out as null means none; a missing one is the released 30."""
-        return self.number("logits_soft_cap", 0.0 if "logits_soft_cap" in self.values else 30.0)
-
-    def rope(self, key: str, default: float) -> float:
-        value = self.rope_parameters.get(key)
-        return self._number(key, self.values.get(key) if value is None else value, default)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ConfigError(f"{key} is {value!r}, expected true or false.")
-        return value
-
-    def block_types(self) -> tuple[str, ...]:
-        for key in ("block_types", "_block_types"):
-            value = self.values.get(key)
-            if value is not None:
-                if not isinstance(value, list | tuple) or not value:
-                    raise ConfigError(f"{key} is {value!r}, expected a list of block types.")
-                return tuple(value)
-        return BLOCK_TYPES
-
-    def dtype(self) -> str | None:
-        for key in ("dtype", "torch_dtype"):
-            value = self.values.get(key)
-            if value is not None:
-                name = str(value).removeprefix("torch.")
-                if name not in DTYPES:
-                    raise ConfigError(f"{key} is {value!r}, expected one of {', '.join(DTYPES)}.")
-                return name
-        return None
-
-    def token(self, key: str) -> int | None:
-        value = self.values.get(key)
-        return None if value is None else self.integer(key)
-
-    def tokens(self, key: str) -> tuple[int, ...]:
-        value = self.values.get(key)
-        if value is None:
-            return (1,)
-        value = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            raise ConfigError(f"{key} is {self.values[key]!r}, expected token ids.")
-        return tuple(value)
-
-    def quantization(self) -> Mapping[str, Any] | None:
-        value = self.values.get("quantization") or self.values.get("quantization_config")
-        if value is None:
-            return None
-        if not isinstance(value, Mapping) or "bits" not in value or "group_size" not in value:
-            raise ConfigError(
-                "quantization is not MLX's ({group_size, bits, mode}); convert the unquantized"
-                " model instead."
-            )
-        return value
-
-    @staticmethod
-    def _number(key: str, value: Any, default: float) -> float:
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{key} is {value!r}, expected a number.")
-        if not math.isfinite(value):
-            raise ConfigError(f"{key} is {value!r}, expected a finite number.")
-        return float(value)
-
-
 def _divides(name: str, divisor: int, of: str, value: int) -> None:
     if divisor < 1 or value % divisor:
-        raise ConfigError(f"{name} is {divisor}, which does not divide {of} {value}.")
+        raise ConfigError(f"{name} is {shown(divisor)}, which does not divide {of} {shown(value)}.")
 
 
 def _validate(c: GriffinConfig) -> None:
-    for key in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "head_dim",
-        "lru_width",
-        "attention_window_size",
-        "conv1d_width",
-    ):
-        if getattr(c, key) < 1:
-            raise ConfigError(f"{key} is {getattr(c, key)}, expected at least 1.")
+    """Check types and ranges, so that no size overflows an index of MLX."""
+    for key, most in MAX_SIZES.items():
+        value = getattr(c, key)
+        if not is_int(value):
+            raise ConfigError(f"{key} is {shown(value)}, expected an integer.")
+        if not 1 <= value <= most:
+            raise ConfigError(f"{key} is {shown(value)}, expected 1 to {most}.")
+    for key, (low, high) in RANGES.items():
+        value = as_float(key, getattr(c, key))
+        if not low <= value <= high and not (key == "logits_soft_cap" and value == 0):
+            none = "0 (none) or " if key == "logits_soft_cap" else ""
+            raise ConfigError(f"{key} is {value:g}, expected {none}{low:g} to {high:g}.")
     if c.model_type != MODEL_TYPE:
-        raise ConfigError(f"model_type is {c.model_type!r}, expected '{MODEL_TYPE}'.")
+        raise ConfigError(f"model_type is {shown(c.model_type)}, expected '{MODEL_TYPE}'.")
     _divides("num_attention_heads", c.num_attention_heads, "hidden_size", c.hidden_size)
     _divides("num_attention_heads", c.num_attention_heads, "lru_width", c.lru_width)
     if c.intermediate_size % 2:
@@ -312,31 +237,66 @@ def _validate(c: GriffinConfig) -> None:
             f"intermediate_size is {c.intermediate_size}; it is twice the MLP's inner width"
             " and must be even."
         )
+    if not 1 <= len(c.block_types) <= MAX_BLOCK_TYPES:
+        raise ConfigError(
+            f"block_types has {len(c.block_types)} entries, expected 1 to {MAX_BLOCK_TYPES}."
+        )
     for block in c.block_types:
         if block not in (RECURRENT, ATTENTION):
             raise ConfigError(
-                f"block_types holds {block!r}, expected '{RECURRENT}' or '{ATTENTION}'."
+                f"block_types holds {shown(block)}, expected '{RECURRENT}' or '{ATTENTION}'."
             )
-    if not c.block_types:
-        raise ConfigError("block_types is empty.")
     if c.num_key_value_heads != 1:
         raise ConfigError(
-            f"num_key_value_heads is {c.num_key_value_heads}; RecurrentGemma's attention has 1."
+            f"num_key_value_heads is {shown(c.num_key_value_heads)}; RecurrentGemma's attention"
+            " has 1."
         )
     if not c.tie_word_embeddings:
         raise ConfigError("tie_word_embeddings is false; RecurrentGemma's head is its embedding.")
-    if c.logits_soft_cap < 0:
-        raise ConfigError(f"logits_soft_cap is {c.logits_soft_cap}, expected 0 (none) or more.")
-    for key in ("rope_theta", "rms_norm_eps"):
-        if getattr(c, key) <= 0:
-            raise ConfigError(f"{key} is {getattr(c, key)}, expected more than 0.")
-    if not 0 < c.partial_rotary_factor <= 1 or c.rotary_dims < 2 or c.rotary_dims % 2:
+    if c.rotary_dims < 2 or c.rotary_dims % 2:
         raise ConfigError(
             f"partial_rotary_factor is {c.partial_rotary_factor} with head_dim {c.head_dim}:"
             " the rotated part must be an even number of channels."
         )
+    _validate_tokens(c)
+    _validate_products(c)
     if c.window not in ("google", "hf"):
-        raise ConfigError(f"window is {c.window!r}, expected 'google' or 'hf'.")
+        raise ConfigError(f"window is {shown(c.window)}, expected 'google' or 'hf'.")
+
+
+def _validate_tokens(c: GriffinConfig) -> None:
+    """Check the special tokens: ids, though not all need be in a vocabulary that was cut."""
+    if len(c.eos_token_ids) > MAX_STOP_TOKENS:
+        raise ConfigError(
+            f"eos_token_id has {len(c.eos_token_ids)} entries, expected at most {MAX_STOP_TOKENS}."
+        )
+    named = [("eos_token_id", token) for token in c.eos_token_ids]
+    named += [
+        (key, getattr(c, key))
+        for key in ("bos_token_id", "pad_token_id")
+        if getattr(c, key) is not None
+    ]
+    for key, token in named:
+        if not is_int(token) or not 0 <= token <= MAX_INT32:
+            raise ConfigError(f"{key} holds {shown(token)}, expected token ids (integers from 0).")
+
+
+def _validate_products(c: GriffinConfig) -> None:
+    """Check the number of elements of the largest arrays."""
+    queries = (c.num_attention_heads + 2) * c.head_dim
+    for what, elements in (
+        ("vocab_size x hidden_size", c.vocab_size * c.hidden_size),
+        ("intermediate_size x hidden_size", c.intermediate_size * c.hidden_size),
+        ("2 lru_width x hidden_size", 2 * c.lru_width * c.hidden_size),
+        ("(num_attention_heads + 2) head_dim x hidden_size", queries * c.hidden_size),
+        (
+            "2 (attention_window_size + 1) x head_dim",
+            2 * (c.attention_window_size + 1) * c.head_dim,
+        ),
+        ("lru_width^2 / num_attention_heads", c.lru_width**2 // c.num_attention_heads),
+    ):
+        if elements > MAX_INT32:
+            raise ConfigError(f"{what} is {elements}, expected at most {MAX_INT32} (int32).")
 
 
 def _released(hidden_size: int, heads: int, layers: int, intermediate_size: int) -> GriffinConfig:

@@ -10,12 +10,24 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
+from mlx_rgemma.griffin.cache import (
+    AttentionCache,
+    GriffinCache,
+    RecurrentCache,
+    check_state_memory,
+    state_nbytes,
+)
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
+from mlx_rgemma.griffin.indices import as_count, safe_token_ids
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
+from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.griffin.sequence_info import SequenceInfo
 from mlx_rgemma.griffin.sharding import shard_model
-from mlx_rgemma.ops import backend, inference_mode, rotary_frequencies, soft_cap
+from mlx_rgemma.griffin.tied_head import check_tied_head, tied_head
+from mlx_rgemma.ops import backend, inference_mode, rotary_frequencies
+
+MAX_BATCH = 1 << 16
+"""Sequences of a state."""
 
 
 class Griffin(nn.Module):
@@ -23,6 +35,7 @@ class Griffin(nn.Module):
 
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
+        self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [ResidualBlock(config, kind) for kind in config.layer_types]
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -41,6 +54,7 @@ class Griffin(nn.Module):
         last_only: bool = False,
     ) -> mx.array:
         batch, length = tokens.shape
+        tokens = safe_token_ids(tokens, self.vocab_size)
         info = SequenceInfo(batch, length, cache, segment_pos, self.window, self._frequencies)
         x = self.embed_tokens(tokens).astype(mx.float32) * self.embedding_scale
         last = len(self.layers) - 1 if last_only else None
@@ -60,11 +74,12 @@ class Model(nn.Module):
 
     def __init__(self, config: GriffinConfig) -> None:
         super().__init__()
+        refuse_forked_process()
         self.args = config
         self.model_type = config.model_type
         self.group: mx.distributed.Group | None = None
         self.model = Griffin(config)
-        self.preparation_note = ""  # one line for the user about memory of the backend
+        self.dequantized_nbytes = 0
 
     def __call__(
         self,
@@ -74,6 +89,9 @@ class Model(nn.Module):
         segment_pos: mx.array | None = None,
     ) -> mx.array:
         """Logits of every token's successor.
+
+        Ids are checked where that does not make a decode step wait for the device: see
+        `indices.safe_token_ids`.
 
         Args:
             tokens: (B, L), int.
@@ -85,7 +103,8 @@ class Model(nn.Module):
             (B, L, vocab_size), fp32, soft-capped.
 
         Raises:
-            ValueError: If the tokens, positions or cache have the wrong shape.
+            ValueError: If the tokens, positions or cache have the wrong shape or dtype, or hold an
+                unknown token or a negative position.
         """
         if segment_pos is None and (logits := self._decode(tokens, cache)) is not None:
             return logits
@@ -129,6 +148,7 @@ class Model(nn.Module):
         last_only: bool = False,
     ) -> mx.array | None:
         """Return logits by the backend's decoder, (B, L or 1, vocab_size); None without one."""
+        refuse_forked_process()
         if cache is None or self.training or self.group is not None or tokens.ndim != 2:
             return None
         decoder = backend.decoder(self)
@@ -189,14 +209,23 @@ class Model(nn.Module):
             self.group = group
 
     def make_cache(self, batch_size: int = 1) -> list[GriffinCache]:
-        """The state of `batch_size` sequences that have not begun, one cache a layer."""
+        """Return the state of `batch_size` sequences that have not begun, one cache per layer.
+
+        Raises:
+            ValueError: If there cannot be so many.
+            UserError: If they do not fit into memory.
+        """
         c, dtype = self.args, self.dtype
-        return [
+        if not 1 <= as_count("[cache] batch_size", batch_size) <= MAX_BATCH:
+            raise ValueError(f"[cache] batch_size is {batch_size}, expected 1 to {MAX_BATCH}.")
+        cache = [
             RecurrentCache(self.state_width, c.conv1d_width, dtype, batch_size)
             if kind == RECURRENT
             else AttentionCache(c.past_window, c.head_dim, dtype, batch_size)
             for kind in c.layer_types
         ]
+        check_state_memory(state_nbytes(cache), batch_size)  # nothing is allocated yet
+        return cache
 
     def fuse_projections(self) -> None:
         """Concatenate projections of the same input, so that a decode step has fewer products.
@@ -218,15 +247,20 @@ class Model(nn.Module):
         """
         self.fuse_projections()
         mx.eval(self.parameters())
-        self.preparation_note = backend.prepare(self, **options)
+        self.dequantized_nbytes = backend.prepare(self, **options)
 
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Names and layouts of a file as this class has them. Does nothing to its own output."""
+        """Return names and layouts of a file as this class has them; its own output as it is.
+
+        Raises:
+            CheckpointError: If the file has a head that is not the embedding, to the bit.
+        """
         c = self.args
         conv_shape = (c.lru_width, c.conv1d_width, 1)
         sanitized = {}
         for name, weight in weights.items():
-            if name == "lm_head.weight":  # equals the embedding
+            if name.startswith("lm_head."):
+                check_tied_head(name, weight, weights.get(f"model.embed_tokens.{name[8:]}"))
                 continue
             if name.endswith("conv_1d.weight") and weight.shape != conv_shape:
                 weight = weight.moveaxis(2, 1)
@@ -270,23 +304,11 @@ class Model(nn.Module):
             )
         if cache is not None:
             self.check_cache(cache)
+            if cache[0].batch_size != tokens.shape[0]:
+                each = state_nbytes(cache) // max(cache[0].batch_size, 1)
+                check_state_memory(each * tokens.shape[0], tokens.shape[0])
             for layer in cache:
                 layer.resize(tokens.shape[0])
-
-
-def tied_head(x: mx.array, embedding: nn.Module, cap: float) -> mx.array:
-    """Logits by the embedding that the input has too.
-
-    Args:
-        x: (..., hidden_size), behind the final norm.
-        embedding: Plain or quantized.
-        cap: Soft cap of the logits; 0 for none.
-
-    Returns:
-        (..., vocab_size), fp32.
-    """
-    logits = embedding.as_linear(x)
-    return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)
 
 
 def _describe(signature: tuple[Any, ...]) -> str:

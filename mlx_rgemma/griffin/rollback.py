@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from mlx_rgemma.griffin.indices import KEPT, as_count
+
 Undo = Callable[[Any, int], None]
 """Makes a cache what it was after so many tokens of the call that is undone."""
 
@@ -72,6 +74,7 @@ class Rollback:
         Args:
             tokens: How many; 0 to stop, and to drop what is kept.
         """
+        tokens = as_count(KEPT, tokens)
         self.history = History(tokens) if tokens > 0 else None
 
     @property
@@ -92,7 +95,7 @@ class Rollback:
         Raises:
             ValueError: If the history does not reach back that far.
         """
-        if not 0 <= n <= self.trimmable:
+        if as_count("[cache] the number of tokens to take back", n) > self.trimmable:
             raise ValueError(f"[cache] cannot take back {n} tokens: {self.trimmable} are kept.")
         if self.history is not None:
             self.history = self.history.undone(self, n)

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.griffin.cache import GriffinCache
+from mlx_rgemma.griffin.indices import check_segment_pos
 from mlx_rgemma.ops import MAX_STEPS, rotary_angles, token_types
 
 
@@ -47,7 +48,7 @@ class SequenceInfo:
         self.cached_len = None
         self.next_positions: list[int] | None = None
         if segment_pos is not None:
-            positions = segment_pos.astype(mx.int64)
+            positions = check_segment_pos(segment_pos)
             self.segment_pos = positions
             self.reset: mx.array | None = positions == 0
             self.max_lookback: mx.array | None = mx.minimum(positions, window).astype(mx.int32)

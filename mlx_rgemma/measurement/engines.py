@@ -104,5 +104,5 @@ def check_installed(name: str) -> None:
         if importlib.util.find_spec(module) is None:
             raise UserError(
                 f"--compare {name}: {module} is not installed;"
-                " pip install 'mlx-rgemma[parity]' brings what is compared with."
+                " pip install '.[parity]' in a clone brings what is compared with."
             )

@@ -196,9 +196,9 @@ class Ours(_MlxEngine):
         return total / counted
 
     def _optimizer(self) -> optim.Optimizer:
-        from mlx_rgemma.cpu.adam import fuse_adam
+        from mlx_rgemma.ops import backend
 
-        return fuse_adam(super()._optimizer())
+        return backend.optimizer(super()._optimizer())
 
     def _compiled(self) -> bool:
         return False

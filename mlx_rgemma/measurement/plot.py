@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.measurement.files import write_whole
+from mlx_rgemma.io.atomic import atomic_file
 from mlx_rgemma.measurement.results import Result
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -30,7 +30,7 @@ def check(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError("pictures need matplotlib: pip install 'mlx-rgemma[plot]'.") from error
+        raise UserError("pictures need matplotlib: pip install '.[plot]' in a clone.") from error
 
 
 def plot(path: Path, title: str, results: Sequence[Result]) -> None:
@@ -85,7 +85,8 @@ def save(figure: Any, path: Path) -> None:
     """Write a figure, whole or not at all."""
     figure.tight_layout()
     how = {"format": path.suffix[1:], "dpi": 120, "metadata": _no_date(path)}
-    write_whole(path, lambda part: figure.savefig(part, **how))
+    with atomic_file(path) as partial:
+        figure.savefig(partial, **how)
 
 
 def _no_date(path: Path) -> dict[str, Any]:

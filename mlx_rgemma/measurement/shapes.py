@@ -112,6 +112,5 @@ def random_model(config: GriffinConfig, dtype: mx.Dtype, label: str = UNQUANTIZE
     parameters: Any = tree_flatten(model.parameters())
     for _, value in parameters:
         mx.eval(value)  # one at a time: what it was made from is let go of
-    model.fuse_projections()
-    model.expand_quantized()
+    model.prepare_for_inference()
     return model

@@ -162,13 +162,13 @@ class Operation:
         return self.reference(*arrays, **options)
 
 
-def prepare(model: Any, **options: Any) -> str:
+def prepare(model: Any, **options: Any) -> int:
     """Lay out a loaded model's weights for the active backend.
 
     Returns:
-        One line for the user about memory that this takes, or an empty string.
+        Bytes of dequantized weights that are kept beside the quantized ones.
     """
-    return _cpu().prepare(model, **options) if active() is Backend.CPU else ""
+    return _cpu().prepare(model, **options) if active() is Backend.CPU else 0
 
 
 def decoder(model: Any) -> Callable[..., mx.array | None] | None:
@@ -178,6 +178,11 @@ def decoder(model: Any) -> Callable[..., mx.array | None] | None:
     support.
     """
     return _cpu().decoder(model) if active() is Backend.CPU else None
+
+
+def compile_seconds(since: float) -> float:
+    """Return the seconds spent compiling kernels since a moment of `time.perf_counter`."""
+    return _cpu().compile_seconds(since) if active() is Backend.CPU else 0.0
 
 
 def optimizer(inner: Any) -> Any:

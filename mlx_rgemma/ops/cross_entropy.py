@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_rgemma.ops.activations import soft_cap
 from mlx_rgemma.ops.autograd import custom_function
 from mlx_rgemma.ops.backend import Operation
+from mlx_rgemma.ops.sums import log_sum_exp
 
 
 def cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array:
@@ -19,12 +20,17 @@ def cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array
 
     Args:
         scores: (N, V), any float.
-        targets: (N,), int.
+        targets: (N,), int. One that is out of range counts as the last: to read them here would
+            wait for them, and MLX would write beyond the scores.
         cap: Soft cap of the logits; 0 for none.
 
     Returns:
         (N,), fp32, in nats.
     """
+    if targets.itemsize < 4:
+        targets = targets.astype(mx.int32)
+    unsigned = mx.uint32 if targets.itemsize == 4 else mx.uint64  # negative ones are the largest
+    targets = mx.minimum(targets.view(unsigned), scores.shape[-1] - 1)
     losses: mx.array = CROSS_ENTROPIES(scores, targets, cap=cap)
     return losses
 
@@ -34,7 +40,7 @@ def reference(scores: mx.array, targets: mx.array, *, cap: float) -> mx.array:
 
     def forward(scores):
         logits = soft_cap(scores, mx.array(cap)) if cap else scores.astype(mx.float32)
-        normalizers = mx.logsumexp(logits, axis=-1)
+        normalizers = log_sum_exp(logits)[:, 0]
         chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return [normalizers - chosen, normalizers, logits]
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_rgemma.ops import metal
 from mlx_rgemma.ops.backend import Backend, Operation
 from mlx_rgemma.ops.metal import SIMD, MetalKernel, ceil_div, sample
+from mlx_rgemma.ops.sums import long_sum
 
 
 def rms_norm(
@@ -68,7 +69,9 @@ def add_rms_norm(
 def reference(x: mx.array, weight: mx.array, *, eps: float, dtype: mx.Dtype) -> mx.array:
     """The equation above in plain MLX."""
     scale = 1.0 + weight.astype(mx.float32)
-    return mx.fast.rms_norm(x.astype(mx.float32), scale, eps).astype(dtype)
+    x = x.astype(mx.float32)
+    mean_square = long_sum(mx.square(x)) / x.shape[-1]
+    return (x * mx.rsqrt(mean_square + eps) * scale).astype(dtype)
 
 
 def add_reference(
@@ -96,6 +99,13 @@ def _metal(x, weight, *, eps, dtype):
     return _launch(x, weight, eps, dtype)[0]
 
 
+@RMS_NORM.implementation(Backend.METAL, gradient="own")
+def _mlx(x, weight, *, eps, dtype):
+    """MLX's own kernel, which sums as a tree."""
+    scale = 1.0 + weight.astype(mx.float32)
+    return mx.fast.rms_norm(x.astype(mx.float32), scale, eps).astype(dtype)
+
+
 @ADD_RMS_NORM.implementation(
     Backend.METAL,
     supports=lambda x, delta, weight, *, eps, dtype: ADD_NORM.validated(
@@ -104,6 +114,12 @@ def _metal(x, weight, *, eps, dtype):
 )
 def _metal_add(x, delta, weight, *, eps, dtype):
     return tuple(_launch_add(x, delta, weight, eps, dtype))
+
+
+@ADD_RMS_NORM.implementation(Backend.METAL, gradient="own")
+def _mlx_add(x, delta, weight, *, eps, dtype):
+    total = (x.astype(mx.float32) + delta.astype(mx.float32)).astype(x.dtype)
+    return total, _mlx(total, weight, eps=eps, dtype=dtype)
 
 
 def _launch(x, weight, eps, dtype):

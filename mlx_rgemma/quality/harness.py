@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.registration import register
 
-MISSING = "the lm-evaluation-harness is not installed: pip install 'mlx-rgemma[evaluate]'."
+MISSING = "the lm-evaluation-harness is not installed: pip install '.[evaluate]' in a clone."
 
 
 def evaluate(

@@ -13,8 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.griffin.model import Model, tied_head
+from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.tied_head import tied_head
 from mlx_rgemma.ops import inference_mode
+from mlx_rgemma.ops.sums import log_softmax, long_sum
 
 TOKENS_AT_ONCE = 256
 """Tokens that go through a model together: the logits of no more are ever held."""
@@ -143,7 +145,7 @@ class Reference:
         self._file.seek(start * size)
         values = np.frombuffer(self._file.read(count * size), np.float32)
         x = mx.array(values.reshape(count, self._width)).astype(self._dtype)
-        return _log_softmax(tied_head(x, self._embedding, self._cap))
+        return log_softmax(tied_head(x, self._embedding, self._cap))
 
     def close(self) -> None:
         """Remove the temporary file."""
@@ -168,11 +170,11 @@ def measure(model: Model, rows: Rows, reference: Reference | None = None) -> Qua
         )
     losses, kl, same, at = [], 0.0, 0, 0
     for x, targets in _predictions(model, rows):
-        logp = _log_softmax(model.head(x))
+        logp = log_softmax(model.head(x))
         loss = -mx.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
         if reference is not None:
             expected = reference.log_probabilities(at, targets.size)
-            divergence = (mx.exp(expected) * (expected - logp)).sum(axis=-1)
+            divergence = long_sum(mx.exp(expected) * (expected - logp))
             agree = expected.argmax(axis=-1) == logp.argmax(axis=-1)
             kl += float(np.array(divergence, dtype=np.float64).sum())
             same += int(np.array(agree).sum())
@@ -216,7 +218,3 @@ def _predictions(model: Model, rows: Rows) -> Iterator[tuple[mx.array, mx.array]
             mx.eval(x, [c.state for c in cache])
             yield x, mx.array(padded[:, start + 1 : stop + 1][counts])
             mx.clear_cache()
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

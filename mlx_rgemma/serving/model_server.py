@@ -1,26 +1,27 @@
-"""mlx-lm's server around this package's model: what it leaves open is closed here.
+"""Run mlx-lm's server with this package's model.
 
-mlx-lm batches the requests and keeps states for later turns. Added are one served model instead of
-whatever a request names, states that are reused only where a token is left to read, and a thread
-that survives an error; `http_handler` is what clients meet.
+mlx-lm batches the requests and keeps states for later turns. Added are: one served model, whatever
+a request names; states that belong to one client each and are reused only where a token is left to
+read; a thread that survives an error. `http_handler` answers the clients.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import queue
 import signal
+import sys
 import threading
+import time
 import weakref
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm import server as mlx_lm_server
-from mlx_lm.models.cache import LRUPromptCache
 
 from mlx_rgemma import distributed
 from mlx_rgemma.checkpoints import load
@@ -29,14 +30,31 @@ from mlx_rgemma.generation.device import settle
 from mlx_rgemma.generation.single import stream_generate
 from mlx_rgemma.generation.speculation import check_vocabulary
 from mlx_rgemma.griffin.cache import state_nbytes
-from mlx_rgemma.serving.http_handler import Handler, Server
+from mlx_rgemma.serving.access import KEYS_VARIABLE, Access, api_keys
+from mlx_rgemma.serving.http_handler import Handler, RequestAborted
+from mlx_rgemma.serving.http_server import Server
+from mlx_rgemma.serving.mlx_lm_api import check_mlx_lm
 from mlx_rgemma.serving.request_checks import DEFAULT_MODEL
+from mlx_rgemma.serving.states import Prompt, States
 
 STOP = "stop"
 """What processes that share a model are sent in place of a request, in the end."""
 
 EMBEDDED_NAME = "embedded"
-"""What the embedded model is called in requests."""
+"""The embedded model's name in requests."""
+
+MAX_STATE_MACHINES = 8
+"""Automata of stop strings to keep: requests choose the strings, so mlx-lm's 101 are too many."""
+
+THREAD_EXIT_S = 0.25
+"""Time for the generation thread to end after it has been joined.
+
+MLX then destroys what it compiled in that thread, which takes the interpreter. If Python were
+already exiting, the process would abort.
+"""
+
+FINISH_S = 2.0
+"""Time for open requests to be told that the server stops."""
 
 
 class Provider(mlx_lm_server.ModelProvider):
@@ -45,6 +63,8 @@ class Provider(mlx_lm_server.ModelProvider):
     model_key: Any
     model: Any
     draft_model: Any
+    reserved_variables: frozenset[str] = frozenset()
+    """Parameters of the tokenizer, which are no variables of its chat template."""
 
     @property
     def name(self) -> str:
@@ -81,6 +101,9 @@ class Provider(mlx_lm_server.ModelProvider):
         self.model, self.tokenizer, self.draft_model = model, tokenizer, draft_model
         self.processor = None
         self.is_batchable = draft_model is None
+        self.reserved_variables = _parameters(tokenizer)
+        if self.cli_args.top_k >= model.args.vocab_size:
+            self.cli_args.top_k = 0  # all tokens
 
     @property
     def state_bytes(self) -> int:
@@ -89,22 +112,20 @@ class Provider(mlx_lm_server.ModelProvider):
         return sum(state_nbytes(model.make_cache()) for model in models)
 
 
-class States(LRUPromptCache):
-    """States of conversations, the least recently used ones dropped first."""
+def _parameters(tokenizer: Any) -> frozenset[str]:
+    """Return the names that mean something to `apply_chat_template` before the template sees them.
 
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """The state of the longest known beginning; a token is always left to read."""
-        if len(tokens) < 2:
-            return None, tokens
-        cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
-        return cache, [*rest, tokens[-1]]
-
-    def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any
-    ) -> None:
-        """Keep a state, as numbers of its own and not as a part of a batch's."""
-        mx.eval([layer.state for layer in prompt_cache])
-        super().insert_cache(model, tokens, prompt_cache, **kwargs)
+    That is: its parameters, those of the tokenizer's call, and the special tokens.
+    """
+    tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
+    functions = [getattr(tokenizer, "apply_chat_template", None), type(tokenizer).__call__]
+    names = [
+        name
+        for function in functions
+        if function
+        for name in inspect.signature(function).parameters
+    ]
+    return frozenset([*names, *getattr(tokenizer, "special_tokens_map", ())])
 
 
 class Generator(mlx_lm_server.ResponseGenerator):
@@ -114,6 +135,7 @@ class Generator(mlx_lm_server.ResponseGenerator):
 
     def __init__(self, provider: Provider, states: States, max_requests: int) -> None:
         self.slots = threading.BoundedSemaphore(max_requests)
+        self.threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # that hold a slot
         self.ready = threading.Event()
         self.failure: Exception | None = None
         self.stopping = False
@@ -136,8 +158,11 @@ class Generator(mlx_lm_server.ResponseGenerator):
                 logging.exception("the batch was given up after an error")
                 if self._is_distributed:
                     distributed.abandon("failed while it served")
-                for answers in list(self._at_hand):
-                    answers.put(RuntimeError("the batch was given up after an error; try again"))
+                self._fail_requests("the batch was given up after an error; try again")
+
+    def _fail_requests(self, reason: str) -> None:
+        for answers in list(self._at_hand):
+            answers.put(RequestAborted(reason))
 
     def wait(self) -> None:
         """Wait until the model is there.
@@ -150,10 +175,18 @@ class Generator(mlx_lm_server.ResponseGenerator):
             raise self.failure
 
     def stop_and_join(self) -> None:
-        """Stop; where several processes share the model, all of them."""
+        """Stop, in all processes that share the model, and end the open requests."""
         self.stopping = True
         self._stop = not self._is_distributed
         self.join()
+        with suppress(queue.Empty):
+            while True:
+                self._at_hand.add(self.requests.get_nowait()[0])
+        self._fail_requests("the server is shutting down")
+        deadline = time.monotonic() + FINISH_S
+        for thread in list(self.threads):  # Python must not exit under them
+            thread.join(max(0.0, deadline - time.monotonic()))
+        time.sleep(THREAD_EXIT_S)
 
     def _share_request(self, request: Any) -> Any:
         if self.stopping and self._rank == 0:
@@ -171,18 +204,27 @@ class Generator(mlx_lm_server.ResponseGenerator):
         return request
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        answer = super()._tokenize(tokenizer, request, args)
-        tokens, known = answer[0], self.model_provider.model.args.vocab_size
+        tokens, *rest = super()._tokenize(tokenizer, request, args)
+        known = self.model_provider.model.args.vocab_size
         if not tokens or max(tokens) >= known:
             raise ValueError(
                 f"the prompt holds token {max(tokens)}; the model knows 0 to {known - 1}"
                 if tokens
                 else "the prompt is empty"
             )
-        return answer
+        return Prompt(tokens, getattr(request, "client", None)), *rest
+
+    def _make_state_machine(self, model_key: Any, tokenizer: Any, stop_words: list[str]) -> Any:
+        if len(self._state_machine_cache) >= MAX_STATE_MACHINES:
+            self._state_machine_cache.clear()
+        return super()._make_state_machine(model_key, tokenizer, stop_words)
+
+    def _log_cache_stats(self) -> None:
+        states, megabytes = len(self.prompt_cache), self.prompt_cache.nbytes / 1e6
+        logging.info("Prompt cache: %d states, %.1f MB", states, megabytes)
 
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> Any:
-        """As mlx-lm's, with the one model there is, whatever name the request has for it."""
+        """Generate with the served model, whatever name the request has for it."""
         adapter: Any = None
         generation_args.model = mlx_lm_server.ModelDescription(
             DEFAULT_MODEL, DEFAULT_MODEL, adapter
@@ -201,8 +243,10 @@ def serve(args: Namespace) -> None:
         args: The arguments of the command, which mlx-lm's server reads too.
 
     Raises:
-        UserError: If the model cannot be loaded or the address not be used.
+        UserError: If the model cannot be loaded, the address cannot be used, or mlx-lm has changed.
     """
+    check_mlx_lm()
+    keys = api_keys(args.api_key)
     distributed.join()
     first = distributed.rank() == 0
     logging.basicConfig(
@@ -228,6 +272,9 @@ def serve(args: Namespace) -> None:
         server = Server(
             (args.host, args.port),
             lambda *a, **k: Handler(generator, *a, system_fingerprint=fingerprint, **k),
+            origins=args.allowed_origins,
+            keys=keys,
+            body_limit=args.max_request_bytes,
         )
     except OSError as error:
         raise UserError(f"cannot listen on {args.host}:{args.port}: {error.strerror}.") from error
@@ -235,21 +282,57 @@ def serve(args: Namespace) -> None:
         generator = Generator(provider, states, args.max_requests)
         try:
             generator.wait()
+            _end_on_signals()
             each = provider.state_bytes
             kept = min(args.prompt_cache_size, limit // each)
+            if not keys and not server.access.loopback:
+                kept = 0  # requests have no client to keep them for
             print(
                 f"Model: {provider.name}\n"
                 f"State: {each} bytes a conversation, at any length; {kept} kept for later turns,"
                 f" {kept * each / 1e6:.1f} MB\n"
-                f"Serving at http://{args.host}:{server.server_port}/v1",
+                f"Serving at {server.url}/v1",
                 flush=True,
             )
+            _warn(server.access, server.url)
             server.serve_forever()
+        except _Ended:
+            pass
         except KeyboardInterrupt:
             if distributed.group() is None:
                 raise
         finally:
             generator.stop_and_join()
+
+
+class _Ended(Exception):
+    """A signal has asked the server to end."""
+
+
+def _end_on_signals() -> None:
+    """End in order on SIGTERM and SIGHUP, and at once on a second one."""
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _Ended
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # and not ignored, as under nohup
+            signal.signal(number, end)
+
+
+def _warn(access: Access, url: str) -> None:
+    """Warn on stderr where other machines can reach the server."""
+    if access.loopback:
+        return
+    if access.keys:
+        warning = "the connection is not encrypted, API keys included"
+    else:
+        warning = (
+            "anybody who can reach this address may use the server, as it asks for no API key"
+            f" (--api-key or {KEYS_VARIABLE}); no states are kept for later turns"
+        )
+    print(f"warning: {url} is open to other machines: {warning}.", file=sys.stderr, flush=True)
 
 
 def _stream_generate(

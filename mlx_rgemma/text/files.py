@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.io.reading import read_limited, reason
+
+MAX_BYTES = 1_000_000_000
+"""Size of a text, which is held in memory."""
 
 DEFAULT_TEXT = Path(__file__).parents[1] / "assets" / "stories.txt"
 """Short stories, written for measurements with this package; no model was trained on them."""
@@ -29,7 +34,7 @@ def read_documents(path: str | Path | None = None, tokenizer: Any = None) -> lis
         return DEFAULT_TEXT.read_text(encoding="utf-8").strip().split("\n\n")
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        text = sys.stdin.read() if str(path) == "-" else _read(Path(path).expanduser())
+        text = _read(Path(path).expanduser()) if str(path) != "-" else _read_stdin()
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 text ({error.reason}).") from error
     if name.endswith(".jsonl"):
@@ -48,14 +53,33 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: a folder; give a file of text, or a .jsonl file.")
     if not path.exists():
         raise UserError(f"{path}: no such file; give a file of text, a .jsonl file, or - (stdin).")
-    return path.read_text(encoding="utf-8")
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; give - and pipe it in.")
+    text = read_limited(path, MAX_BYTES).decode("utf-8")
+    return io.StringIO(text, newline=None).read()
+
+
+def _read_stdin() -> str:
+    text = sys.stdin.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise UserError(f"standard input: expected at most {MAX_BYTES:,} characters.")
+    return text
 
 
 def _document(name: str, number: int, line: str, tokenizer: Any) -> str:
     """The text of one line of JSON."""
+    text = _text(name, number, line, tokenizer)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: line {number} holds half a surrogate pair.") from error
+    return text
+
+
+def _text(name: str, number: int, line: str, tokenizer: Any) -> str:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: line {number} is not JSON.") from error
     if isinstance(values, dict):
         if isinstance(values.get("text"), str):
@@ -76,6 +100,6 @@ def _chat(name: str, number: int, messages: list[Any], tokenizer: Any) -> str:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # templates raise errors of their own making
         raise UserError(
-            f"{name}: line {number}: the model's chat template refuses it: {error}."
+            f"{name}: line {number}: the model's chat template refuses it: {reason(error)}."
         ) from error
     return text.removeprefix(tokenizer.bos_token or "")

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rgemma.ops.backend import compile_seconds
 from mlx_rgemma.text.stream import StopMatcher, TextStream
 
 
@@ -70,7 +71,7 @@ def text_responses(
     prompt_tps = 0.0
     for n, (token, logprobs, from_draft) in enumerate(steps, start=1):
         if n == 1:
-            prompt_tps = prompt_tokens / (time.perf_counter() - started)
+            prompt_tps = prompt_tokens / seconds_since(started)
             started = time.perf_counter()
         ended = token in tokenizer.eos_token_ids
         segment = text.finish() if ended else text.add(token)
@@ -86,9 +87,14 @@ def text_responses(
             prompt_tokens=prompt_tokens,
             prompt_tps=prompt_tps,
             generation_tokens=n,
-            generation_tps=n / (time.perf_counter() - started),
+            generation_tps=n / seconds_since(started),
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=reason,
         )
         if reason is not None:
             return
+
+
+def seconds_since(since: float) -> float:
+    """Return the seconds since a moment, without those of compiling loops for this machine."""
+    return time.perf_counter() - since - compile_seconds(since)

@@ -9,10 +9,7 @@ had never stopped.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +19,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_rgemma.checkpoints.safetensors import check_file
-from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.checkpoints.adapters import is_number, is_whole
+from mlx_rgemma.checkpoints.arrays import load_arrays, save_arrays
+from mlx_rgemma.errors import CheckpointError, UserError, shown
 from mlx_rgemma.tuner.average import WeightAverage
 
 FORMAT = "mlx_rgemma training state 1"
@@ -132,27 +130,7 @@ def save_state(path: Path, state: TrainingState, fingerprint: Mapping[str, Any])
         "progress": json.dumps(vars(state.progress)),
         "fingerprint": json.dumps(dict(fingerprint), sort_keys=True),
     }
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.safetensors")
-    try:
-        _remove_abandoned(path)
-        mx.save_safetensors(str(partial), state.arrays(), metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({' '.join(str(error).split())});"
-            " the checkpoint before it, if there is one, stands."
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what a run that was killed while it wrote has left."""
-    for partial in path.parent.glob(f".{path.stem}.????????.safetensors"):
-        partial.unlink()
+    save_arrays(path, state.arrays(), metadata)
 
 
 def load_state(path: Path, state: TrainingState, fingerprint: Mapping[str, Any]) -> None:
@@ -167,28 +145,40 @@ def load_state(path: Path, state: TrainingState, fingerprint: Mapping[str, Any])
         CheckpointError: If the file is damaged, or no checkpoint of such a model.
         UserError: If the run that wrote it read other data or had other settings.
     """
-    check_file(path)
-    try:
-        loaded: Any = mx.load(str(path), return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
-    arrays, metadata = loaded
+    arrays, metadata = load_arrays(path)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of a training run.")
-    _compare(path, json.loads(metadata["fingerprint"]), json.loads(json.dumps(dict(fingerprint))))
+    written, progress = _parsed(path, metadata)
+    _compare(path, written, json.loads(json.dumps(dict(fingerprint))))
     _check_shapes(path, arrays, state)
     state.restore(arrays)
-    state.progress = Progress(**json.loads(metadata["progress"]))
+    state.progress = progress
     mx.eval(list(arrays.values()))
+
+
+def _parsed(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], Progress]:
+    """Return the fingerprint and the progress of a checkpoint, checked."""
+    try:
+        fingerprint: Any = json.loads(metadata["fingerprint"])
+        values: Any = json.loads(metadata["progress"])
+        progress = Progress(**values)
+        counts = dict(vars(progress))
+        sound = isinstance(fingerprint, dict) and is_number(counts.pop("recent_loss"), 0, 1e30)
+        sound = sound and all(is_whole(count, 0, 1 << 60) for count in counts.values())
+    except (KeyError, TypeError, ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path}: its metadata is damaged; delete it to begin anew.")
+    return fingerprint, progress
 
 
 def _compare(path: Path, written: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     for key in sorted({*written, *current}):
         if written.get(key) != current.get(key):
             raise UserError(
-                f"{path}: was written by a run with {key} = {written.get(key)!r}, this one has"
-                f" {current.get(key)!r}; go on with the same data and settings, or name another"
-                " folder to begin anew."
+                f"{path}: was written by a run with {shown(key)[1:-1]} ="
+                f" {shown(written.get(key))}, this one has {shown(current.get(key))}; go on with"
+                " the same data and settings, or name another folder to begin anew."
             )
 
 
@@ -197,7 +187,11 @@ def _check_shapes(path: Path, arrays: Mapping[str, mx.array], state: TrainingSta
     expected = state.arrays()
     for name in sorted({*arrays, *expected}):
         found, wanted = arrays.get(name), expected.get(name)
-        if found is None or wanted is None or found.shape != wanted.shape:
-            shape = "missing" if found is None else f"of shape {found.shape}"
-            needs = "not part of this run" if wanted is None else f"{wanted.shape} here"
-            raise CheckpointError(f"{path}: {name} is {shape}, {needs}.")
+        if found is None or wanted is None or _kind(found) != _kind(wanted):
+            there = "missing" if found is None else _kind(found)
+            needs = "not part of this run" if wanted is None else f"{_kind(wanted)} here"
+            raise CheckpointError(f"{path}: {shown(name)} is {there}, {needs}.")
+
+
+def _kind(value: mx.array) -> str:
+    return f"{str(value.dtype).removeprefix('mlx.core.')} {list(value.shape)}"

@@ -6,10 +6,14 @@ import hashlib
 import lzma
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.io.atomic import gigabytes
+from mlx_rgemma.tuner.memory import physical_memory
+from mlx_rgemma.tuner.reading import open_regular
 
 SUFFIXES = (".txt", ".txt.xz")
 
@@ -110,12 +114,25 @@ def _files(path: Path) -> Sequence[Path]:
 
 
 def _documents(file: Path, whole: bool) -> list[str]:
-    try:
-        data = file.read_bytes()
-        text = (lzma.decompress(data) if file.suffix == ".xz" else data).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text ({error.reason}).") from error
-    except lzma.LZMAError as error:
-        raise UserError(f"{file}: not an xz file, or a damaged one.") from error
+    limit = physical_memory() // 4
+    with open_regular(file) as raw:
+        # Decompressed piece by piece: a small file may hold more than memory does.
+        packed = file.suffix == ".xz"
+        try:
+            with lzma.LZMAFile(raw) if packed else nullcontext(raw) as stream:
+                data = stream.read(limit + 1)
+            if len(data) > limit:
+                raise UserError(
+                    f"{file}: holds more than a quarter of this machine's memory,"
+                    f" {gigabytes(limit)}; split it, and train on a part."
+                )
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start].count(b"\n")
+            raise UserError(
+                f"{file}: not UTF-8 text ({error.reason} in line {before + 1})."
+            ) from error
+        except (lzma.LZMAError, EOFError) as error:
+            raise UserError(f"{file}: not an xz file, or a damaged one.") from error
     parts = [text] if whole else text.replace("\r\n", "\n").split("\n\n")
     return [part.strip() for part in parts if part.strip()]

@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_rgemma.checkpoints.folder import shortened
 from mlx_rgemma.checkpoints.source import REPOSITORY
-from mlx_rgemma.errors import UserError
+from mlx_rgemma.errors import UserError, shown
 from mlx_rgemma.tuner.packing import Documents
+from mlx_rgemma.tuner.reading import read_lines
 from mlx_rgemma.tuner.settings import check_keys
 
 SPLITS = ("train", "valid", "test")
@@ -23,6 +25,9 @@ FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_featur
 
 HUB_KEYS = ("path", "config", "train_split", "valid_split", "test_split", "mask_prompt", *FEATURES)
 """What `hf_dataset` of a configuration file may say of each data set."""
+
+MAX_REASON = 200
+"""Characters of another library's message that are repeated."""
 
 
 def check_data(args: Any) -> None:
@@ -35,14 +40,19 @@ def check_data(args: Any) -> None:
     Raises:
         UserError: Saying what is missing.
     """
+    for key in FEATURES:
+        if not isinstance(name := getattr(args, key, ""), str):
+            raise UserError(f"{key} is {shown(name)}, expected the name of a column.")
     if (chosen := getattr(args, "hf_dataset", None)) is not None:
         for one in chosen if isinstance(chosen, list) else [chosen]:
             check_keys("hf_dataset", one, HUB_KEYS)
             if not isinstance(options := one.get("config") or {}, dict):
-                raise UserError(f"hf_dataset: config is {options!r}, expected names with values.")
+                raise UserError(
+                    f"hf_dataset: config is {shown(options)}, expected names with values."
+                )
             for key in ("path", "test_split") if args.test else ("path",):
                 if not isinstance(one.get(key), str):
-                    raise UserError(f"hf_dataset: {key} is {one.get(key)!r}, expected a name.")
+                    raise UserError(f"hf_dataset: {key} is {shown(one.get(key))}, expected a name.")
         return
     if not args.data:
         raise UserError("--data is missing: a folder with train.jsonl, or a data set of the Hub.")
@@ -101,7 +111,7 @@ def _download(args: Any, tokenizer: Any) -> list[_Set]:
     except ImportError as error:
         raise UserError(f"{name}: needs another package: pip install datasets.") from error
     except Exception as error:  # whatever the Hub and its library find wrong
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         raise UserError(f"{name}: cannot be loaded ({reason.rstrip('.')}).") from error
     return [
         _Set(_plain(found, tokenizer), partial(_number_in, split))
@@ -134,22 +144,11 @@ def _read_file(path: Path, args: Any, tokenizer: Any) -> _Set:
     if not path.exists():
         return found
     examples: list[dict[str, Any]] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text.") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            example = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}: line {number} is not JSON.") from error
-        if not isinstance(example, dict):
-            raise UserError(f"{path}: line {number} is no JSON object.")
+    for number, line in read_lines(path):
+        example = _parsed(path, number, line)
         if examples and (lacking := [key for key in examples[0] if key not in example]):
             raise UserError(
-                f"{path}: line {number} lacks what the first has: {', '.join(lacking)}."
+                f"{path}: line {number} lacks what the first has: {shortened(lacking)}."
             )
         examples.append(example)
         numbers.append(number)
@@ -161,9 +160,24 @@ def _read_file(path: Path, args: Any, tokenizer: Any) -> _Set:
         if "masking" in str(error):
             raise UserError("--mask-prompt needs chats or completions; texts have none.") from error
         raise UserError(
-            f"{path}: examples have {', '.join(examples[0])}; expected messages, prompt and"
+            f"{path}: examples have {shortened(examples[0])}; expected messages, prompt and"
             " completion, or text."
         ) from error
+
+
+def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
+    """Return the JSON object of a line."""
+    try:
+        example = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {number} is not JSON ({error.msg}).") from error
+    except RecursionError:
+        raise UserError(f"{path}: line {number} is nested too deeply.") from None
+    except ValueError as error:  # Python converts no integers of more than 4,300 digits
+        raise UserError(f"{path}: line {number} has a number of too many digits.") from error
+    if not isinstance(example, dict):
+        raise UserError(f"{path}: line {number} is no JSON object.")
+    return example
 
 
 def _plain(examples: Any, tokenizer: Any) -> Any:
@@ -211,7 +225,7 @@ def _documents(found: _Set, tokenizer: Any) -> Documents:
         try:
             ids, offset = found.examples.process(example)
         except Exception as error:  # chat templates are programs of their own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON]
             raise UserError(f"{found.place(number)}: cannot be used ({reason}).") from error
         tokens.append(ids)
         first_targets.append(max(offset, 1))
@@ -229,14 +243,14 @@ def _problem(examples: Any, example: Any, tokenizer: Any) -> str:
     if isinstance(examples, ChatDataset):
         messages = example.get(examples.chat_key)
         if not _are_messages(messages):
-            return f"{examples.chat_key} is {_shown(messages)}, expected messages with their roles"
+            return f"{examples.chat_key} is {shown(messages)}, expected messages with their roles"
         if not tokenizer.has_chat_template:
             return "a chat, but the tokenizer has no chat template; give prompts with completions"
         return ""
     texts = isinstance(examples, TextDataset)
     keys = [examples.text_key] if texts else [examples.prompt_key, examples.completion_key]
     wrong = [key for key in keys if not isinstance(example.get(key), str)]
-    return f"{wrong[0]} is {_shown(example.get(wrong[0]))}, expected text" if wrong else ""
+    return f"{wrong[0]} is {shown(example.get(wrong[0]))}, expected text" if wrong else ""
 
 
 def _are_messages(value: Any) -> bool:
@@ -245,8 +259,3 @@ def _are_messages(value: Any) -> bool:
         and bool(value)
         and all(isinstance(message, Mapping) and "role" in message for message in value)
     )
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 60 else f"{text[:57]}..."

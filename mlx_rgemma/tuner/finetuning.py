@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -14,7 +14,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_rgemma import distributed
 from mlx_rgemma.checkpoints.adapters import (
+    RUN,
     WEIGHTS_FILE,
     AdapterConfig,
     add_adapters,
@@ -30,8 +32,10 @@ from mlx_rgemma.tuner.batches import Batches, PaddedBatches, RowBatches, WholeRo
 from mlx_rgemma.tuner.carried import CarriedBatches, CarriedLoss
 from mlx_rgemma.tuner.checkpoint import TrainingState, load_state, save_state
 from mlx_rgemma.tuner.checkpointing import checkpoint_layers
+from mlx_rgemma.tuner.corpus import digest
 from mlx_rgemma.tuner.loop import LoopSettings, TrainingCallback, fit
 from mlx_rgemma.tuner.loss import batch_loss
+from mlx_rgemma.tuner.memory import check_memory
 from mlx_rgemma.tuner.optimizers import make_optimizer
 from mlx_rgemma.tuner.packing import Documents, Piece, lay_row, stack_documents
 from mlx_rgemma.tuner.processes import begin_alike, check_rows
@@ -70,10 +74,10 @@ def check(args: SimpleNamespace) -> None:
     if args.train:
         AdapterConfig.of({**vars(args), "num_layers": args.num_layers or -1}, "settings")
         make_optimizer(args)
-        if Path(args.adapter_path).exists() and not Path(args.adapter_path).is_dir():
-            raise UserError(f"--adapter-path: {args.adapter_path} is a file, expected a folder.")
         if not args.adapter_path:
             raise UserError("--adapter-path is empty; training writes into that folder.")
+        if Path(args.adapter_path).exists() and not Path(args.adapter_path).is_dir():
+            raise UserError(f"--adapter-path: {args.adapter_path} is a file, expected a folder.")
 
 
 def prepare(model: Model, args: SimpleNamespace) -> AdapterConfig:
@@ -106,7 +110,8 @@ def train(
     """Train what `prepare` has left trainable, and write it to the adapters' folder.
 
     The folder gets mlx-lm's files, and `training_state.safetensors`, from which `args.resume` goes
-    on: with the same data and settings, to the same weights, bit for bit, as without a stop.
+    on: with the same data and settings, to the same weights, bit for bit, as without a stop. Where
+    there is no such file yet, `args.resume` begins. The caller has locked the folder.
 
     Args:
         model: From `prepare`.
@@ -128,6 +133,7 @@ def train(
         )
     first = group is None or group.rank() == 0
     documents = examples["train"]
+    check_row_memory(model, documents, args)
     batches = training_batches(documents, args)
     state = TrainingState(model, make_optimizer(args))
     loss: Any = batch_loss
@@ -136,23 +142,30 @@ def train(
     folder = Path(args.adapter_path)
     fingerprint = {
         **{key: getattr(args, key) for key in FINGERPRINT},
-        "training data": digest(documents),
+        "training data": digest(
+            np.ascontiguousarray(part).tobytes()
+            for part in (documents.ids, documents.offsets, documents.first_targets)
+        ),
     }
-    load = partial(load_state, folder / STATE_FILE, state, fingerprint)
-    begin_alike(state, fingerprint, load if args.resume else None, group)
-    if args.resume:
+    checkpoint = folder / STATE_FILE
+    resume = distributed.share(args.resume and checkpoint.exists(), group)
+    load = partial(load_state, checkpoint, state, fingerprint)
+    begin_alike(state, fingerprint, load if resume else None, group)
+    if resume:
         show(f"Resuming after iteration {state.progress.iteration}")
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_adapter_config(folder, vars(args))
+    elif args.resume:
+        show(f"No {STATE_FILE} in {folder} yet: beginning at iteration 0")
+    run = digest([json.dumps(fingerprint, sort_keys=True)])
 
     def save(state: TrainingState) -> None:
         weights: Any = dict(tree_flatten(model.trainable_parameters()))
         iteration = state.progress.iteration
         numbered = folder / f"{iteration:07d}_{WEIGHTS_FILE}"
-        save_adapter_weights(numbered, weights)
-        save_adapter_weights(folder / WEIGHTS_FILE, weights)
-        save_state(folder / STATE_FILE, state, fingerprint)
+        # Not before there are weights: until then, the folder's files are those of one run.
+        save_adapter_config(folder, {**vars(args), RUN: run})
+        for file in (folder / WEIGHTS_FILE, numbered):
+            save_adapter_weights(file, weights, run)
+        save_state(checkpoint, state, fingerprint)
         show(f"Iter {iteration}: Saved adapter weights to {folder / WEIGHTS_FILE} and {numbered}.")
 
     def validate() -> dict[str, Any]:
@@ -194,6 +207,21 @@ def warnings(examples: Mapping[str, Documents], args: SimpleNamespace) -> list[s
             f" {longest} and are cut off there; --carry-state reads all of them."
         )
     return found
+
+
+def check_row_memory(model: Model, documents: Documents, args: SimpleNamespace) -> None:
+    """Refuse batches whose activations memory cannot hold.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    whole = args.pack or args.carry_state
+    longest = int(documents.steps.max(initial=0))
+    length = args.max_seq_length if whole else min(args.max_seq_length, longest)
+    check_memory(
+        "a batch of such --batch-size and --max-seq-length does not fit into memory",
+        4 * args.batch_size * length * model.args.hidden_size,
+    )
 
 
 def training_batches(documents: Documents, args: SimpleNamespace) -> Batches:
@@ -238,6 +266,7 @@ def evaluate(model: Model, documents: Documents, args: SimpleNamespace, most: in
 
 def test(model: Model, documents: Documents, args: SimpleNamespace) -> str:
     """Measure a model on the test set; -> mlx-lm's line."""
+    check_row_memory(model, documents, args)
     loss = evaluate(model, documents, args, args.test_batches)
     return f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}."
 
@@ -246,14 +275,6 @@ def load_trained(model: Model, folder: str) -> None:
     """Put trained adapters on a model; an empty name stands for none (mlx-lm's habit)."""
     if folder:
         load_adapters(model, folder)
-
-
-def digest(documents: Documents) -> str:
-    """A short fingerprint of tokenized documents."""
-    found = hashlib.sha256()
-    for part in (documents.ids, documents.offsets, documents.first_targets):
-        found.update(np.ascontiguousarray(part).tobytes())
-    return found.hexdigest()[:16]
 
 
 def parameter_line(model: Model) -> str:

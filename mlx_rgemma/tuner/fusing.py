@@ -13,12 +13,12 @@ from mlx_rgemma.checkpoints.adapters import CONFIG_FILE, load_adapters
 from mlx_rgemma.checkpoints.conversion import convert
 from mlx_rgemma.checkpoints.folder import CONFIG, read_json
 from mlx_rgemma.checkpoints.loading import load_model
-from mlx_rgemma.checkpoints.output import refuse_existing, scratch_folder
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.checkpoints.writing import save_model
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.io.atomic import refuse_existing, scratch_directory
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def fuse_checkpoint(
     if quantize is None:
         save_model(target, fused, dtype=getattr(mx, stored), **options)
     else:
-        with scratch_folder(target) as folder:
+        with scratch_directory(target) as folder:
             plain = folder / "fused"
             save_model(plain, fused, dtype=getattr(mx, stored), **options)
             convert(

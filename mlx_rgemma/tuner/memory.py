@@ -1,10 +1,14 @@
-"""What a step of LoRA training holds, counted."""
+"""Memory: what there is, and what a step of LoRA training holds."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+from mlx_rgemma.checkpoints.contents import expected_tensors
+from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
+from mlx_rgemma.io.atomic import gigabytes
 from mlx_rgemma.tuner.loss import chunk_tokens
 
 ROW = 4
@@ -23,6 +27,46 @@ HEAD_CHUNKS = 16
 
 OF_ADAPTERS = 4 * 4
 """Bytes of a trained number: itself, its gradient and Adam's two moments, in float32."""
+
+
+def physical_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(what: str, nbytes: int) -> None:
+    """Refuse what this machine cannot hold, before it is allocated.
+
+    Args:
+        what: What it is, and what would make it smaller.
+        nbytes: Bytes that it takes at the least.
+
+    Raises:
+        UserError: If they are more than the machine's memory.
+    """
+    if nbytes > (there := physical_memory()):
+        raise UserError(
+            f"{what}: at least {gigabytes(nbytes)}, and this machine has {gigabytes(there)}."
+        )
+
+
+def pretraining_bytes(config: GriffinConfig, tokens: int, copies: int) -> int:
+    """Count what training all weights takes at the least.
+
+    Args:
+        config: The model's shape.
+        tokens: Of all rows of a batch.
+        copies: Arrays as large as the weights, in float32: themselves, gradients, moments.
+    """
+    parameters = sum(tensor.size for tensor in expected_tensors(config))
+    inputs = len(config.layer_types) * tokens * config.hidden_size
+    return 4 * (copies * parameters + inputs) + state_bytes(config)
+
+
+def state_bytes(config: GriffinConfig) -> int:
+    """Count the keys and values of a sample's state."""
+    attention = sum(kind != RECURRENT for kind in config.layer_types)
+    return 4 * 2 * attention * config.attention_window_size * config.head_dim
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from mlx_rgemma.errors import UserError
+from mlx_rgemma.checkpoints.adapters import is_number, is_whole
+from mlx_rgemma.errors import UserError, shown
 from mlx_rgemma.ops import backend
 from mlx_rgemma.tuner.rules import decays
-from mlx_rgemma.tuner.settings import check_keys
+from mlx_rgemma.tuner.settings import MAX_COUNT, MAX_RATE, check_keys
 
 OPTIMIZERS = {
     "adam": "Adam",
@@ -22,6 +23,9 @@ OPTIMIZERS = {
     "sgd": "SGD",
     "adafactor": "Adafactor",
 }
+
+RANGES = {"betas": (0.0, 1.0), "momentum": (0.0, 1.0), "ns_steps": (1, 100)}
+"""Of an optimizer's options; others are numbers of any size."""
 
 SCHEDULES = ("cosine_decay", "exponential_decay", "linear_schedule", "step_decay")
 
@@ -52,8 +56,8 @@ def make_optimizer(args: SimpleNamespace) -> optim.Optimizer:
         nothing = {"weight": mx.zeros((2, 2))}
         mx.eval(build().apply_gradients(nothing, nothing))
         return backend.optimizer(build())
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"optimizer_config.{args.optimizer}: does not do ({reason}).") from error
 
 
@@ -63,7 +67,18 @@ def _options(config: Any, name: str, kind: type) -> dict[str, Any]:
     options = config.get(name) or {}
     known = [key for key in inspect.signature(kind).parameters if key != "learning_rate"]
     check_keys(f"optimizer_config.{name}", options, known)
+    for key, value in options.items():
+        _check_option(f"optimizer_config.{name}.{key}", key, value)
     return dict(options)
+
+
+def _check_option(where: str, key: str, value: Any) -> None:
+    """Refuse a value that no optimizer takes, before it reaches MLX."""
+    low, high = RANGES.get(key, (-MAX_RATE, MAX_RATE))
+    numbers = value if isinstance(value, list) else [value]
+    switch = value is None or isinstance(value, bool)
+    if not switch and not all(is_number(number, low, high) for number in numbers):
+        raise UserError(f"{where} is {shown(value)}, expected a number from {low:g} to {high:g}.")
 
 
 def _schedule(config: Any) -> Callable[[mx.array], mx.array]:
@@ -72,26 +87,30 @@ def _schedule(config: Any) -> Callable[[mx.array], mx.array]:
     check_keys("lr_schedule", config, ("name", "arguments", "warmup", "warmup_init"))
     name, arguments = config.get("name"), config.get("arguments")
     if name not in SCHEDULES:
-        raise UserError(f"lr_schedule.name is {name!r}, expected one of {', '.join(SCHEDULES)}.")
+        raise UserError(
+            f"lr_schedule.name is {shown(name)}, expected one of {', '.join(SCHEDULES)}."
+        )
     wanted = inspect.signature(getattr(optim.schedulers, name))
-    if not isinstance(arguments, list) or not all(map(_is_number, arguments)):
-        expected = ", ".join(wanted.parameters)
-        raise UserError(f"lr_schedule.arguments is {arguments!r}, expected numbers: {expected}.")
+    numbers = isinstance(arguments, list) and all(is_number(a, 0, MAX_RATE) for a in arguments)
+    if not numbers:
+        raise UserError(
+            f"lr_schedule.arguments is {shown(arguments)}, expected numbers:"
+            f" {', '.join(wanted.parameters)}."
+        )
     try:
         wanted.bind(*arguments)
     except TypeError as error:
         raise UserError(f"lr_schedule.arguments of {name}: {error}.") from error
     warmup = config.get("warmup", 0)
-    if type(warmup) is not int or warmup < 0:
-        raise UserError(f"lr_schedule.warmup is {warmup!r}, expected a number of updates.")
-    if not _is_number(start := config.get("warmup_init", 0.0)):
-        raise UserError(f"lr_schedule.warmup_init is {start!r}, expected a number.")
+    if not is_whole(warmup, 0, MAX_COUNT):
+        raise UserError(f"lr_schedule.warmup is {shown(warmup)}, expected a number of updates.")
+    if not is_number(start := config.get("warmup_init", 0.0), 0, MAX_RATE):
+        raise UserError(f"lr_schedule.warmup_init is {shown(start)}, expected a number.")
     try:
         found: Callable[[mx.array], mx.array] = build_schedule(config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"lr_schedule: {' '.join(str(error).split())}") from error
+        rates = [found(mx.array(step)).item() for step in (0, 1, warmup, warmup + 1000)]
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise UserError(f"lr_schedule: {' '.join(str(error).split())[:200]}") from error
+    if not all(is_number(rate, 0, MAX_RATE) for rate in rates):
+        raise UserError(f"lr_schedule: learning rates are {rates}, expected numbers from 0.")
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

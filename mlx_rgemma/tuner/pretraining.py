@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +19,9 @@ from mlx_rgemma.checkpoints.source import locate
 from mlx_rgemma.checkpoints.tokenizer import SENTENCEPIECE, load_tokenizer
 from mlx_rgemma.checkpoints.writing import save_model
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.io.atomic import atomic_file, scratch_directory
 from mlx_rgemma.ops import backend
 from mlx_rgemma.tuner.average import WeightAverage
 from mlx_rgemma.tuner.batch import Batch
@@ -31,17 +31,21 @@ from mlx_rgemma.tuner.corpus import Source, digest, hold_out, read_source
 from mlx_rgemma.tuner.dropout import add_dropout
 from mlx_rgemma.tuner.initialization import initialize
 from mlx_rgemma.tuner.loop import LoopSettings, TrainingCallback, fit
+from mlx_rgemma.tuner.memory import check_memory, pretraining_bytes
 from mlx_rgemma.tuner.packing import Documents, fit_pieces, lay_row, stack_rows
 from mlx_rgemma.tuner.processes import begin_alike, check_rows
+from mlx_rgemma.tuner.reading import read_limited
 from mlx_rgemma.tuner.recipe import Recipe
 from mlx_rgemma.tuner.rules import adamw, learning_rate_schedule
-from mlx_rgemma.tuner.tokenizer_training import train_tokenizer
+from mlx_rgemma.tuner.tokenizer_training import DEFAULT_VOCAB_SIZE, train_tokenizer
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
 MODEL = "model"
 EMBEDDED = "embedded"
 """How a recipe calls the small model that comes with the package."""
+
+MAX_TOKENIZER_BYTES = 100_000_000
 
 PLACES = (
     "data",
@@ -103,7 +107,17 @@ class Pretraining:
         check_rows(recipe.batch_size, group)
         sources, held = _texts(recipe)
         folder.mkdir(parents=True, exist_ok=True)
-        self._tokenizer_file(sources)
+        trained = self._tokenizer_file(sources)
+        try:
+            self._begin(sources, held)
+        except BaseException:
+            if trained:  # a run that has not begun leaves nothing
+                (folder / SENTENCEPIECE).unlink(missing_ok=True)
+            raise
+
+    def _begin(self, sources: Sequence[Source], held: Sequence[str]) -> None:
+        """Build all that is trained, from the folder's checkpoint if it has one."""
+        recipe, folder, group = self.recipe, self.folder, self.group
         if group is not None:
             self._share_tokenizer(group)
         self.tokenizer = load_tokenizer(folder)
@@ -153,6 +167,10 @@ class Pretraining:
             ),
             f"Held out: {held}",
         ]
+        found = self.model.args.vocab_size
+        chosen = recipe.vocab_size or recipe.tokenizer or recipe.init_from
+        if not chosen and found < DEFAULT_VOCAB_SIZE:
+            lines.append(f"Vocabulary: {found} tokens, as many as a text of this size supports")
         if self.resumed:
             lines.append(f"Resuming after iteration {progress.iteration}")
         return [*lines, f"Starting training..., iters: {recipe.iters}"]
@@ -212,54 +230,57 @@ class Pretraining:
     def export(self) -> None:
         """Write the model in Hugging Face's layout, in place of the one before."""
         target = self.folder / MODEL
-        fresh = self.folder / f"{MODEL}.new"
-        shutil.rmtree(fresh, ignore_errors=True)
-        with self.exported_weights():
+        with scratch_directory(target) as scratch, self.exported_weights():
             save_model(
-                fresh,
+                scratch / "new",
                 self.model,
                 source=self.folder,
                 dtype=read_dtype(self.recipe.save_dtype),
                 torch_layout=True,
             )
-        if target.exists():
-            shutil.rmtree(target)
-        fresh.rename(target)
+            if target.exists():
+                target.rename(scratch / "old")
+            (scratch / "new").rename(target)
 
-    def _tokenizer_file(self, sources: Sequence[Source]) -> None:
-        """See that the folder has a `tokenizer.model`: a begun run's own, or the recipe's."""
+    def _tokenizer_file(self, sources: Sequence[Source]) -> bool:
+        """See that the folder has a `tokenizer.model`: a begun run's own, or the recipe's.
+
+        Returns:
+            Whether it was written.
+        """
         recipe, path = self.recipe, self.folder / SENTENCEPIECE
         begun = path.exists() and (self.folder / CHECKPOINT).exists()
         if begun or not self.first:
-            return
+            return False
         given = recipe.tokenizer
         if given is None and recipe.init_from is not None:
             given = str(locate(_place(recipe.init_from)).folder / SENTENCEPIECE)
-        partial = path.with_suffix(".partial")
         if given is None:
-            texts = (d for source in sources for d in source.documents)
-            train_tokenizer(texts, recipe.vocab_size, partial)
+            texts = [d for source in sources for d in source.documents]
+            data = train_tokenizer(texts, recipe.vocab_size)
+        elif Path(given).is_file():
+            data = read_limited(Path(given), MAX_TOKENIZER_BYTES)
         else:
-            if not Path(given).is_file():
-                raise UserError(f"{given}: no such file; give a SentencePiece tokenizer.model.")
-            shutil.copyfile(given, partial)
-        os.replace(partial, path)
+            raise UserError(f"{given}: no such file; give a SentencePiece tokenizer.model.")
+        _write(path, data)
+        return True
 
     def _share_tokenizer(self, group: mx.distributed.Group) -> None:
         """Give the others the first one's tokenizer, which may have been trained just now."""
         path = self.folder / SENTENCEPIECE
         data = distributed.share(path.read_bytes() if self.first else None, group)
         if not self.first and not (path.exists() and path.read_bytes() == data):
-            partial = path.with_suffix(f".rank{group.rank()}")
-            partial.write_bytes(data)
-            os.replace(partial, path)
+            _write(path, data)
 
     def _model(self) -> Model:
         recipe = self.recipe
         if recipe.init_from is not None:
             model, _ = load_model(_place(recipe.init_from), dtype="float32", lazy=True)
+            self._check_memory(model.args)
         else:
-            model = Model(recipe.config(len(self.tokenizer.get_vocab())))
+            config = recipe.config(len(self.tokenizer.get_vocab()))
+            self._check_memory(config)
+            model = Model(config)
             initialize(model, recipe.seed)
         tokens = len(self.tokenizer.get_vocab())
         if tokens > model.args.vocab_size:
@@ -271,6 +292,15 @@ class Pretraining:
         if recipe.dropout:
             add_dropout(model, recipe.dropout)
         return model
+
+    def _check_memory(self, config: GriffinConfig) -> None:
+        recipe = self.recipe
+        rows = recipe.batch_size // (1 if self.group is None else self.group.size())
+        copies = 5 if recipe.average_decay else 4
+        check_memory(
+            "such a model, --batch-size and --context-length do not fit into memory",
+            pretraining_bytes(config, rows * recipe.context_length, copies),
+        )
 
     def _state(self) -> TrainingState:
         recipe = self.recipe
@@ -299,6 +329,11 @@ def hold(tokenizer: Any, documents: Sequence[str], recipe: Recipe) -> HeldOut:
     rows = [lay_row(encoded, pieces, length) for pieces in fit_pieces(encoded.steps, length)]
     batches = [stack_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
     return HeldOut(batches, sum(len(d.encode()) + 1 for d in documents))
+
+
+def _write(path: Path, data: bytes) -> None:
+    with atomic_file(path) as partial:
+        partial.write_bytes(data)
 
 
 def _texts(recipe: Recipe) -> tuple[list[Source], list[str]]:

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlx_rgemma.checkpoints.adapters import is_number, is_whole
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.io.atomic import atomic_file
 from mlx_rgemma.tuner.loop import TrainingCallback
+from mlx_rgemma.tuner.reading import read_lines
 
 
-def train_line(info: dict[str, Any]) -> str:
-    """A report of the loop as mlx-lm prints it."""
-    return (
+def train_line(info: dict[str, Any], iters: int | None = None) -> str:
+    """Return a report of the loop as mlx-lm prints it, with the time left of `iters` iterations."""
+    speed = info["iterations_per_second"]
+    line = (
         f"Iter {info['iteration']}: Train loss {info['train_loss']:.3f},"
         f" Learning Rate {info['learning_rate']:.3e},"
-        f" It/sec {info['iterations_per_second']:.3f},"
+        f" It/sec {speed:.3f},"
         f" Tokens/sec {info['tokens_per_second']:.3f},"
         f" Trained Tokens {info['trained_tokens']},"
         f" Peak mem {info['peak_memory']:.3f} GB"
     )
+    left = 0 if iters is None else iters - info["iteration"]
+    return f"{line}, {duration(left / speed)} left" if left > 0 and speed > 0 else line
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it, in two digits or so."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
 
 
 def val_line(info: dict[str, Any]) -> str:
@@ -31,7 +44,7 @@ def val_line(info: dict[str, Any]) -> str:
         line += f", Val bits/byte {info['val_bits_per_byte']:.4f}"
     line += f", Val took {info['val_time']:.3f}s"
     if "sample" in info:
-        line += "\n  " + " ".join(info["sample"].split())
+        line += "\n  Sample: " + " ".join(info["sample"].split())
     return line
 
 
@@ -44,19 +57,26 @@ class ProgressLog(TrainingCallback):
     Args:
         path: The file; None for none.
         done: Iterations done before.
+        iters: Iterations of the whole run; None if that is not known.
         show: Prints a line.
     """
 
-    def __init__(self, path: Path | None, done: int, show: Callable[[str], None] = print) -> None:
-        self.path, self.show = path, show
+    def __init__(
+        self,
+        path: Path | None,
+        done: int,
+        iters: int | None = None,
+        show: Callable[[str], None] = print,
+    ) -> None:
+        self.path, self.iters, self.show = path, iters, show
         if path is not None and path.exists():
             kept = [line for line in read_log(path) if done and line["iteration"] <= done]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(partial, path)
+            with atomic_file(path) as partial:
+                text = "".join(json.dumps(line) + "\n" for line in kept)
+                partial.write_text(text, encoding="utf-8")
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        self._add(train_info, train_line(train_info))
+        self._add(train_info, train_line(train_info, self.iters))
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         self._add(val_info, val_line(val_info))
@@ -77,14 +97,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; training writes it.")
-    found = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
+    found: list[dict[str, Any]] = []
+    broken = 0
+    for number, text in read_lines(path):
+        if broken:
+            raise UserError(f"{path}: line {broken} is no report of training.")
         try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON.") from error
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and is_whole(line.get("iteration"), 0, 1 << 60):
+            found.append(line)
+        else:
+            broken = number
     return found
 
 
@@ -98,7 +123,7 @@ def check_plot(target: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install 'mlx-rgemma[plot]'.") from error
+        raise UserError("--plot needs matplotlib: pip install '.[plot]' in a clone.") from error
     known = sorted(Figure().canvas.get_supported_filetypes())
     if target.suffix[1:].lower() not in known:
         raise UserError(f"--plot {target}: not an image file ({', '.join(known)}).")
@@ -123,8 +148,8 @@ def plot_log(log: Path, target: Path) -> None:
     import matplotlib.pyplot as plt
 
     lines = read_log(log)
-    trained = [line for line in lines if "train_loss" in line]
-    measured = [line for line in lines if "val_loss" in line]
+    trained = _with_numbers(lines, "train_loss", "learning_rate")
+    measured = _with_numbers(lines, "val_loss")
     if not trained:
         raise UserError(f"{log}: holds no report to draw.")
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
@@ -139,10 +164,13 @@ def plot_log(log: Path, target: Path) -> None:
     rate = axes.twinx()
     rate.plot(at, [line["learning_rate"] for line in trained], color="0.7", lw=1)
     rate.set_ylabel("learning rate", color="0.5")
-    partial = target.with_name(f".{target.stem}.partial{target.suffix}")
     try:
-        figure.savefig(partial)
-        os.replace(partial, target)
+        with atomic_file(target) as partial:
+            figure.savefig(partial)
     finally:
         plt.close(figure)
-        partial.unlink(missing_ok=True)
+
+
+def _with_numbers(lines: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """Return the lines that have a number under each key."""
+    return [line for line in lines if all(is_number(line.get(k), -1e30, 1e30) for k in keys)]

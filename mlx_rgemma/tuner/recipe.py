@@ -39,7 +39,8 @@ class Recipe:
         init_from: Folder of a model to train further, with its tokenizer.
         shape: "tiny", "small", "2b" or "9b".
         shape_changes: Keys of `config.json` that differ from it.
-        vocab_size: Tokens of the tokenizer that is trained.
+        vocab_size: Tokens of the tokenizer that is trained; None for 2048, or fewer if the text
+            does not support so many.
         tokenizer: A `tokenizer.model` to use instead.
         context_length: Tokens of a row.
         batch_size: Rows of an iteration.
@@ -68,7 +69,7 @@ class Recipe:
     init_from: str | None = None
     shape: str = "tiny"
     shape_changes: Mapping[str, Any] = field(default_factory=dict)
-    vocab_size: int = 2048
+    vocab_size: int | None = None
     tokenizer: str | None = None
     context_length: int = 512
     batch_size: int = 4

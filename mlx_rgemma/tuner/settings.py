@@ -11,10 +11,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlx_rgemma.errors import UserError
+from mlx_rgemma.checkpoints.folder import shortened
+from mlx_rgemma.errors import UserError, shown
 
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,2}")
 """Numbers like 1e-5, which YAML takes for text."""
+
+MAX_COUNT = 10**9
+MAX_SEED = 2**32 - 1
+"""As for mlx-lm, which seeds NumPy."""
+
+MAX_RATE = 1e30
+"""Learning rates, norms and the like: float32 holds them and their products with small numbers."""
+
+MAX_TOKENS = 1 << 24
+"""Of a row, or of a batch of full rows."""
 
 
 def complete(
@@ -32,19 +43,42 @@ def complete(
         others: Keys that the file may have besides.
 
     Raises:
-        UserError: If there is no such file, it is not YAML, or it has other keys or values than
-            there can be.
+        UserError: For a reason of `read_settings`.
     """
     chosen = {key: value for key, value in given.items() if value is not None}
     if given.get("config") is not None:
-        path = Path(given["config"]).expanduser()
-        values = {key.replace("-", "_"): value for key, value in _read(path).items()}
-        check_keys(str(path), values, [*defaults, *others])
-        actions = {action.dest: action for action in parser._actions}
-        for key, value in values.items():
-            if key not in chosen and value is not None:
-                chosen[key] = _checked(path, actions.get(key), key, value)
+        found = read_settings(given["config"], parser, [*defaults, *others])
+        chosen = {**found, **chosen}
     return SimpleNamespace(**{**copy.deepcopy(dict(defaults)), **chosen})
+
+
+def read_settings(
+    file: str, parser: argparse.ArgumentParser, others: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the settings of a YAML file, each checked as the option of its name is.
+
+    Args:
+        file: Its path.
+        parser: The command's.
+        others: Keys that the file may have besides the options.
+
+    Raises:
+        UserError: If there is no such file, it is not YAML, or it has other keys or values than
+            there can be.
+    """
+    from mlx_rgemma.tuner.yaml_reader import read_yaml
+
+    path = Path(file).expanduser()
+    values = {key.replace("-", "_"): value for key, value in read_yaml(path).items()}
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    check_keys(str(path), values, [*actions, *others])
+    if values.pop("config", None) is not None:
+        raise UserError(f"{path}: config: a file of settings cannot name another.")
+    return {
+        key: _checked(path, actions.get(key), key, value)
+        for key, value in values.items()
+        if value is not None
+    }
 
 
 def check_keys(where: str, values: Any, known: Collection[str]) -> None:
@@ -59,31 +93,15 @@ def check_keys(where: str, values: Any, known: Collection[str]) -> None:
         UserError: If it is no mapping, or has others.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{where} is {values!r}, expected {', '.join(known)}, each with its value.")
+        expected = ", ".join(known)
+        raise UserError(f"{where} is {shown(values)}, expected {expected}, each with its value.")
     unknown = [str(key) for key in values if key not in known]
     if unknown:
-        similar = get_close_matches(unknown[0], known, n=1)
+        similar = get_close_matches(unknown[0][:100], known, n=1)
         hint = f"did you mean {similar[0]}?" if similar else "--help lists them."
         if not similar and len(known) <= 6:
             hint = f"there are {', '.join(known)}."
-        raise UserError(f"{where}: no such setting: {', '.join(unknown)}; {hint}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark is not None else ""
-        raise UserError(f"{path}: not a YAML file{where}.") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: expected lines of the form key: value.")
-    numbers: dict[str, Any] = _with_numbers(values)
-    return numbers
+        raise UserError(f"{where}: no such setting: {shortened(unknown)}; {hint}")
 
 
 def _with_numbers(value: Any) -> Any:
@@ -95,23 +113,36 @@ def _with_numbers(value: Any) -> Any:
 
 
 def _checked(path: Path, action: argparse.Action | None, key: str, value: Any) -> Any:
-    """A value of the file, as the command line would have taken it."""
+    """Return a value of the file, as the command line would have taken it."""
+
+    def refuse(expected: str) -> UserError:
+        return UserError(f"{path}: {key} is {shown(value)}, expected {expected}.")
+
     if action is None:
-        return value
+        return _with_numbers(value)
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise UserError(f"{path}: {key} is {value!r}, expected true or false.")
+            raise refuse("true or false")
         return value
-    if action.type is None and isinstance(value, (bool, list, Mapping)):
-        raise UserError(f"{path}: {key} is {value!r}, expected text.")
-    if action.type is None and action.choices is None:
-        return str(value)
+    if action.nargs == "+":
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(map(_is_text, values)):
+            raise refuse("text, or a list of texts")
+        return [str(one) for one in values]
     if callable(action.type):
         try:
             value = action.type(str(value))
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise UserError(f"{path}: {key} is {value!r}: {error}.") from error
+        except (ValueError, OverflowError, argparse.ArgumentTypeError) as error:
+            if not isinstance(error, argparse.ArgumentTypeError):
+                kind = getattr(action.type, "__name__", "value")
+                raise refuse(f"a {kind}") from error
+            raise UserError(f"{path}: {key} is {shown(value)}: {str(error)[:200]}.") from error
+    elif not _is_text(value):
+        raise refuse("text")
     if action.choices is not None and value not in action.choices:
-        choices = ", ".join(map(str, action.choices))
-        raise UserError(f"{path}: {key} is {value!r}, expected one of {choices}.")
-    return value
+        raise refuse(f"one of {', '.join(map(str, action.choices))}")
+    return value if callable(action.type) else str(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)

@@ -29,7 +29,7 @@ SAID: dict[str, Any] = {
 
 needs_tensorstore = pytest.mark.skipif(
     importlib.util.find_spec("tensorstore") is None,
-    reason="Flax checkpoints need tensorstore (pip install 'mlx-rgemma[flax]')",
+    reason="Flax checkpoints need tensorstore (pip install '.[flax]')",
 )
 
 STORAGE = {"F32": "FloatStorage", "BF16": "BFloat16Storage", "F16": "HalfStorage"}

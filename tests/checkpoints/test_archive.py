@@ -6,6 +6,7 @@ import gzip
 import io
 import shutil
 import tarfile
+import tracemalloc
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from conftest import GOLDEN
 from google_files import FLAX, SAID, TORCH, needs_tensorstore, tar_of
 
 from mlx_rgemma import convert
+from mlx_rgemma.checkpoints import archive as archive_module
 from mlx_rgemma.checkpoints.archive import unpack
 from mlx_rgemma.checkpoints.source import EMBEDDED
 from mlx_rgemma.errors import CheckpointError
@@ -123,8 +125,104 @@ def test_room_for_what_grows(tmp_path):
         member.size = 1 << 60
         file.write(member.tobuf(tarfile.GNU_FORMAT))
         file.write(bytes(1 << 20))
-    with pytest.raises(CheckpointError, match=r"needs 1152921504\.61 GB"):
+    with pytest.raises(CheckpointError, match=r"unpacks to 1152921504\.61 GB, which no model is"):
         convert(tmp_path / "x.tar.gz", tmp_path / "out", **SAID)
+
+
+def test_room_is_looked_at_for_each_member(tmp_path, monkeypatch):
+    archive, folder = zeros_of(tmp_path / "x.tar.gz", 50_000_000), tmp_path / "folder"
+    folder.mkdir()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 10**7))
+    with pytest.raises(CheckpointError, match=r"needs 50\.0 MB, but its disk has 10\.0 MB free"):
+        unpack(archive, folder)
+    assert list(folder.iterdir()) == []
+
+
+def zeros_of(path: Path, size: int, after: int = 0) -> Path:
+    """A compressed archive of zeros, with more of them behind its end."""
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        member = tarfile.TarInfo("zeros.bin")
+        member.size = size
+        file.write(member.tobuf())
+        for rest in range(size + after + 1024, 0, -(1 << 20)):
+            file.write(bytes(min(rest, 1 << 20)))
+    return path
+
+
+@pytest.mark.parametrize(("size", "after"), [(300_000_000, 0), (512, 300_000_000)])
+def test_bombs(tmp_path, size, after):
+    """A small archive of much is refused before it fills the disk, also if much is no member."""
+    archive, folder = zeros_of(tmp_path / "x.tar.gz", size, after), tmp_path / "folder"
+    folder.mkdir()
+    read: list[int] = []
+    with pytest.raises(CheckpointError, match=r"unpacks to 0\.30 GB|more than 0\.10 GB when unp"):
+        unpack(archive, folder, read.append)
+    assert [path.name for path in folder.iterdir()] == (["zeros.bin"] if after else [])
+    assert sum(read) < archive.stat().st_size / 2
+
+
+def test_many_members(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive_module, "MAX_MEMBERS", 100)
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for number in range(101):
+            archive.addfile(tarfile.TarInfo(str(number)))
+    with pytest.raises(CheckpointError, match="more than 100 members"):
+        convert(tmp_path / "x.tar", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+LARGE_HEADERS = {
+    "long name": tarfile.GNUTYPE_LONGNAME,
+    "long link": tarfile.GNUTYPE_LONGLINK,
+    "pax header": tarfile.XHDTYPE,
+    "global pax header": tarfile.XGLTYPE,
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_HEADERS.values(), ids=LARGE_HEADERS)
+def test_large_headers_are_not_read(tmp_path, kind):
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, 200_000_000
+    with (tmp_path / "x.tar").open("wb") as file:
+        file.write(member.tobuf())
+        file.truncate(300_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="a header of more than 100,000 bytes"):
+            convert(tmp_path / "x.tar", tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_list_of_holes_without_an_end_is_not_read(tmp_path):
+    info = tarfile.TarInfo("x")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    info.size = 200_000_000
+    with (tmp_path / "x.tar").open("wb") as file:
+        file.write(info.tobuf(tarfile.PAX_FORMAT))
+        file.write(b"9" * 9 + b"\n" + b"1\n" * 20_000_000)
+        file.truncate(300_000_000)
+    with pytest.raises(CheckpointError, match="a header of more than"):
+        convert(tmp_path / "x.tar", tmp_path / "out")
+
+
+def test_chain_of_headers(tmp_path):
+    """tarfile calls itself for each."""
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XGLTYPE, 512
+    record = header.tobuf() + b"8 a=bc\n".ljust(512, b"\0")
+    (tmp_path / "x.tar").write_bytes(record * 5000 + bytes(1024))
+    with pytest.raises(CheckpointError, match=r"x\.tar: not a sound archive"):
+        convert(tmp_path / "x.tar", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a/" * 40 + "x", "a" * 1001], ids=["deep", "long"])
+def test_long_names(tmp_path, name):
+    archive = archive_of(tmp_path / "x.tar", name=name)
+    with pytest.raises(CheckpointError, match="has a name that is too long; this is refused"):
+        convert(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

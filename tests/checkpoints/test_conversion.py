@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -354,3 +355,28 @@ def test_save_model_alone(tmp_path):
     save_model(tmp_path / "out", model, dtype=mx.bfloat16)
     assert {value.dtype for value in all_tensors(tmp_path / "out").values()} == {mx.bfloat16}
     assert load_model(tmp_path / "out")[1].lru_width == 72
+
+
+LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))])
+CARDS = {
+    "laughs": f"---\n{LAUGHS}\nbase_model: *a59\n---\n",
+    "recursion": "---\ntags: &x [*x]\n---\n",
+    "deep": "---\ntags: " + "[" * 5000 + "]" * 5000 + "\n---\n",
+    "tags of lists": "---\ntags: [[a], {b: c}, 1]\n---\n",
+    "digits": "---\nlicense: " + "9" * 5000 + "\n---\n",
+    "large": "---\nlicense: mit\n---\n" + "x" * 2_000_000,
+}
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_hostile_model_cards_are_left_out(tmp_path, card):
+    source = golden_copy("tiny-2b", tmp_path)
+    (source / "README.md").write_text(card)
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").stat().st_size < 3000
+
+
+def test_a_pipe_as_model_card_is_not_waited_for(tmp_path):
+    source = golden_copy("tiny-2b", tmp_path)
+    os.mkfifo(source / "README.md")
+    convert(source, tmp_path / "out")

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def test_damaged_quantized_checkpoint(quantized, tmp_path, name):
         if name == "tokenizer.model":
             (source / "tokenizer.json").unlink()
         damage(source / name, seed)
-        check(source, load)
+        check(source, partial(load, verify=True))
         shutil.rmtree(source.parent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def truncate(path: Path, by: int = 7) -> None:
 def only(folder: Path, name: str) -> None:
     (folder / SINGLE).unlink()
     (folder / name).write_bytes(b"x")
+
+
+def as_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 NORM = "model.final_norm.weight"
@@ -126,6 +132,28 @@ BROKEN = {
         unlist,
         f"1 tensor not listed: {NORM} in model-00005-of-00005.safetensors",
     ),
+    "index larger than an index": (
+        "tiny-sharded",
+        lambda f: edit_json(f / INDEX, x="x" * 10_000_000),
+        "expected at most 10,000,000",
+    ),
+    "index with a long name": (
+        "tiny-sharded",
+        lambda f: remap(f, "x" * 100_000, "y" * 100_000),
+        "'xxxx.* is in 'yyyy",
+    ),
+    "config deep": (
+        "tiny-2b",
+        lambda f: edit_json(f / CONFIG, x=json.loads("[" * 100 + "]" * 100)),
+        "more than 50 levels of brackets",
+    ),
+    "config with a large number": (
+        "tiny-2b",
+        lambda f: edit_json(f / CONFIG, x=10**4000),
+        "an integer of more than 256 bits",
+    ),
+    "config a pipe": ("tiny-2b", lambda f: as_pipe(f / CONFIG), "not a regular file"),
+    "weights a pipe": ("tiny-2b", lambda f: as_pipe(f / SINGLE), "not a regular file"),
     "tensor in two files": (
         "tiny-2b",
         lambda f: shutil.copyfile(f / SINGLE, f / "model-copy.safetensors"),
@@ -142,13 +170,14 @@ def test_broken(tmp_path, name, damage, message):
         CheckpointFolder.open(folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < len(str(folder)) + 400
 
 
 def test_not_a_folder(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         CheckpointFolder.open(tmp_path / "absent")
     file = golden_copy("tiny-2b", tmp_path) / SINGLE
-    with pytest.raises(CheckpointError, match="give the folder that holds it"):
+    with pytest.raises(CheckpointError, match="a file; give the folder that holds the model"):
         CheckpointFolder.open(file)
 
 

@@ -251,7 +251,7 @@ def test_loading_says_to_convert_first(source):
 
 def test_without_tensorstore(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorstore", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'mlx-rgemma\[flax\]'"):
+    with pytest.raises(CheckpointError, match=r"pip install '\.\[flax\]'"):
         convert(FLAX["orbax-0.5.9-zarr"], tmp_path / "out", **SAID)
 
 

@@ -16,9 +16,9 @@ from google_files import SAID, TORCH, tar_of
 from test_corruption import digest
 
 from mlx_rgemma import convert, load_model
-from mlx_rgemma.checkpoints import output
 from mlx_rgemma.checkpoints.source import EMBEDDED
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io import atomic
 
 KILLS = 20
 
@@ -153,7 +153,7 @@ def test_full_disk(tmp_path, monkeypatch, room, source):
         (disk / "other program").write_bytes(bytes(free - room - free % 4096))
         with pytest.raises(CheckpointError, match=r"needs .* but its disk has"):
             convert(path, disk / "out", **SAID)
-        monkeypatch.setattr(output, "check_room", lambda path, nbytes: None)
+        monkeypatch.setattr(atomic, "check_room", lambda path, nbytes: None)
         monkeypatch.setattr("mlx_rgemma.checkpoints.archive.check_room", lambda path, nbytes: None)
         with pytest.raises(CheckpointError, match="No space left on device") as error:
             convert(path, disk / "out", **SAID)

@@ -220,3 +220,18 @@ def test_source_is_not_written_to(tmp_path):
     folder.chmod(0o700)
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     assert tokenizer.encode("a")[0] == 2
+
+
+def test_checksums_are_compared_if_asked_for(tmp_path):
+    convert(EMBEDDED, tmp_path / "out")
+    load(tmp_path / "out", verify=True)
+    path = tmp_path / "out" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    load(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is damaged: its checksum is"):
+        load(tmp_path / "out", verify=True)
+    with pytest.raises(CheckpointError, match="is damaged: its checksum is"):
+        convert(tmp_path / "out", tmp_path / "again")
+    assert not (tmp_path / "again").exists()

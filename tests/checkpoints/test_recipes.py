@@ -9,7 +9,7 @@ import pytest
 from checkpoint_files import CONFIG, all_tensors, assert_same_tensors, golden_copy, run_plain_python
 from mlx.utils import tree_flatten
 
-from mlx_rgemma import GriffinConfig, Model, convert, load_model
+from mlx_rgemma import GriffinConfig, Model, convert, load, load_model, register
 from mlx_rgemma.checkpoints import save_model
 from mlx_rgemma.checkpoints.contents import check_contents
 from mlx_rgemma.checkpoints.folder import CheckpointFolder
@@ -19,11 +19,18 @@ from mlx_rgemma.checkpoints.source import EMBEDDED
 from mlx_rgemma.errors import UserError
 
 PLAIN_MIXED = """
-import sys
+import sys, mlx.core as mx, numpy as np
+from mlx_lm import load
 from mlx_lm.convert import convert
 source, target, *recipes = sys.argv[1:]
 for recipe in recipes:
     convert(source, f"{target}/{recipe}", quantize=True, quant_predicate=recipe, q_group_size=64)
+    folder = f"{target}/{recipe}-default-groups"
+    convert(source, folder, quantize=True, quant_predicate=recipe)
+    model, tokenizer = load(folder)
+    model.set_dtype(mx.float32)
+    tokens = mx.array([tokenizer.encode("Once upon a time there was a")])
+    np.save(folder + ".npy", np.array(model(tokens)))
 """
 
 
@@ -42,6 +49,31 @@ def test_mixed_recipes_are_mlx_lm_s(mlx_lm_mixed, tmp_path, recipe):
     low, high = MIXED[recipe]
     assert {how.bits for how in contents.quantized.values()} == {low, high}
     assert contents.quantized["model.embed_tokens"].bits == low
+
+
+@pytest.mark.parametrize("recipe", MIXED)
+def test_mlx_lm_s_mixed_recipes_with_default_groups_load(mlx_lm_mixed, recipe):
+    """mlx-lm writes `"group_size": null` for each layer then, which means 64."""
+    import mlx_lm.utils
+    import numpy as np
+
+    folder = mlx_lm_mixed / f"{recipe}-default-groups"
+    section = json.loads((folder / CONFIG).read_text())["quantization"]
+    assert section["model.embed_tokens"]["group_size"] is None
+    quantized = check_contents(CheckpointFolder.open(folder)).quantized
+    assert {(how.bits, how.group_size) for how in quantized.values()} == {
+        (bits, 64) for bits in MIXED[recipe]
+    }
+    model, tokenizer = load(folder, window="hf", dtype="float32")
+    tokens = mx.array([tokenizer.encode("Once upon a time there was a")])
+    ours, theirs = np.array(model(tokens)), np.load(f"{folder}.npy")
+    # mlx-lm rounds the embedding's scale differently, and its norms have another epsilon.
+    assert np.abs(ours - theirs).max() < 0.02 * np.abs(ours).max()
+
+    register()
+    same, _ = mlx_lm.utils.load_model(folder, model_config={"window": "hf"})
+    same.set_dtype(mx.float32)
+    assert np.abs(ours - np.array(same(tokens))).max() < 1e-4
 
 
 @pytest.mark.parametrize("layers", [1, 3, 8, 26, 38])
@@ -176,7 +208,7 @@ def every_setting(tmp_path_factory):
 def test_every_setting_runs_here_and_in_plain_mlx_lm(every_setting, name):
     import numpy as np
 
-    from mlx_rgemma import generate, load
+    from mlx_rgemma import generate
 
     root, theirs = every_setting
     model, tokenizer = load(root / name, window="hf")

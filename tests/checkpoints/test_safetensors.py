@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+import zlib
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rgemma.checkpoints.safetensors import TensorInfo, check_file, read_header, write_file
+from mlx_rgemma.checkpoints.safetensors import (
+    TensorInfo,
+    check_file,
+    read_header,
+    verify_checksums,
+    write_file,
+)
 from mlx_rgemma.errors import CheckpointError
 
 
@@ -48,6 +57,7 @@ WRONG = {
     "negative shape": ({"a": entry(shape=(-2,))}, bytes(8), "no proper shape"),
     "shape of text": ({"a": entry(shape=("2",))}, bytes(8), "no proper shape"),
     "shape of truths": ({"a": entry(shape=(True,))}, bytes(8), "no proper shape"),
+    "many dimensions": ({"a": entry(shape=(1,) * 17)}, bytes(8), "no proper shape"),
     "huge shape": ({"a": entry(shape=(1 << 63,))}, bytes(8), "no proper shape"),
     "one offset": ({"a": entry(offsets=(0,))}, bytes(8), "no proper shape"),
     "too few bytes": ({"a": entry(shape=(3,))}, bytes(8), "does not lie"),
@@ -75,10 +85,40 @@ def test_wrong_header(tmp_path, header, data, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+MANY = (
+    b"{"
+    + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(110_000))
+    + b"}"
+)
+LARGE = {
+    "tensors": (MANY, "names more than 100,000 tensors"),
+    "bytes": (b" " * 10_000_001, "header has 10,000,001 bytes, expected at most 10,000,000"),
+    "a name": ({"x" * 1_000_000: 1}, "the entry of 'xxxx"),
+    "a dtype": ({"x": entry("Q" * 1_000_000)}, "unknown dtype 'QQQQ"),
+}
+
+
+@pytest.mark.parametrize(("header", "message"), LARGE.values(), ids=LARGE)
+def test_large_header(tmp_path, header, message):
+    """Refused in bounded time, and in a line of bounded length."""
+    path = file_of(tmp_path / "model.safetensors", header, bytes(8))
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_header(path)
+    assert time.process_time() - started < 10
+    assert len(str(error.value)) < len(str(path)) + 250
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_header(tmp_path / "model.safetensors")
+
+
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         check_file(tmp_path / "absent.safetensors")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         check_file(tmp_path)
 
 
@@ -114,7 +154,7 @@ def test_what_is_written_is_read_by_others(tmp_path):
     for name, array in load_file(path).items():
         np.testing.assert_array_equal(array, np.array(values[name]))
     loaded, metadata = mx.load(str(path), return_metadata=True)
-    assert loaded.keys() == values.keys() and metadata == {"format": "mlx"}
+    assert loaded.keys() == values.keys() and metadata["format"] == "mlx"
     assert written == [info.nbytes for info in plan]
     assert read_header(path)["packed"].shape == (1, 2)
 
@@ -131,3 +171,22 @@ def test_writer_keeps_to_what_it_announced(tmp_path):
     for number, surprise in enumerate((mx.zeros(3), mx.zeros(2, mx.float16))):
         with pytest.raises(ValueError, match="announced"):
             write_file(tmp_path / str(number), plan, iter([("x", surprise)]), {})
+
+
+def test_checksums(tmp_path):
+    """A writer that streams stores them in the header that it wrote first."""
+    values = {"a": mx.arange(6, dtype=mx.float32).reshape(2, 3).T, "b": mx.array([7], mx.uint8)}
+    plan = [TensorInfo("a", "F32", (3, 2)), TensorInfo("b", "U8", (1,))]
+    path = tmp_path / "new.safetensors"
+    write_file(path, plan, iter(values.items()), {"format": "mlx"})
+    sums = json.loads(mx.load(str(path), return_metadata=True)[1]["crc32"])
+    expected = {name: zlib.crc32(np.ascontiguousarray(value)) for name, value in values.items()}
+    assert sums == {name: f"{value:08x}" for name, value in expected.items()}
+    verify_checksums(path)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="'a' is damaged: its checksum is"):
+        verify_checksums(path)
+    file_of(path, SOUND, bytes(16))
+    verify_checksums(path)  # has none

@@ -279,3 +279,42 @@ def test_broken_tokenizer_config(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not valid JSON"):
         load_tokenizer(tmp_path)
+
+
+PIECES_NO_ONE_MADE = {
+    "not UTF-8": (b"\xff\xfe", r"piece 7 is b'\\xff\\xfe'"),
+    "empty": (b"", "piece 7 is ''"),
+    "long": (b"a" * 1_000_000, "piece 7 is 'aaaa"),
+}
+
+
+@pytest.mark.parametrize(("piece", "message"), PIECES_NO_ONE_MADE.values(), ids=PIECES_NO_ONE_MADE)
+def test_damaged_pieces(gemma, tmp_path, piece, message):
+    """Protobuf hands out a text that is not UTF-8 as bytes."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((gemma / "tokenizer.model").read_bytes())
+    entry = proto.pieces[7]
+    entry.piece = "\0" * len(piece)
+    sound = entry.SerializeToString()
+    damaged = sound.replace(b"\0" * len(piece), piece, 1) if piece else sound
+    content = proto.SerializeToString()
+    assert sound in content
+    (tmp_path / "tokenizer.model").write_bytes(content.replace(sound, damaged, 1))
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < len(str(tmp_path)) + 250
+
+
+def test_many_pieces(tmp_path, monkeypatch):
+    from mlx_rgemma.checkpoints import sentencepiece as module
+
+    monkeypatch.setattr(module, "MAX_PIECES", 100)
+    shutil.copyfile(EMBEDDED / "tokenizer.model", tmp_path / "tokenizer.model")
+    with pytest.raises(CheckpointError, match=r"pieces, expected up to 100\."):
+        load_tokenizer(tmp_path)
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match="expected at most 16,000,000"):
+        load_tokenizer(tmp_path)

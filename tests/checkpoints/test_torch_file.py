@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -118,7 +120,7 @@ FOREIGN = {
     "attribute of torch": (b"ctorch\nload\n", r"torch\.load"),
     "dotted": (b"\x8c\x05torch\x8c\x0bhub.load_zi\x93", r"torch\.hub\.load_zi"),
     "instance": (b"(ios\nsystem\n", r"os\.system"),
-    "extension": (b"\x82\x01", "unregistered extension code"),
+    "extension": (b"\x82\x01", "uses the opcode EXT1"),
     "line break": (b"\x8c\x05a\nb\x1bc\x8c\x01d\x93", r"'a\\nb\\x1bc\.d'"),
 }
 
@@ -166,10 +168,77 @@ def test_ways_to_use_what_is_allowed_wrongly(tmp_path):
             assert file.tensors["x"].shape == (4, 6)
 
 
+def laughs(levels: int) -> bytes:
+    """A tuple of two of the same tuple, and so on: 2**levels at the bottom."""
+    steps = (bytes([*b"h", n, 0x86, *b"q", n + 1]) for n in range(levels))
+    return b")q\x00" + b"".join(steps)
+
+
+HOSTILE = {
+    "laughs as key": (b"\x80\x02}" + laughs(60) + b"Ns.", "key of type tuple"),
+    "laughs as keys": (b"\x80\x02}(" + laughs(60) + b"Nu.", "key of type tuple"),
+    "laughs as value": (b"\x80\x02}\x8c\x01x" + laughs(60) + b"s.", "'x' is no tensor but a tuple"),
+    "laughs as shape": (
+        torch_pickle({"x": torch_entry((4, 6), "F32", "0").replace(b"K\x04K\x06\x86", laughs(60))}),
+        "'x' has no proper storage and shape",
+    ),
+    "laughs as storage": (b"\x80\x02" + laughs(60) + b"Q.", "a storage that torch has not"),
+    "deep key": (b"\x80\x02})" + b"\x85" * 400_000 + b"Ns.", "key of type tuple"),
+    "deep value": (b"\x80\x02}\x8c\x01x)" + b"\x85" * 400_000 + b"s.", "no tensor but a tuple"),
+    "memo": (b"\x80\x02]r\xff\xff\xff\x1f.", "not a dictionary of tensors"),
+    "opcodes": (b"\x80\x02" + b"N" * 600_000 + b".", "more than 500,000 opcodes"),
+    "marks": (b"\x80\x02" + b"(" * 600_000 + b".", "more than 500,000 opcodes"),
+    "bytes": (b"\x80\x02" + b"N" * 4_000_000 + b".", "too large for names and shapes"),
+    "long key": (
+        b"\x80\x02}X\x40\x42\x0f\x00" + b"x" * 1_000_000 + b"Ns.",
+        "'xxxx.* is no tensor but a NoneType",
+    ),
+    "list that holds itself": (b"\x80\x02]q\x00h\x00a.", "not a dictionary of tensors"),
+    "dictionary that holds itself": (
+        b"\x80\x02}q\x00\x8c\x01xh\x00s.",
+        "'x' is no tensor but a dict",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_pickles_take_bounded_time_and_memory(tmp_path, content, message):
+    torch_zip(tmp_path / "x.pt", content, [("0", BYTES)])
+    started = time.process_time()
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=message) as error:
+            convert(tmp_path / "x.pt", tmp_path / "out", **SAID)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - started < 30 and peak < 200_000_000
+    assert "\n" not in str(error.value) and len(str(error.value)) < len(str(tmp_path)) + 250
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_hostile_zip_directories(tmp_path):
+    """A directory, or an entry that is read whole, of any size."""
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", torch_pickle({"x": torch_entry((4, 6), "F32", "0")}))
+        for number in range(25_000):
+            archive.writestr(f"{number:0200d}", b"")
+    with pytest.raises(CheckpointError, match="directory has more than 4,194,304 bytes"):
+        TorchFile(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", torch_pickle({"x": torch_entry((4, 6), "F32", "0")}))
+        archive.writestr("x/byteorder", b"little" + b" " * 1000)
+    with pytest.raises(CheckpointError, match="byteorder is too large"):
+        TorchFile(path)
+
+
 MISPLACED = {
     "offset": ({"offset": 1}, "does not lie in its storage"),
     "negative offset": ({"offset": -1}, "no proper strides and offset"),
-    "huge offset": ({"offset": 1 << 70}, "does not lie"),
+    "huge offset": ({"offset": 1 << 70}, "no proper strides and offset"),
+    "huge strides": ({"strides": (1 << 70, 1)}, "no proper storage and shape"),
+    "many strides": ({"strides": (1,) * 1000}, "no proper storage and shape"),
     "no offset": ({"offset": "0"}, "no proper strides and offset"),
     "strides": ({"strides": (7, 1)}, "does not lie"),
     "negative strides": ({"strides": (-6, 1)}, "no proper storage and shape"),

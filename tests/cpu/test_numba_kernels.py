@@ -54,7 +54,7 @@ def agree(compute, ran: list[str], bound: float = 5e-7) -> None:
     for plain, found in zip(*both(compute, ran), strict=True):
         assert found.dtype == plain.dtype and found.shape == plain.shape
         error = relative_error(found.astype(mx.float32), np.array(plain.astype(mx.float32)))
-        assert error < bound + ROUNDING[plain.dtype]
+        assert error < bound + 2.0 * ROUNDING[plain.dtype]  # both are rounded
 
 
 SHAPES = [(1, 16, 32), (3, 100, 99), (2, 300, 160), (1, 17, 1)]

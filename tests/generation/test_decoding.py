@@ -188,7 +188,7 @@ def test_the_last_layer_computes_one_token_where_nobody_asks_for_more(ending_in,
         return multiply(layer, x)
 
     monkeypatch.setattr(Linear, "__call__", note)
-    ending_in.adopt_layers()
+    ending_in.prepare_for_inference(dequantize=False)
     getattr(ending_in, name)(mx.ones((1, 50), mx.int32), ending_in.make_cache())
     layer = ending_in.layers[-1]
     block, mlp = layer.temporal_block, layer.mlp_block

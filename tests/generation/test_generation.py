@@ -11,7 +11,7 @@ from conftest import golden, golden_model
 
 from mlx_rgemma import batch_generate, generate, load, stream_generate
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.single import encode
+from mlx_rgemma.generation.prompts import encode
 from mlx_rgemma.text.responses import GenerationResponse
 from mlx_rgemma.text.stream import TEXT_LIMIT, StopMatcher, TextStream
 

@@ -11,7 +11,9 @@ from conftest import LOGITS_ATOL, golden_model, max_error
 from helpers.random_models import SMALL
 
 from mlx_rgemma import GriffinConfig, Model
+from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache, state_nbytes
+from mlx_rgemma.io import memory
 
 
 def small_model(**changes) -> Model:
@@ -42,6 +44,27 @@ def test_bytes_never_change(model_name):
         model(mx.ones((1, size), mx.int32), cache=cache)
         mx.eval([layer.state for layer in cache])
         assert state_nbytes(cache) == expected
+
+
+def test_a_state_beyond_memory_is_refused_before_it_is_allocated(monkeypatch):
+    """MLX does not look at what `malloc` gives it: the process would end by a signal."""
+    model = small_model(attention_window_size=1 << 25)  # 4 GB a sequence
+    monkeypatch.setattr(memory, "available_memory", lambda: 5_000_000_000)
+    cache = model.make_cache()
+    message = r"the state of 3 sequences needs 12\.88 GB of memory, 5\.00 GB are available; use"
+    with pytest.raises(UserError, match=message):
+        model.make_cache(3)
+    with pytest.raises(UserError, match=message):
+        model(mx.zeros((3, 2), mx.int32), cache=cache)
+    assert [layer.batch_size for layer in cache] == [1, 1, 1]
+    monkeypatch.setattr(memory, "available_memory", lambda: None)
+    assert len(model.make_cache(3)) == 3
+
+
+def test_a_window_beyond_this_machine_is_refused():
+    model = small_model(attention_window_size=1 << 25)
+    with pytest.raises(UserError, match=r"needs .* GB of memory, .* GB are available; use fewer"):
+        model.make_cache(1 << 16)
 
 
 def test_decoding_writes_the_ring_in_place():
@@ -211,10 +234,12 @@ def test_huge_positions_survive_a_round_trip():
         (mx.zeros((1, 8)), mx.zeros((2, 3, 8)), mx.array([0])),
         (mx.zeros((1, 8)), mx.zeros((1, 3, 8)), mx.array([0, 0])),
         (mx.zeros((1, 8)), mx.zeros((1, 3, 8)), mx.array([-1])),
+        (mx.zeros((1, 8)), mx.zeros((1, 3, 8)), mx.array([2**62 + 1], mx.int64)),
+        (mx.zeros((1, 8)), mx.zeros((1, 3, 8), mx.int32), mx.array([0])),
         (mx.zeros((1, 8)), mx.zeros((1, 3, 8))),
         None,
     ],
-    ids=["width", "dtype", "rows", "positions", "negative", "short", "none"],
+    ids=["width", "dtype", "rows", "positions", "negative", "huge", "integers", "short", "none"],
 )
 def test_recurrent_state_is_checked(state):
     with pytest.raises(ValueError, match="recurrent block"):
@@ -229,9 +254,10 @@ def test_recurrent_state_is_checked(state):
         (mx.zeros((1, 2, 6, 8)), mx.array([6, 5]), mx.array([0])),
         (mx.zeros((1, 2, 6, 8)), mx.array([-1, 5]), mx.array([0])),
         (mx.zeros((1, 2, 6, 8)), mx.array([0, 5]), mx.array([1.5])),
+        (mx.zeros((1, 2, 6, 8), mx.uint8), mx.array([0, 5]), mx.array([0])),
         ("kv", mx.array([0, 5]), mx.array([0])),
     ],
-    ids=["slots", "no values", "head", "negative head", "positions", "no array"],
+    ids=["slots", "no values", "head", "negative head", "positions", "dtype", "no array"],
 )
 def test_attention_state_is_checked(state):
     with pytest.raises(ValueError, match="attention block"):

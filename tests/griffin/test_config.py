@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import GOLDEN, MODELS
@@ -40,6 +41,8 @@ def test_round_trip(name):
         ({"rope_theta": 3.0, "rope_parameters": {"rope_theta": 7.0}}, "rope_theta", 7.0),
         ({"rope_theta": 3, "rope_parameters": {"rope_type": "default"}}, "rope_theta", 3.0),
         ({"rope_theta": ...}, "rope_theta", 10000.0),
+        ({"rope_scaling": {"type": "default"}}, "rope_theta", 10000.0),
+        ({"rope_scaling": None, "rope_parameters": {"type": "default"}}, "rope_theta", 10000.0),
         ({"torch_dtype": "torch.bfloat16"}, "dtype", "bfloat16"),
         ({"torch_dtype": "float32", "dtype": "float16"}, "dtype", "float16"),
         ({"torch_dtype": ...}, "dtype", None),
@@ -89,7 +92,15 @@ def test_spellings(changes, attribute, expected):
         ({"logits_soft_cap": float("nan")}, "logits_soft_cap"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_theta": 0.1}, "rope_theta"),  # more than a turn a position
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
+        ({"rope_parameters": {"type": "linear"}}, r"rope_parameters\.type is 'linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_scaling\.type is 'linear'"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}},
+            r"rope_scaling\.type is 'linear'",
+        ),
+        ({"rope_scaling": {"type": "default", "rope_type": "llama3"}}, "rope_type is 'llama3'"),
         ({"rope_parameters": 3}, "rope_parameters"),
         ({"partial_rotary_factor": 0.01}, "partial_rotary_factor"),
         ({"partial_rotary_factor": 2}, "partial_rotary_factor"),
@@ -106,6 +117,76 @@ def test_what_cannot_be_is_refused(changes, key):
     with pytest.raises(ConfigError, match=key) as error:
         GriffinConfig.from_dict(config(**changes))
     assert "\n" not in str(error.value)
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "lru_width",
+    "attention_window_size",
+    "conv1d_width",
+)
+CONSTANTS = ("logits_soft_cap", "rope_theta", "partial_rotary_factor", "rms_norm_eps")
+TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
+WRONG_SIZES = (0, -1, 2**31, 2**40, 2**63, 10**400, 1.5, 1e300, "7", [7], {"a": 7}, True)
+WRONG_CONSTANTS = (-1.0, 1e-44, 1e39, 1e300, 10**400, float("inf"), float("nan"), "7", [7], True)
+WRONG_TOKENS = (-1, 2**31, 10**400, 1.5, "1", [[1]], True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in SIZES for value in WRONG_SIZES),
+        *((key, value) for key in CONSTANTS for value in WRONG_CONSTANTS),
+        *((key, value) for key in TOKENS for value in WRONG_TOKENS),
+        ("eos_token_id", [1, -1]),
+        ("eos_token_id", [1] * 10_000),
+        ("block_types", ["recurrent"] * 10_000),
+        # in range by themselves, but arrays of the product cannot be indexed with int32
+        ("vocab_size", 1 << 24),
+        ("intermediate_size", 1 << 22),
+        ("attention_window_size", 1 << 30),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_every_number_has_a_type_and_a_range(key, value):
+    with pytest.raises(ConfigError) as error:
+        GriffinConfig.from_dict(config(**{"hidden_size": 768, "lru_width": 768, key: value}))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("key", [*SIZES, *CONSTANTS])
+@pytest.mark.parametrize("value", [None, "7", 2**60, -1])
+def test_the_constructor_checks_too(key, value):
+    with pytest.raises(ConfigError, match=key):
+        replace(GriffinConfig.from_dict(config()), **{key: value})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model_type",
+        "hidden_activation",
+        "hidden_size",
+        "rms_norm_eps",
+        "eos_token_id",
+        "torch_dtype",
+        "block_types",
+        "rope_parameters",
+        "num_key_value_heads",
+        "attention_bias",
+        "window",
+    ],
+)
+@pytest.mark.parametrize("value", ["x" * 100_000, [["x" * 1000] * 100], [[]]], ids=len)
+def test_messages_are_short_whatever_the_file_holds(key, value):
+    with pytest.raises(ConfigError) as error:
+        GriffinConfig.from_dict(config(**{key: value}))
+    assert len(str(error.value)) < 300
 
 
 def test_not_an_object():

@@ -82,17 +82,22 @@ class Running:
             self.greeting += line
         self.port = int(self.greeting.rsplit(":", 1)[1].split("/")[0])
 
-    def send(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    def send(
+        self, method: str, path: str, body: bytes | None = None, key: str = ""
+    ) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        headers = {"Content-Type": "application/json"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         try:
-            connection.request(method, path, body, {"Content-Type": "application/json"})
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
             return response.status, response.read()
         finally:
             connection.close()
 
-    def post(self, path: str, **body) -> tuple[int, dict]:
-        status, raw = self.send("POST", path, json.dumps(body).encode())
+    def post(self, path: str, key: str = "", **body) -> tuple[int, dict]:
+        status, raw = self.send("POST", path, json.dumps(body).encode(), key)
         return status, json.loads(raw)
 
     def complete(self, prompt: str, max_tokens: int, **body) -> str:
@@ -112,7 +117,7 @@ class Running:
         """Ask, and hang up without having read the answer."""
         raw = json.dumps(body).encode()
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
-            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n"
             connection.sendall(head.encode() + raw)
             time.sleep(wait_s)
 

@@ -183,13 +183,13 @@ def test_a_peer_that_is_not_installed(capsys, monkeypatch):
     assert main(["--shape", "tiny", "--compare", "mlx-lm,transformers"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "torch is not installed" in error
-    assert "pip install 'mlx-rgemma[parity]'" in error
+    assert "pip install '.[parity]'" in error
 
 
 def test_pictures_need_matplotlib(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["--shape", "tiny", "--plot", str(tmp_path / "x.svg")]) == 1
-    assert "pip install 'mlx-rgemma[plot]'" in capsys.readouterr().err
+    assert "pip install '.[plot]'" in capsys.readouterr().err
 
 
 def test_a_quantized_model_is_not_quantized_again(capsys, tmp_path):

@@ -151,10 +151,10 @@ def test_what_is_held_in_float32_is_read_in_float32(folder, monkeypatch):
     engine = make_engine(OURS)
     plain = engine.load(folder, "float32", UNQUANTIZED)
     assert plain.read_bytes == plain.weight_bytes
-    monkeypatch.setenv("MLX_RGEMMA_EXPAND", "off")
+    monkeypatch.setenv("MLX_RGEMMA_DEQUANTIZE", "off")
     packed = engine.load(folder, "float32", "4")
     assert packed.read_bytes == packed.weight_bytes < plain.weight_bytes
-    monkeypatch.delenv("MLX_RGEMMA_EXPAND")
+    monkeypatch.delenv("MLX_RGEMMA_DEQUANTIZE")
     held = engine.load(folder, "float32", "4")
     assert held.weight_bytes == packed.weight_bytes
     expanded = engine.model.dequantized_nbytes  # none on a GPU

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from mlx_rgemma.measurement import bandwidth, memory, plot
-from mlx_rgemma.measurement.files import write_whole
 from mlx_rgemma.measurement.plan import Case, Plan
 from mlx_rgemma.measurement.results import Result, flatness, ratios
 from mlx_rgemma.measurement.startup import TITLES
@@ -134,16 +133,6 @@ def test_pictures(tmp_path):
     for word in ("a title", "prompt tokens a second", "mlx_rgemma", "mlx-lm"):
         assert f">{word}<" in text
     assert "training" not in text and len(text) < 100_000
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path):
-    def fail(part):
-        part.write_text("half")
-        raise RuntimeError("full")
-
-    with pytest.raises(RuntimeError):
-        write_whole(tmp_path / "x", fail)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_ledger_counts_no_second_twice(monkeypatch):

@@ -82,7 +82,9 @@ def test_unknown_models_and_paths(server):
 )
 def test_lengths_that_are_wrong(server, head, status):
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n{head}\r\n{{".encode())
+        connection.sendall(
+            f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n{{".encode()
+        )
         connection.shutdown(socket.SHUT_WR)
         assert int(connection.makefile("rb").readline().split()[1]) == status
 

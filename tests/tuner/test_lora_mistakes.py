@@ -30,7 +30,7 @@ def test_command_line_wins_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("iters: many\n", "iters is 'many'"),
+        ("iters: many\n", "iters is 'many', expected a whole number"),
         ("iters: 0\n", "0 is not at least 1"),
         ("optimizer: adamax\n", "expected one of adam, adamw, muon, sgd, adafactor"),
         ("train: 1\n", "train is 1, expected true or false"),
@@ -63,14 +63,13 @@ def test_configuration_files_that_cannot_be(tmp_path, content, message):
             [],
             "train.jsonl: line 3: prompt is 3, expected text",
         ),
-        ('{"text": ["a"]}\n', [], 'train.jsonl: line 1: text is ["a"], expected text'),
+        ('{"text": ["a"]}\n', [], "train.jsonl: line 1: text is ['a'], expected text"),
         ('{"question": "a"}\n', [], "examples have question; expected messages, prompt"),
         ('{"text": "a b c"}\n', ["--mask-prompt"], "--mask-prompt needs chats or completions"),
         ('{"messages": []}\n', [], "line 1: messages is [], expected messages with their roles"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', [], "has no chat template"),
         ('{"text": "a b c"}\n', [], "has 1 examples, fewer than the batch size 4"),
         ('{"text": "a b c"}\n' * 4, ["--num-layers", "99"], "num-layers is 99"),
-        ('{"text": "a b c"}\n' * 4, ["--resume"], "no such file"),
         ('{"text": "a b c"}\n' * 4, ["--pack", "--carry-state"], "exclude each other"),
         ('{"text": "a b c"}\n' * 4, ["--adapter-path", ""], "--adapter-path is empty"),
         ('{"text": "a b c"}\n' * 4, ["--report-to", "me"], "'me', expected wandb, swanlab"),
@@ -112,6 +111,18 @@ def test_mistakes_are_one_line(tmp_path, capsys, lines, flags, message):
         ({"optimizer_config": {"adam": 3}}, "optimizer_config.adam is 3, expected betas, eps"),
         ({"optimizer_config": {"adam": {"btas": 1}}}, "btas; did you mean betas?"),
         ({"optimizer_config": {"adam": {"betas": 0.9}}}, "optimizer_config.adam: does not do"),
+        (
+            {"optimizer_config": {"adam": {"betas": [0.9, 2]}}},
+            "adam.betas is .*, expected",
+        ),
+        ({"optimizer_config": {"adam": {"eps": 10**5000}}}, "adam.eps is a int too large to print"),
+        ({"optimizer_config": {"adam": {"eps": float("nan")}}}, "adam.eps is nan, expected"),
+        ({"lr_schedule": schedule(float("inf"), 10)}, "expected numbers: init, decay_steps, end"),
+        ({"lr_schedule": schedule(1e-4, 10, warmup=10**12)}, "warmup is 1000000000000, expected"),
+        (
+            {"lr_schedule": {"name": "exponential_decay", "arguments": [1e-4, 1e20]}},
+            "learning rates are .*inf",
+        ),
     ],
 )
 def test_optimizers_that_cannot_be(settings, message):

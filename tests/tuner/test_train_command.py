@@ -179,8 +179,11 @@ def test_mistakes(text, trained, tmp_path, capsys):
         assert expected in mistake(capsys, "--data", str(tmp_path / file), *new)
     assert "name it with --data" in mistake(capsys, *new)
     assert "the weight is 0" in mistake(capsys, "--data", f"{text}=0", *new)
-    assert "does not support such a tokenizer" in mistake(
+    assert "--vocab-size 90000: the text supports no more than 2" in mistake(
         capsys, *data, *new, "--vocab-size", "90000"
+    )
+    assert "--vocab-size 8: each character of the text is a token; give at least" in mistake(
+        capsys, *data, *new, "--vocab-size", "8"
     )
     assert "fewer than one row" in mistake(capsys, *data, *new, *TINY, "--context-length", "90000")
     assert "does not divide" in mistake(capsys, *data, *new, *TINY, "--num-attention-heads", "5")
@@ -188,12 +191,12 @@ def test_mistakes(text, trained, tmp_path, capsys):
     assert "no such file" in mistake(
         capsys, *data, "--tokenizer", str(tmp_path / "x"), "--save-path", str(tmp_path / "new2")
     )
-    assert not (tmp_path / "new" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "new").exists() and not (tmp_path / "new2").exists()
     if _has_matplotlib():
         for plot, expected in (("a.xyz", "not an image file"), ("no/a.png", "no such folder")):
             there = ["--save-path", str(tmp_path / "plotted"), *TINY]
             assert expected in mistake(capsys, *data, *there, "--plot", str(tmp_path / plot))
-    # What such a run has left does not get into the next one.
+        assert not (tmp_path / "plotted").exists()
     assert main([*data, *new, *TINY, "--vocab-size", "150", "--iters", "1"]) == 0
     config = json.loads((tmp_path / "new/model/config.json").read_text())
     assert config["vocab_size"] == 150
@@ -208,13 +211,15 @@ def test_mistakes(text, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("iters: many", "argument --iters: invalid whole number value: 'many'"),
-        ("iters: 0", "argument --iters: 0 is not at least 1"),
-        ("itres: 5", "unrecognized arguments: --itres=5"),
-        ("shape: huge", "argument --shape: invalid choice: 'huge'"),
-        ("- 1", "holds no settings"),
-        ("a: [", "not YAML"),
-        ("config: other.yaml", "a recipe cannot name another"),
+        ("iters: many", "iters is 'many', expected a whole number"),
+        ("iters: 0", "iters is 0: 0 is not at least 1"),
+        ("itres: 5", "no such setting: itres; did you mean iters?"),
+        ("shape: huge", "shape is 'huge', expected one of tiny, small, 2b, 9b"),
+        ("whole_files: 1", "whole_files is 1, expected true or false"),
+        ("data: [[a]]", "data is [['a']], expected text, or a list of texts"),
+        ("- 1", "expected lines of the form key: value"),
+        ("a: [", "not a YAML file"),
+        ("config: other.yaml", "a file of settings cannot name another"),
     ],
 )
 def test_mistakes_in_a_recipe(recipe, expected, tmp_path, capsys):
@@ -222,6 +227,33 @@ def test_mistakes_in_a_recipe(recipe, expected, tmp_path, capsys):
     file.write_text(recipe)
     printed = mistake(capsys, "-c", str(file))
     assert expected in printed and "recipe.yaml: " in printed
+
+
+def test_the_vocabulary_is_as_large_as_the_text_supports(text, tmp_path, capsys):
+    options = [*TINY[2:], "--iters", "1", "--save-path", str(tmp_path / "run")]
+    assert main(["--data", str(text), *options]) == 0
+    printed = capsys.readouterr().out
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert 200 < config["vocab_size"] < 2048
+    said = f"Vocabulary: {config['vocab_size']} tokens, as many as a text of this size supports"
+    assert said in printed and "\n  Sample: " in printed
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ["--hidden-size", "131072", "--num-hidden-layers", "1000"],
+        ["--batch-size", "16777216", "--context-length", "1000"],
+        ["--attention-window-size", "16777216", "--num-hidden-layers", "1000"],
+    ],
+    ids=lambda sizes: sizes[0],
+)
+def test_what_memory_does_not_hold_is_refused(sizes, text, tmp_path, capsys):
+    folder = ["--save-path", str(tmp_path / "run")]
+    assert "do not fit into memory: at least" in mistake(
+        capsys, "--data", str(text), *folder, *TINY, *sizes
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_exploding_run_says_so(text, tmp_path, capsys):

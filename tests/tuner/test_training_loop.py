@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -345,6 +346,51 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(checkpoint, keep):
     assert same({k: v for k, v in arrays(state).items() if k in before}, before)
 
 
+def test_a_flipped_bit_in_a_checkpoint_is_found(checkpoint):
+    data = bytearray(checkpoint.read_bytes())
+    data[-5] ^= 1
+    checkpoint.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged: its checksum is"):
+        load_state(checkpoint, new_state(), {"texts": ["abc"], "seed": 1})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"progress": None},
+        {"progress": "[" * 100_000},
+        {"progress": "3"},
+        {"progress": '{"iteration": -1}'},
+        {"progress": '{"iteration": 1e400}'},
+        {"progress": '{"iteration": ' + "9" * 5000 + "}"},
+        {"progress": '{"iteration": true}'},
+        {"progress": '{"recent_loss": NaN}'},
+        {"progress": '{"speed": 3}'},
+        {"fingerprint": "[]"},
+        {"fingerprint": "{"},
+        {"fingerprint": None},
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_damaged_metadata_of_a_checkpoint_is_one_line(checkpoint, changes):
+    loaded, metadata = mx.load(str(checkpoint), return_metadata=True)
+    mx.eval(loaded)
+    metadata = {k: v for k, v in {**metadata, **changes}.items() if v is not None}
+    mx.save_safetensors(str(checkpoint), loaded, metadata)
+    with pytest.raises(CheckpointError, match="its metadata is damaged"):
+        load_state(checkpoint, new_state(), {"texts": ["abc"], "seed": 1})
+
+
+def test_settings_of_a_checkpoint_are_shown_in_part(checkpoint):
+    loaded, metadata = mx.load(str(checkpoint), return_metadata=True)
+    mx.eval(loaded)
+    metadata["fingerprint"] = json.dumps({"\x1b[2J": "x" * 100_000})
+    mx.save_safetensors(str(checkpoint), loaded, metadata)
+    with pytest.raises(UserError, match="was written by a run with") as error:
+        load_state(checkpoint, new_state(), {})
+    assert str(error.value).isprintable() and len(str(error.value)) < 600
+
+
 def test_a_model_is_no_checkpoint(checkpoint):
     mx.save_safetensors(str(checkpoint), {"a": mx.zeros(3)})
     with pytest.raises(CheckpointError, match="not a checkpoint of a training run"):
@@ -357,10 +403,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(checkpoint, m
     def full_disk(path, *_):
         with open(path, "wb") as file:
             file.write(b"half")
-        raise RuntimeError("no space left on device")
+        raise RuntimeError("[write] Unable to write 10820 bytes")
 
     monkeypatch.setattr(mx, "save_safetensors", full_disk)
-    with pytest.raises(CheckpointError, match="no space left"):
+    with pytest.raises(CheckpointError, match="Unable to write"):
         save_state(checkpoint, new_state(), {})
     assert checkpoint.read_bytes() == data
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]

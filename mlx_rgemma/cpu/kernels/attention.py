@@ -49,21 +49,23 @@ def _update_row_max(row_max, scores):
 
 
 @kernel
-def _exp_and_sum(scores, before, row_max, row_sum, scale_factor):
+def _exp_and_sum(scores, before, row_max, row_sum, scale_factor, block_sum):
     """Replace scores, in base 2, by exponentials relative to the row maximum, and sum them.
 
     before, row_max: the maximum before this block, and now; scale_factor: what the accumulators so
-    far are to be multiplied by. All but scores (QUERIES,).
+    far are to be multiplied by; block_sum: space for the sum of this block, which is added to the
+    others as one, so that rounding does not grow with the keys. All but scores (QUERIES,).
     """
-    for r in range(QUERIES):
-        scale_factor[r] = exp2(before[r] - row_max[r])
-        row_sum[r] *= scale_factor[r]
+    block_sum[:] = ZERO
     for i in range(scores.shape[0]):
         row = scores[i]
         for r in range(QUERIES):
             power = exp2(row[r] - row_max[r])
             row[r] = power
-            row_sum[r] += power
+            block_sum[r] += power
+    for r in range(QUERIES):
+        scale_factor[r] = exp2(before[r] - row_max[r])
+        row_sum[r] = row_sum[r] * scale_factor[r] + block_sum[r]
 
 
 @kernel
@@ -96,13 +98,9 @@ def sliding_window_attention(first, last, q, kv, low, scale, out):
     scores = np.empty((KEYS, QUERIES), np.float32)
     acc = np.empty((QUERIES, dim), np.float32)
     lows, own = np.empty(QUERIES, np.int32), np.empty(QUERIES, np.int32)
-    of_queries = np.empty((4, QUERIES), np.float32)
-    before, row_max, row_sum, scale_factor = (
-        of_queries[0],
-        of_queries[1],
-        of_queries[2],
-        of_queries[3],
-    )
+    of_queries = np.empty((5, QUERIES), np.float32)
+    before, row_max = of_queries[0], of_queries[1]
+    row_sum, scale_factor, block_sum = of_queries[2], of_queries[3], of_queries[4]
     for unit in range(first, last):
         turn, head, b = unit % blocks, unit // blocks % heads, unit // (blocks * heads)
         start = (blocks - 1 - turn // 2 if turn % 2 else turn // 2) * QUERIES
@@ -133,7 +131,7 @@ def sliding_window_attention(first, last, q, kv, low, scale, out):
                 _apply_mask(block, key, lows, own)
             before[:] = row_max
             _update_row_max(row_max, block)
-            _exp_and_sum(block, before, row_max, row_sum, scale_factor)
+            _exp_and_sum(block, before, row_max, row_sum, scale_factor, block_sum)
             _rescale(acc, scale_factor)
             for r in range(0, QUERIES, ROWS):
                 for c in range(0, dim, COLUMNS):
@@ -165,11 +163,10 @@ def flash_decode_split(part, parts, q, keys, values, begin, seen, scale, row_max
             queries[d, n] = q[n, d] * (scale * LOG2_E)
     scores = np.empty((KEYS, LANES), np.float32)
     into = np.zeros((groups * LANES, columns), np.float32)
-    row_maxes, row_sums = (
-        np.empty((groups, QUERIES), np.float32),
-        np.zeros((groups, QUERIES), np.float32),
-    )
+    row_maxes = np.empty((groups, QUERIES), np.float32)
+    row_sums = np.zeros((groups, QUERIES), np.float32)
     before, scale_factor = np.empty(QUERIES, np.float32), np.empty(QUERIES, np.float32)
+    block_sum = np.empty(QUERIES, np.float32)
     row_maxes[:] = LOWEST
     one = min(seen, begin)
     at, end = seen * part // parts, seen * (part + 1) // parts
@@ -197,7 +194,7 @@ def flash_decode_split(part, parts, q, keys, values, begin, seen, scale, row_max
             before[:] = row_maxes[g]
             _update_row_max(row_maxes[g], block)
             _reduce_lanes(row_maxes[g])
-            _exp_and_sum(block, before, row_maxes[g], row_sums[g], scale_factor)
+            _exp_and_sum(block, before, row_maxes[g], row_sums[g], scale_factor, block_sum)
             of_group = into[g * LANES : (g + 1) * LANES]
             _rescale(of_group, scale_factor)
             for r in range(0, LANES, NARROW_ROWS):

@@ -15,8 +15,8 @@ from typing import Any
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import config, types
-from numba.extending import intrinsic
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 
 def _has_avx512() -> bool:
@@ -72,8 +72,7 @@ def _tile_product(rows: int, columns: int, *, add_of_columns: bool = False) -> A
         )
         rows_of_c = [c.row(_INDEX(r)) for r in range(rows)]
         places = [c.vector(rows_of_c[r], v) for r, v in tile]
-        zero = ir.Constant(_VECTOR, [0.0] * LANES)
-        before = [builder.load(place, align=4) if add_of_columns else zero for place in places]
+        zeros = [ir.Constant(_VECTOR, [0.0] * LANES)] * len(places)
         rows_of_a = [] if add_of_columns else [a.row(_INDEX(r)) for r in range(rows)]
 
         def step(k: Any, acc: list[Any]) -> list[Any]:
@@ -88,8 +87,10 @@ def _tile_product(rows: int, columns: int, *, add_of_columns: bool = False) -> A
             products = [builder.fmul(spread[r], loaded[v], flags=_CONTRACT) for r, v in tile]
             return [builder.fadd(*z, flags=_CONTRACT) for z in zip(products, acc, strict=True)]
 
-        found = _repeat(builder, a.shape[0 if add_of_columns else 1], before, step)
+        found = _repeat(builder, a.shape[0 if add_of_columns else 1], zeros, step)
         for place, value in zip(places, found, strict=True):
+            if add_of_columns:  # as one: rounding then grows with the number of blocks alone
+                value = builder.fadd(builder.load(place, align=4), value)
             builder.store(value, place, align=4)
         return context.get_dummy_value()
 

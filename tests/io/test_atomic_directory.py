@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, whatever happens meanwhile."""
+"""Directories appear whole or not at all, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from mlx_rgemma.checkpoints.output import new_folder
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.atomic import atomic_directory
 
 WRITE = """
 import sys, time
 from pathlib import Path
 from mlx_rgemma import command_line
-from mlx_rgemma.checkpoints.output import new_folder
+from mlx_rgemma.io.atomic import atomic_directory
 
 def write():
-    with new_folder(Path(sys.argv[1]), 1000) as folder:
+    with atomic_directory(Path(sys.argv[1]), 1000) as folder:
         (folder / "file").write_text("x")
         print("writing", flush=True)
         time.sleep(60)
@@ -37,7 +37,7 @@ def names(folder: Path) -> set[str]:
 
 def test_whole(tmp_path):
     target = tmp_path / "a" / "b" / "new"
-    with new_folder(target, 10) as folder:
+    with atomic_directory(target, 10) as folder:
         assert folder.parent == target.parent and folder.name.startswith(".")
         (folder / "file").write_text("x")
         assert not target.exists()
@@ -50,7 +50,7 @@ def test_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_not_at_all(tmp_path, error):
-    with pytest.raises(error), new_folder(tmp_path / "a" / "b" / "new", 10) as folder:
+    with pytest.raises(error), atomic_directory(tmp_path / "a" / "b" / "new", 10) as folder:
         (folder / "file").write_text("x")
         raise error
     assert names(tmp_path) == set()
@@ -65,14 +65,14 @@ def test_existing_target_is_refused(tmp_path, kind):
         target.write_text("mine")
     else:
         target.symlink_to(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="exists already"), new_folder(target, 10):
+    with pytest.raises(CheckpointError, match="exists already"), atomic_directory(target, 10):
         pytest.fail("entered")
     assert names(tmp_path) == {"new"}
 
 
 def test_target_that_comes_up_meanwhile_is_kept(tmp_path):
     target = tmp_path / "new"
-    with pytest.raises(CheckpointError, match="exists already"), new_folder(target, 10):
+    with pytest.raises(CheckpointError, match="exists already"), atomic_directory(target, 10):
         target.mkdir()
     assert names(tmp_path) == {"new"} and names(target) == set()
 
@@ -82,7 +82,7 @@ def test_full_disk_is_seen_first(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**10, 9 * 10**9, 10**9))
     with (
         pytest.raises(CheckpointError, match=r"needs 2\.00 GB, but its disk has 1\.00 GB free"),
-        new_folder(tmp_path / "a" / "new", 2 * 10**9),
+        atomic_directory(tmp_path / "a" / "new", 2 * 10**9),
     ):
         pytest.fail("entered")
     assert names(tmp_path) == set()
@@ -91,7 +91,7 @@ def test_full_disk_is_seen_first(tmp_path, monkeypatch):
 def test_failing_write(tmp_path):
     with (
         pytest.raises(CheckpointError, match=r"No such file or directory; new was not written"),
-        new_folder(tmp_path / "new", 10) as folder,
+        atomic_directory(tmp_path / "new", 10) as folder,
     ):
         (folder / "no" / "file").write_text("x")
     assert names(tmp_path) == set()
@@ -101,7 +101,7 @@ def test_parent_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with (
         pytest.raises(CheckpointError, match="was not written"),
-        new_folder(tmp_path / "file" / "new", 10),
+        atomic_directory(tmp_path / "file" / "new", 10),
     ):
         pytest.fail("entered")
     assert names(tmp_path) == {"file"}
@@ -134,8 +134,8 @@ def test_killed_outright(tmp_path):
     (left,) = names(tmp_path)
     assert left.startswith(".new.partial-")
     (tmp_path / ".other.partial-1").mkdir()
-    with new_folder(target, 10) as first:
-        with pytest.raises(RuntimeError), new_folder(target, 10) as second:
+    with atomic_directory(target, 10) as first:
+        with pytest.raises(RuntimeError), atomic_directory(target, 10) as second:
             assert names(tmp_path) == {first.name, second.name, ".other.partial-1"}
             raise RuntimeError
         assert first.is_dir()
@@ -144,14 +144,14 @@ def test_killed_outright(tmp_path):
 
 def test_names_that_are_patterns(tmp_path):
     (tmp_path / ".x.partial-1").mkdir()
-    with new_folder(tmp_path / "[x]*", 10):
+    with atomic_directory(tmp_path / "[x]*", 10):
         pass
     assert names(tmp_path) == {"[x]*", ".x.partial-1"}
 
 
 def test_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with new_folder(tmp_path / "new", 10):
+    with atomic_directory(tmp_path / "new", 10):
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -161,7 +161,7 @@ def test_from_a_thread(tmp_path):
     import threading
 
     def write():
-        with new_folder(tmp_path / "new", 10):
+        with atomic_directory(tmp_path / "new", 10):
             time.sleep(0)
 
     thread = threading.Thread(target=write)
@@ -172,11 +172,11 @@ def test_from_a_thread(tmp_path):
 
 def test_a_refusal_clears_away_what_a_killed_run_left(tmp_path):
     target = tmp_path / "new"
-    with new_folder(target, 10) as folder:
+    with atomic_directory(target, 10) as folder:
         (folder / "file").write_text("x")
     abandoned = tmp_path / ".new.partial-00000000"
     abandoned.mkdir()
     (abandoned / "unpacked").write_text("y")
-    with pytest.raises(CheckpointError, match="exists already"), new_folder(target, 10):
+    with pytest.raises(CheckpointError, match="exists already"), atomic_directory(target, 10):
         pass
     assert names(tmp_path) == {"new"} and names(target) == {"file"}

@@ -1,0 +1,12 @@
+"""Damaged input: see README.md."""
+
+from __future__ import annotations
+
+import pytest
+
+from fuzz.harness import GROUPS
+
+
+@pytest.mark.parametrize("family", GROUPS["tokenizers"])
+def test_refused_in_one_line_or_accepted(fuzz, family):
+    fuzz(family)
