@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 from mlx_rgemma.measurement import machine, plot
 from mlx_rgemma.measurement.shapes import SHAPES, random_model
 
@@ -180,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main))
+    sys.exit(cli.run(main))

@@ -16,8 +16,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import Model, load
-from mlx_rgemma.quality.measures import Reference, Rows, encode_rows, measure
-from mlx_rgemma.text.files import read_documents
+from mlx_rgemma.evaluation.perplexity import Reference, Rows, encode_rows, measure
+from mlx_rgemma.io.text import read_documents
 
 EMBEDDING = ("embed_tokens",)
 RECURRENT = ("linear_x", "linear_y", "linear_out")

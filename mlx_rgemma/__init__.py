@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "load": "mlx_rgemma.checkpoints",
-    "load_model": "mlx_rgemma.checkpoints",
-    "convert": "mlx_rgemma.checkpoints",
-    "generate": "mlx_rgemma.generation.single",
-    "stream_generate": "mlx_rgemma.generation.single",
+_LAZY_IMPORTS = {
+    "load": "mlx_rgemma.checkpoints.load",
+    "load_model": "mlx_rgemma.checkpoints.load",
+    "convert": "mlx_rgemma.checkpoints.convert",
+    "generate": "mlx_rgemma.generation.api",
+    "stream_generate": "mlx_rgemma.generation.api",
     "batch_generate": "mlx_rgemma.generation.batch",
-    "Session": "mlx_rgemma.session",
-    "Conversation": "mlx_rgemma.conversation",
-    "load_prompt_cache": "mlx_rgemma.prompt_cache",
-    "save_prompt_cache": "mlx_rgemma.prompt_cache",
-    "register": "mlx_rgemma.registration",
+    "Session": "mlx_rgemma.sessions.session",
+    "Conversation": "mlx_rgemma.sessions.conversation",
+    "load_prompt_cache": "mlx_rgemma.sessions.prompt_cache",
+    "save_prompt_cache": "mlx_rgemma.sessions.prompt_cache",
+    "register": "mlx_rgemma.register",
     "GriffinConfig": "mlx_rgemma.griffin.config",
     "Model": "mlx_rgemma.griffin.model",
 }
@@ -53,20 +53,21 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mlx_rgemma import ops
-    from mlx_rgemma.checkpoints import convert, load, load_model
-    from mlx_rgemma.conversation import Conversation
+    from mlx_rgemma.checkpoints.convert import convert
+    from mlx_rgemma.checkpoints.load import load, load_model
+    from mlx_rgemma.generation.api import generate, stream_generate
     from mlx_rgemma.generation.batch import batch_generate
-    from mlx_rgemma.generation.single import generate, stream_generate
     from mlx_rgemma.griffin.config import GriffinConfig
     from mlx_rgemma.griffin.model import Model
-    from mlx_rgemma.prompt_cache import load_prompt_cache, save_prompt_cache
-    from mlx_rgemma.registration import register
-    from mlx_rgemma.session import Session
+    from mlx_rgemma.register import register
+    from mlx_rgemma.sessions.conversation import Conversation
+    from mlx_rgemma.sessions.prompt_cache import load_prompt_cache, save_prompt_cache
+    from mlx_rgemma.sessions.session import Session
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _LAZY_IMPORTS:
+        value = getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)
         globals()[name] = value
         return value
     if name == "ops":
@@ -86,7 +87,7 @@ class _Package(ModuleType):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOMES and isinstance(value, ModuleType):
+        if name in _LAZY_IMPORTS and isinstance(value, ModuleType):
             return
         super().__setattr__(name, value)
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 from mlx_rgemma.errors import shown
 from mlx_rgemma.griffin.config import DTYPES
 from mlx_rgemma.io.atomic import atomic_file, check_target
@@ -29,7 +29,7 @@ FLAT_PROMPTS, FLAT_AFTER, FLAT_GENERATION = (2048, 32768), (100, 100_000), 128
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser: mlx-lm's arguments, and more."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.benchmark",
         "Measure how fast a model reads, generates and trains, and what it takes.",
         [
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         ],
         epilog="LIST is one value or several, separated by commas: each is measured.",
     )
-    count, number = command_line.count, command_line.number
+    count, number = cli.count, cli.number
     model = parser.add_argument_group("model")
     add = model.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _startup(args) if args.startup else _benchmark(args))
+    return cli.run(lambda: _startup(args) if args.startup else _benchmark(args))
 
 
 def _benchmark(args: argparse.Namespace) -> None:

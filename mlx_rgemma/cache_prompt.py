@@ -6,15 +6,15 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 
 if TYPE_CHECKING:
-    from mlx_rgemma.session import Reading, Session
+    from mlx_rgemma.sessions.session import Reading, Session
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and a few more."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.cache_prompt",
         "Read a text of any size and save the state it leads to, for the"
         " --prompt-cache-file of generate and chat.",
@@ -24,8 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
         ],
     )
     add = parser.add_argument
-    command_line.add_model(parser)
-    command_line.add_state(parser)
+    cli.add_model(parser)
+    cli.add_state(parser)
     add("--prompt-cache-file", required=True, help="The file to save the state in.")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", "-p", help="The text; '-' reads stdin, however long it is.")
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _cache_prompt(args), pytorch=argv is not None)
+    return cli.run(lambda: _cache_prompt(args), pytorch=argv is not None)
 
 
 def _cache_prompt(args: argparse.Namespace) -> None:
@@ -55,7 +55,7 @@ def _cache_prompt(args: argparse.Namespace) -> None:
             _read_and_save(args, file, target)
     else:
         if args.prompt == "-":
-            command_line.refuse_stdin("--prompt -")
+            cli.refuse_stdin("--prompt -")
         text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
         with nullcontext(sys.stdin if args.prompt == "-" else text) as source:
             _read_and_save(args, source, target)
@@ -64,13 +64,13 @@ def _cache_prompt(args: argparse.Namespace) -> None:
 def _read_and_save(args: argparse.Namespace, source: Any, target: Any) -> None:
     import mlx.core as mx
 
-    from mlx_rgemma.conversation import OPEN, TURN, open_turn
     from mlx_rgemma.errors import UserError
-    from mlx_rgemma.prompt_cache import save_prompt_cache
-    from mlx_rgemma.session import Session
-    from mlx_rgemma.text.progress import clear_reading, source_progress
+    from mlx_rgemma.generation.progress import clear_reading, source_progress
+    from mlx_rgemma.sessions.conversation import OPEN, TURN, open_turn
+    from mlx_rgemma.sessions.prompt_cache import save_prompt_cache
+    from mlx_rgemma.sessions.session import Session
 
-    model, tokenizer = command_line.load_model(args)
+    model, tokenizer = cli.load_model(args)
     session = Session(model, tokenizer, prefill_step_size=args.prefill_step_size)
     if tokenizer.has_chat_template and not args.ignore_chat_template:
         session.feed(open_turn(tokenizer)[0])

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 
 if TYPE_CHECKING:
-    from mlx_rgemma.conversation import Conversation
-    from mlx_rgemma.session import Session
+    from mlx_rgemma.sessions.conversation import Conversation
+    from mlx_rgemma.sessions.session import Session
 
 DEFAULT_MAX_TOKENS = 256
 QUIT = ("q", "/q", "exit", "/exit", "/quit", "/bye")
@@ -33,7 +33,7 @@ Ctrl-C stops an answer."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and a few more."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.chat",
         "Chat with RecurrentGemma. The history is kept in a state of constant size;"
         " nothing is read twice.",
@@ -42,27 +42,27 @@ def build_parser() -> argparse.ArgumentParser:
             "--prompt-cache-file book.safetensors",
         ],
     )
-    command_line.add_model(parser)
+    cli.add_model(parser)
     add = parser.add_argument_group("prompt").add_argument
     add("--prompt-cache-file", help="State to start from, as cache_prompt or /save saves it.")
     add("--system-prompt", help="System prompt for the chat template.")
     add("--chat-template-config", help="JSON object with more arguments for the chat template.")
     add("--ignore-chat-template", action="store_true", help="Have the model continue the text.")
-    command_line.add_sampling(parser, DEFAULT_MAX_TOKENS)
-    command_line.add_state(parser)
+    cli.add_sampling(parser, DEFAULT_MAX_TOKENS)
+    cli.add_state(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _chat(args), pytorch=argv is not None)
+    return cli.run(lambda: _chat(args), pytorch=argv is not None)
 
 
 def _chat(args: argparse.Namespace) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for `input`)
-    model, tokenizer = command_line.load_model(args)
+    model, tokenizer = cli.load_model(args)
     chat = Chat(args, model, tokenizer)
     name = args.model or "the embedded model"
     print(f"{name}: state {chat.session.nbytes / 1e6:.3f} MB, at any length")
@@ -108,7 +108,7 @@ class Chat:
     """
 
     def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
-        from mlx_rgemma.distributed.membership import agreed
+        from mlx_rgemma.distributed.group import agreed
         from mlx_rgemma.generation.options import SamplingOptions
 
         self.args, self.model, self.tokenizer = args, model, tokenizer
@@ -183,7 +183,7 @@ class Chat:
         print(f"[saved in {file}: {self.session.tokens_seen} tokens]", flush=True)
 
     def _go_on(self, name: str) -> None:
-        from mlx_rgemma.prompt_cache import find_state
+        from mlx_rgemma.sessions.prompt_cache import find_state
 
         file = os.path.realpath(find_state(_path(name)))
         self.conversations[self.name] = self._converse(self._load(file))
@@ -224,8 +224,8 @@ class Chat:
     """What obeys a command, and whether it takes a name."""
 
     def _converse(self, session: Session, system_prompt: str | None = None) -> Conversation:
-        from mlx_rgemma.conversation import Conversation
         from mlx_rgemma.generation.prompts import template_options
+        from mlx_rgemma.sessions.conversation import Conversation
 
         return Conversation(
             session,
@@ -235,13 +235,13 @@ class Chat:
         )
 
     def _new(self) -> Session:
-        from mlx_rgemma.session import Session
+        from mlx_rgemma.sessions.session import Session
 
         step = self.args.prefill_step_size
         return Session(self.model, self.tokenizer, prefill_step_size=step)
 
     def _load(self, name: str) -> Session:
-        from mlx_rgemma.session import Session
+        from mlx_rgemma.sessions.session import Session
 
         step = self.args.prefill_step_size
         return Session.load(_path(name), self.model, self.tokenizer, prefill_step_size=step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 from mlx_rgemma.checkpoints.quantization import MODES
 from mlx_rgemma.checkpoints.recipes import RECIPES, RGEMMA
 from mlx_rgemma.griffin.config import DTYPES
@@ -16,7 +16,7 @@ STORIES = ""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.convert",
         "Convert a RecurrentGemma checkpoint to MLX, and quantize it.",
         [
@@ -72,13 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     google.add_argument(
         "--attention-window-size",
-        type=command_line.count(1),
+        type=cli.count(1),
         metavar="W",
         help="Past keys that a query sees.",
     )
     google.add_argument(
         "--logits-soft-cap",
-        type=command_line.number(0),
+        type=cli.number(0),
         metavar="CAP",
         help="Cap of the logits; 0 for none.",
     )
@@ -93,21 +93,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _convert(args))
+    return cli.run(lambda: _convert(args))
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from mlx_rgemma.checkpoints.conversion import convert
-    from mlx_rgemma.checkpoints.folder import shortened
+    from mlx_rgemma.checkpoints.convert import convert
+    from mlx_rgemma.checkpoints.formats.huggingface import shortened
     from mlx_rgemma.checkpoints.upload import check_repository, upload
-    from mlx_rgemma.io.atomic import gigabytes
-    from mlx_rgemma.quality.conversion_report import (
+    from mlx_rgemma.evaluation.conversion_report import (
         check_reportable,
         report_conversion,
         write_report,
     )
-    from mlx_rgemma.quality.report import table
-    from mlx_rgemma.text.files import read_documents
+    from mlx_rgemma.evaluation.report import table
+    from mlx_rgemma.io.atomic import gigabytes
+    from mlx_rgemma.io.text import read_documents
 
     options = vars(args)
     text, repository = options.pop("report"), options.pop("upload_repo")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 from mlx_rgemma.errors import shown
 
 MAX_SEED = 2**32 - 1
@@ -17,7 +17,7 @@ MAX_SEED = 2**32 - 1
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser: mlx-lm's arguments, and a few more."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.evaluate",
         "Evaluate RecurrentGemma with the lm-evaluation-harness (pip install '.[evaluate]' in a"
         " clone).",
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--tasks arc_easy --limit 100",
         ],
     )
-    count = command_line.count
+    count = cli.count
     add = parser.add_argument_group("model").add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
     add("--adapter-path", help="Folder with trained adapter weights and config.")
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--log-samples", action="store_true", help="Keep every question and answer, too.")
     add = parser.add_argument_group("sampling").add_argument
     for name, default in (("temp", 0.0), ("top_p", 1.0), ("top_k", 0)):
-        command_line.add_option(add, name, default)
+        cli.add_option(add, name, default)
     return parser
 
 
@@ -91,7 +91,7 @@ def _object(text: str) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _evaluate(args))
+    return cli.run(lambda: _evaluate(args))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -99,10 +99,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     import mlx.core as mx
 
-    from mlx_rgemma.checkpoints import load
-    from mlx_rgemma.checkpoints.source import locate
+    from mlx_rgemma.checkpoints.load import load
+    from mlx_rgemma.evaluation.harness import evaluate, results_table, write_results
     from mlx_rgemma.generation.options import SamplingOptions
-    from mlx_rgemma.quality.harness import evaluate, results_table, write_results
+    from mlx_rgemma.io.hub import locate
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it would warn when the harness forks
     mx.random.seed(args.seed)

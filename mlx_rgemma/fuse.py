@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 from mlx_rgemma.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and convert's for a quantized result."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.fuse",
         "Fuse trained adapters into their model.",
         ["--model my-model --adapter-path adapters", "--model my-model -q --save-path fused-q"],
@@ -35,14 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _fuse(args))
+    return cli.run(lambda: _fuse(args))
 
 
 def _fuse(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from mlx_rgemma.checkpoints.upload import check_repository, upload
-    from mlx_rgemma.tuner.fusing import Quantize, fuse_checkpoint
+    from mlx_rgemma.tuner.fuse import Quantize, fuse_checkpoint
 
     if args.export_gguf:
         raise UserError("--export-gguf: mlx-lm writes no GGUF of this architecture.")

@@ -6,12 +6,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 
 if TYPE_CHECKING:
     from mlx_rgemma.griffin.cache import GriffinCache
     from mlx_rgemma.griffin.model import Model
-    from mlx_rgemma.session import Session
+    from mlx_rgemma.sessions.session import Session
 
 DEFAULT_PROMPT = "Once upon a time"
 DEFAULT_MAX_TOKENS = 100
@@ -26,13 +26,13 @@ EXAMPLES = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser: mlx-lm's arguments, and a few more."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.generate",
         "Generate text with RecurrentGemma, in constant memory.",
         EXAMPLES,
     )
-    count = command_line.count
-    command_line.add_model(parser).add_argument(
+    count = cli.count
+    cli.add_model(parser).add_argument(
         "--extra-eos-token", nargs="+", default=(), help="More tokens that stop generation."
     )
     add = parser.add_argument_group("prompt").add_argument
@@ -49,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ignore-chat-template", action="store_true", help="Use the prompt as it is.")
     add("--chat-template-config", help="JSON object with more arguments for the chat template.")
     add("--prompt-cache-file", help="State to start from, as cache_prompt saves it.")
-    command_line.add_sampling(parser, DEFAULT_MAX_TOKENS)
-    add = command_line.add_state(parser).add_argument
+    cli.add_sampling(parser, DEFAULT_MAX_TOKENS)
+    add = cli.add_state(parser).add_argument
     add("--draft-model", help="A smaller model of the same vocabulary, for speculative decoding.")
     add(
         "--num-draft-tokens",
@@ -79,16 +79,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _generate(args), pytorch=argv is not None)
+    return cli.run(lambda: _generate(args), pytorch=argv is not None)
 
 
 def _generate(args: argparse.Namespace) -> int:
     prompts = _read_prompts(args)
 
     from mlx_rgemma.errors import UserError
-    from mlx_rgemma.session import Session
+    from mlx_rgemma.sessions.session import Session
 
-    model, tokenizer = command_line.load_model(args)
+    model, tokenizer = cli.load_model(args)
     if args.model is None and args.verbose and not args.json:
         _introduce(model)
     for token in args.extra_eos_token:
@@ -130,7 +130,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
 
     texts = [text.replace("\\n", "\n").replace("\\t", "\t") for text in args.prompt or []]
     if "-" in texts:
-        command_line.refuse_stdin("--prompt -")
+        cli.refuse_stdin("--prompt -")
     if texts.count("-") > 1:
         raise UserError("--prompt - was given twice; stdin can be read once.")
     prompts = [sys.stdin.read() if text == "-" else text for text in texts]
@@ -166,8 +166,8 @@ def _encode(
 
 def _encode_next(session: Session, prompt: str, args: argparse.Namespace) -> list[int]:
     """Token ids of a prompt that goes on from a state, in the chat template as its next turn."""
-    from mlx_rgemma.conversation import Conversation
     from mlx_rgemma.generation.prompts import template_options
+    from mlx_rgemma.sessions.conversation import Conversation
 
     conversation = Conversation(
         session,
@@ -182,9 +182,9 @@ def _encode_next(session: Session, prompt: str, args: argparse.Namespace) -> lis
 
 def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """What speculative decoding needs; nothing where it is not asked for."""
-    from mlx_rgemma.checkpoints import load
+    from mlx_rgemma.checkpoints.load import load
     from mlx_rgemma.errors import UserError
-    from mlx_rgemma.generation.speculation import SpeculationStats, check_vocabulary
+    from mlx_rgemma.generation.speculative import SpeculationStats, check_vocabulary
 
     if args.draft_model is None:
         if not args.prompt_lookup:
@@ -205,7 +205,7 @@ def _sampling(
     model: Model, tokenizer: Any, args: argparse.Namespace, *, drafting: bool = False
 ) -> dict[str, Any]:
     """Return the sampler and the logits processors, by name."""
-    from mlx_rgemma.distributed.membership import agreed
+    from mlx_rgemma.distributed.group import agreed
     from mlx_rgemma.generation.options import SamplingOptions
 
     options = SamplingOptions.of(vars(args))
@@ -226,9 +226,9 @@ def _generate_one(
 ) -> int:
     import json
 
-    from mlx_rgemma.generation.single import generate, stream_generate
+    from mlx_rgemma.generation.api import generate, stream_generate
+    from mlx_rgemma.generation.progress import prompt_progress
     from mlx_rgemma.griffin.cache import state_nbytes
-    from mlx_rgemma.text.progress import prompt_progress
 
     cache = cache or model.make_cache()
     options: dict[str, Any] = {

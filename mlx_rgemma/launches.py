@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.launches",
         "Count what a bfloat16 model launches on a Mac's GPU, with the Metal kernels,"
         " from its recorded graph. Needs no Mac.",
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shape", choices=("2b", "9b"), default="2b", help="Layers of the model.")
     add(
         "--prompt",
-        type=command_line.count(2),
+        type=cli.count(2),
         nargs="+",
         default=[64, 128],
         help="Lengths of a chunk of a prompt. Default: 64 128.",
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _count(args))
+    return cli.run(lambda: _count(args))
 
 
 def _count(args: argparse.Namespace) -> int:

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.tuner.settings import (
+from mlx_rgemma.tuner.config import (
     MAX_COUNT,
     MAX_RATE,
     MAX_SEED,
@@ -67,9 +67,9 @@ than `num_layers` is trained in all of them, unless the number was asked for."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and a few more. None are what was not given."""
-    count, number = command_line.count, command_line.number
+    count, number = cli.count, cli.number
     many, batches = count(1, MAX_COUNT), count(1, MAX_COUNT, unlimited=True)
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.lora",
         "Fine-tune a model with LoRA, QLoRA (on a quantized model), DoRA, or in full.",
         ["--train --data my-data --iters 300", "--test --data my-data", "-c lora.yaml"],
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _run(settings(args)))
+    return cli.run(lambda: _run(settings(args)))
 
 
 def settings(args: argparse.Namespace) -> SimpleNamespace:
@@ -139,7 +139,7 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
     Raises:
         UserError: If the file is missing or no such file, or two settings exclude each other.
     """
-    from mlx_rgemma.tuner.examples import FEATURES
+    from mlx_rgemma.tuner.data.datasets import FEATURES
 
     defaults = {**DEFAULTS, "num_layers": None}
     chosen = complete(build_parser(), vars(args), defaults, FEATURES)
@@ -160,8 +160,8 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
 
 def _run(args: SimpleNamespace) -> None:
     from mlx_rgemma import distributed
-    from mlx_rgemma.tuner import finetuning
-    from mlx_rgemma.tuner.examples import check_data
+    from mlx_rgemma.tuner import finetune as finetuning
+    from mlx_rgemma.tuner.data.datasets import check_data
     from mlx_rgemma.tuner.run_folder import run_folder
 
     group = distributed.join(args.seed)
@@ -176,10 +176,10 @@ def _run(args: SimpleNamespace) -> None:
 
 def _work(args: SimpleNamespace, group: mx.distributed.Group | None) -> None:
     from mlx_rgemma import distributed, load
-    from mlx_rgemma.tuner import finetuning
-    from mlx_rgemma.tuner.examples import read_examples
+    from mlx_rgemma.tuner import finetune as finetuning
+    from mlx_rgemma.tuner.data.datasets import read_examples
+    from mlx_rgemma.tuner.loggers import reporting, service_names
     from mlx_rgemma.tuner.progress import ProgressLog
-    from mlx_rgemma.tuner.services import reporting, service_names
 
     services = service_names(args.report_to) if args.train and distributed.rank() == 0 else []
     print("Loading pretrained model")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 from mlx_rgemma.generation.options import MAX_SEED
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser: mlx-lm's arguments, and a few more."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.perplexity",
         "Perplexity of RecurrentGemma on a text, and its distance from another model.",
         [
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--model 2b-it-q --reference google/recurrentgemma-2b-it --data-path valid.jsonl",
         ],
     )
-    command_line.add_model(parser)
+    cli.add_model(parser)
     group = parser.add_argument_group("text")
     add = group.add_argument
     add(
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_reading(parser: argparse._ActionsContainer) -> None:
     """Add the arguments that say how a text is read."""
-    count = command_line.count
+    count = cli.count
     add = parser.add_argument
     add(
         "--batch-size",
@@ -72,7 +72,7 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _perplexity(args))
+    return cli.run(lambda: _perplexity(args))
 
 
 def _perplexity(args: argparse.Namespace) -> None:
@@ -80,11 +80,11 @@ def _perplexity(args: argparse.Namespace) -> None:
 
     import mlx.core as mx
 
-    from mlx_rgemma.checkpoints.source import locate
-    from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
-    from mlx_rgemma.quality.measures import encode_rows
-    from mlx_rgemma.quality.report import as_json, measure_folder, reference_of, table
-    from mlx_rgemma.text.files import read_documents
+    from mlx_rgemma.evaluation.perplexity import encode_rows
+    from mlx_rgemma.evaluation.report import as_json, measure_folder, reference_of, table
+    from mlx_rgemma.io.hub import locate
+    from mlx_rgemma.io.text import read_documents
+    from mlx_rgemma.tokenizers.load import load_tokenizer
 
     source = locate(args.model)
     tokenizer = load_tokenizer(source.folder, name=source.name)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 from mlx_rgemma.checkpoints.quantization import MODES
 from mlx_rgemma.checkpoints.recipes import RECIPES, RGEMMA
 from mlx_rgemma.convert import build_parser as convert_parser
@@ -36,7 +36,7 @@ ALL_SETTINGS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.quantize",
         "Compare the quantizations of a model, or learn one from a text.",
         ["compare --model 2b-it", "dwq --model 2b-it --mlx-path 2b-it-dwq --data-path book.txt"],
@@ -86,16 +86,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "compare":
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return command_line.run(lambda: _compare(args))
-    return command_line.run(lambda: _learn(args, rest))
+        return cli.run(lambda: _compare(args))
+    return cli.run(lambda: _learn(args, rest))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from mlx_rgemma.checkpoints.source import locate
-    from mlx_rgemma.checkpoints.tokenizer import load_tokenizer
-    from mlx_rgemma.quality.measures import encode_rows
-    from mlx_rgemma.quality.report import as_json, survey, table
-    from mlx_rgemma.text.files import read_documents
+    from mlx_rgemma.evaluation.perplexity import encode_rows
+    from mlx_rgemma.evaluation.report import as_json, survey, table
+    from mlx_rgemma.io.hub import locate
+    from mlx_rgemma.io.text import read_documents
+    from mlx_rgemma.tokenizers.load import load_tokenizer
 
     source = locate(args.model)
     settings = {flags: _options(flags) for flags in args.setting or ALL_SETTINGS}
@@ -135,10 +135,10 @@ def _options(flags: str) -> dict[str, Any]:
 
 
 def _learn(args: argparse.Namespace, rest: list[str]) -> None:
-    from mlx_rgemma.checkpoints.source import locate
+    from mlx_rgemma.evaluation.calibration import run_quantizer
     from mlx_rgemma.io.atomic import refuse_existing
-    from mlx_rgemma.quality.calibration import run_quantizer
-    from mlx_rgemma.text.files import read_documents
+    from mlx_rgemma.io.hub import locate
+    from mlx_rgemma.io.text import read_documents
 
     refuse_existing(Path(args.mlx_path).expanduser())
     model = locate(args.model).folder

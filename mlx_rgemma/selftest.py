@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.selftest",
         "Compare every Metal kernel with its plain MLX reference, and time both.",
         ["--timing none", "--kernel rg_lru ring_attention --repeat 100", "--json > selftest.json"],
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="On the small example that is compared, or on 2048 tokens of the 2B model's size."
         " Default: model on Metal, none on a stand-in, whose times mean nothing.",
     )
-    add("--repeat", type=command_line.count(1), default=20, help="Runs timed. Default: 20.")
+    add("--repeat", type=cli.count(1), default=20, help="Runs timed. Default: 20.")
     add("--json", action="store_true", help="Print one JSON object, and nothing else.")
     return parser
 
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return command_line.run(lambda: _selftest(args))
+    return cli.run(lambda: _selftest(args))
 
 
 def _selftest(args: argparse.Namespace) -> int:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_rgemma import command_line
-from mlx_rgemma.tuner.settings import MAX_COUNT, MAX_RATE, MAX_SEED, MAX_TOKENS, read_settings
+from mlx_rgemma import cli
+from mlx_rgemma.tuner.config import MAX_COUNT, MAX_RATE, MAX_SEED, MAX_TOKENS, read_settings
 
 if TYPE_CHECKING:
-    from mlx_rgemma.tuner.recipe import Recipe
+    from mlx_rgemma.tuner.pretrain_config import Recipe
 
 DEFAULT_FOLDER = "griffin"
 
@@ -23,9 +23,9 @@ MAX_VOCABULARY = 1 << 20
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments; those that mlx_lm.lora has too are called the same."""
-    count, number = command_line.count, command_line.number
+    count, number = cli.count, cli.number
     many, rate = count(1, MAX_COUNT), number(0, MAX_RATE)
-    parser = command_line.make_parser(
+    parser = cli.make_parser(
         "mlx_rgemma.train",
         "Train a Griffin on text files, from scratch or further. A run that was"
         " stopped goes on when the same command is given again.",
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = sys.argv[1:] if argv is None else argv
     build_parser().parse_args(args)  # mistakes in the options, and --help, before anything else
-    return command_line.run(lambda: _train(args))
+    return cli.run(lambda: _train(args))
 
 
 SHAPE_KEYS = (
@@ -116,7 +116,7 @@ def read_recipe(argv: Sequence[str]) -> tuple[Recipe, Path, Path | None]:
     Raises:
         UserError: If the file cannot be read, or says what is no setting.
     """
-    from mlx_rgemma.tuner.recipe import Recipe
+    from mlx_rgemma.tuner.pretrain_config import Recipe
 
     args = vars(build_parser().parse_args(argv))
     file = args.pop("config", None)
@@ -134,7 +134,7 @@ def _train(argv: Sequence[str]) -> None:
 
     from mlx_rgemma import distributed
     from mlx_rgemma.tuner.loss import batch_loss
-    from mlx_rgemma.tuner.pretraining import LOG, MODEL, Pretraining
+    from mlx_rgemma.tuner.pretrain import LOG, MODEL, Pretraining
     from mlx_rgemma.tuner.progress import ProgressLog, check_plot, plot_log
     from mlx_rgemma.tuner.run_folder import run_folder
 

@@ -14,7 +14,7 @@ from test_chat import answers, chat, chat_model  # noqa: F401
 
 from mlx_rgemma import Session, generate, load, load_prompt_cache, register
 from mlx_rgemma.cpu.numba_runtime import COMPILING
-from mlx_rgemma.text.files import DEFAULT_TEXT
+from mlx_rgemma.io.text import DEFAULT_TEXT
 
 COMMAND = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mlx_rgemma.cache_prompt"]
 STORY = DEFAULT_TEXT.read_text(encoding="utf-8")[:1500]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN
 
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.convert import build_parser, main
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ import pytest
 from conftest import GOLDEN, golden_model
 
 from mlx_rgemma import generate, load, save_prompt_cache
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.io.hub import EMBEDDED
 
 COMMAND = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mlx_rgemma.generate"]
 INTRODUCTION = (
@@ -309,7 +309,7 @@ def test_commands_that_generate_do_without_pytorch(name, monkeypatch):
         asked.append(pytorch)
         return 0
 
-    monkeypatch.setattr(command.command_line, "run", run)
+    monkeypatch.setattr(command.cli, "run", run)
     needed = {"cache_prompt": ["--prompt", "x", "--prompt-cache-file", "y"]}.get(name, [])
     monkeypatch.setattr(sys, "argv", [name, *needed])
     assert command.main() == command.main(needed) == 0

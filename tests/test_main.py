@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import mlx_rgemma
-from mlx_rgemma import __main__, command_line
+from mlx_rgemma import __main__
+from mlx_rgemma import cli
 
 ROOT = Path(__file__).parents[1]
 UMBRELLA = [sys.executable, "-m", "mlx_rgemma"]
@@ -204,7 +205,7 @@ def test_notices_of_the_library_are_lines_of_a_command(capsys):
 
     log = logging.getLogger("mlx_rgemma.cpu.numba_runtime")
     log.info("outside of a command")
-    command_line.run(lambda: log.info("Compiling"))
+    cli.run(lambda: log.info("Compiling"))
     log.info("after it")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "Compiling\n")

@@ -17,7 +17,7 @@ import pytest
 from conftest import GOLDEN, LOGITS_ATOL, golden, golden_model, max_error
 
 from mlx_rgemma import Model, convert, generate, load, register
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from conftest import golden_model
 
 from mlx_rgemma import load_prompt_cache, save_prompt_cache
 from mlx_rgemma.errors import CheckpointError
-from mlx_rgemma.prompt_cache import fingerprint
+from mlx_rgemma.sessions.prompt_cache import fingerprint
 
 
 def used_cache(model, length: int = 30, rows: int = 1):

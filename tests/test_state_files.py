@@ -15,9 +15,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import Session, cache_prompt, load, load_prompt_cache, register, save_prompt_cache
-from mlx_rgemma.checkpoints.safetensors import read_header
+from mlx_rgemma.io.safetensors import read_header
 from mlx_rgemma.errors import CheckpointError, UserError
-from mlx_rgemma.prompt_cache import MAX_HEADER_BYTES, MAX_METADATA_BYTES, PENDING
+from mlx_rgemma.sessions.prompt_cache import MAX_HEADER_BYTES, MAX_METADATA_BYTES, PENDING
 
 TEXT = "Once upon a time"
 NAMES = ("book", "a.b", "x.safetensors", "dir/über", "x.npz")
@@ -52,7 +52,8 @@ session.save(sys.argv[1])
 
 SAVE_TO_A_FULL_DISK = """
 import resource, sys
-from mlx_rgemma import Session, cache_prompt, command_line, load
+from mlx_rgemma import Session, cache_prompt, load
+from mlx_rgemma import cli
 
 def save():
     session = Session(*load())
@@ -69,7 +70,7 @@ def read_and_save():
     Session.feed = limited
     return cache_prompt.main(["--prompt", "Once", "--prompt-cache-file", sys.argv[1]])
 
-sys.exit(command_line.run(save) if sys.argv[2] == "save" else read_and_save())
+sys.exit(cli.run(save) if sys.argv[2] == "save" else read_and_save())
 """
 
 

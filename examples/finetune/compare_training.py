@@ -48,8 +48,8 @@ def make_model(folder: Path) -> None:
     import mlx.core as mx
 
     from mlx_rgemma import GriffinConfig, Model
-    from mlx_rgemma.checkpoints.writing import save_model
-    from mlx_rgemma.tuner.initialization import initialize
+    from mlx_rgemma.checkpoints.save import save_model
+    from mlx_rgemma.tuner.init import initialize
 
     model = Model(GriffinConfig.from_dict(SHAPE))
     initialize(model, seed=0)
@@ -69,9 +69,9 @@ def mlx_step(
     mx.random.seed(0)
     if engine == "mlx_rgemma":
         from mlx_rgemma import load_model
-        from mlx_rgemma.checkpoints.adapters import AdapterConfig, add_adapters
+        from mlx_rgemma.adapters.files import AdapterConfig, add_adapters
         from mlx_rgemma.cpu.adam import fuse_adam
-        from mlx_rgemma.tuner.batch import Batch
+        from mlx_rgemma.tuner.data.batch import Batch
         from mlx_rgemma.tuner.loss import batch_loss
 
         model: Any = load_model(folder, dtype="float32")[0]

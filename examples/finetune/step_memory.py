@@ -23,16 +23,16 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import Model
-from mlx_rgemma.checkpoints.adapters import AdapterConfig, add_adapters
+from mlx_rgemma.adapters.files import AdapterConfig, add_adapters
 from mlx_rgemma.griffin.config import PRESETS
 from mlx_rgemma.measurement.shapes import quantize, random_weights
 from mlx_rgemma.ops import on_linux_cpu
-from mlx_rgemma.tuner.batch import Batch
-from mlx_rgemma.tuner.checkpoint import TrainingState
-from mlx_rgemma.tuner.checkpointing import checkpoint_layers
-from mlx_rgemma.tuner.loop import Loop, LoopSettings
+from mlx_rgemma.tuner.data.batch import Batch
+from mlx_rgemma.tuner.train_state import TrainingState
+from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
+from mlx_rgemma.tuner.trainer import Loop, LoopSettings
 from mlx_rgemma.tuner.loss import batch_loss
-from mlx_rgemma.tuner.memory import lora_step
+from mlx_rgemma.tuner.memory_estimate import lora_step
 
 RANK = 8
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rgemma import __version__
-from mlx_rgemma.checkpoints.source import Source
 from mlx_rgemma.griffin.config import ATTENTION, GriffinConfig
+from mlx_rgemma.io.hub import Source
 from mlx_rgemma.io.reading import read_limited
 
 MODEL_CARD = "README.md"

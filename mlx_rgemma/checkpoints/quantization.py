@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlx_rgemma.checkpoints.safetensors import TensorInfo
 from mlx_rgemma.errors import UserError, shown
+from mlx_rgemma.io.safetensors import TensorInfo
 
 MODES = {
     "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),

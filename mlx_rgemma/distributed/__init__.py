@@ -1,6 +1,6 @@
 """Several processes under `mlx.launch`: joining them, agreeing, and noticing one that is lost."""
 
-from mlx_rgemma.distributed.membership import (
+from mlx_rgemma.distributed.group import (
     abandon,
     agreed,
     group,

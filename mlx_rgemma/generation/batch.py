@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_rgemma.errors import UserError, shown
-from mlx_rgemma.generation.decoding import LogitsProcessor, Sampler
+from mlx_rgemma.generation.decode import LogitsProcessor, Sampler
 from mlx_rgemma.generation.options import SamplingOptions, check_number, suggest
 from mlx_rgemma.generation.prompts import Prompt, encode_prompt
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.ops.backend import compile_seconds
-from mlx_rgemma.text.stream import StopMatcher, TextStream
+from mlx_rgemma.tokenizers.detokenizer import StopMatcher, TextStream
 
 if TYPE_CHECKING:
     from mlx_lm.generate_utils import BatchStats

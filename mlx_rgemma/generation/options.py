@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from mlx_rgemma.errors import UserError, shown
 
 if TYPE_CHECKING:
-    from mlx_rgemma.generation.decoding import LogitsProcessor
-    from mlx_rgemma.generation.decoding import Sampler as SamplerFunction
+    from mlx_rgemma.generation.decode import LogitsProcessor
+    from mlx_rgemma.generation.decode import Sampler as SamplerFunction
 
 P = ParamSpec("P")
 R = TypeVar("R")

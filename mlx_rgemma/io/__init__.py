@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, with checksums."""
+"""Files, memory and the Hub."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma.checkpoints.folder import CheckpointFolder
+from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.measurement.shapes import random_weights
 
@@ -37,7 +37,7 @@ def write_copy(folder: Path, source: Path) -> None:
     """Write the weights of an unquantized checkpoint as Hugging Face lays them out."""
     from mlx.utils import tree_flatten
 
-    from mlx_rgemma.checkpoints import load_model
+    from mlx_rgemma.checkpoints.load import load_model
 
     model, config = load_model(source, dtype=CheckpointFolder.open(source).config.dtype, lazy=True)
     parameters: Any = tree_flatten(model.parameters())

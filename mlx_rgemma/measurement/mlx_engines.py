@@ -16,7 +16,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.device import settle
+from mlx_rgemma.generation.streams import settle
 from mlx_rgemma.measurement.engines import LEARNING_RATE, Generated, Loaded, Unsupported
 from mlx_rgemma.measurement.shapes import SHAPES, UNQUANTIZED, quantize, random_model
 
@@ -146,7 +146,7 @@ class Ours(_MlxEngine):
     """This package: its model, its loop, its loss."""
 
     def _load(self, model: dict[str, Any], dtype: str | None, quantization: str) -> Any:
-        from mlx_rgemma.checkpoints import load_model
+        from mlx_rgemma.checkpoints.load import load_model
 
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
         if "shape" in model:
@@ -173,7 +173,7 @@ class Ours(_MlxEngine):
     def _tokens(
         self, prompt: mx.array, cache: list[Any], tokens: int, step_size: int
     ) -> Iterator[int]:
-        from mlx_rgemma.generation.single import stream_generate
+        from mlx_rgemma.generation.api import stream_generate
 
         answers = stream_generate(
             self.model,
@@ -187,7 +187,7 @@ class Ours(_MlxEngine):
             yield answer.token
 
     def _loss(self, model: Any, rows: mx.array) -> mx.array:
-        from mlx_rgemma.tuner.batch import Batch
+        from mlx_rgemma.tuner.data.batch import Batch
         from mlx_rgemma.tuner.loss import batch_loss
 
         tokens, targets = rows[:, :-1], rows[:, 1:]

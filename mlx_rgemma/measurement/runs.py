@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_rgemma.checkpoints.contents import expected_tensors
-from mlx_rgemma.checkpoints.folder import CheckpointFolder
-from mlx_rgemma.checkpoints.source import locate
+from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
+from mlx_rgemma.checkpoints.schema import expected_tensors
 from mlx_rgemma.griffin.config import GriffinConfig
+from mlx_rgemma.io.hub import locate
 from mlx_rgemma.measurement.engines import (
     MLX_LM,
     OURS,

@@ -82,7 +82,7 @@ def random_weights(config: GriffinConfig, dtype: mx.Dtype) -> Iterator[tuple[str
     from mlx.utils import tree_flatten
 
     from mlx_rgemma.griffin.model import Model
-    from mlx_rgemma.tuner.initialization import initial_a_param
+    from mlx_rgemma.tuner.init import initial_a_param
 
     parameters: Any = tree_flatten(Model(config).parameters())  # never computed
     for seed, (name, like) in enumerate(parameters):

@@ -26,7 +26,7 @@ PACKAGES = {
 """Stages by the package that is being imported; what it imports in turn counts for it."""
 
 FUNCTIONS = {"tokenizer": "_load_tokenizer", "weights": "_load_model"}
-"""Stages by the function of `mlx_rgemma.checkpoints.loading` that is running."""
+"""Stages by the function of `mlx_rgemma.checkpoints.load` that is running."""
 
 REST = "rest"
 
@@ -79,7 +79,7 @@ def main(arguments: list[str], started: float) -> None:
     """Run the command; `started` is the time of day when its process was asked for."""
     ledger = Ledger()
     ledger.watch_imports()
-    from mlx_rgemma.checkpoints import loading
+    from mlx_rgemma.checkpoints.load import load as loading
 
     for stage, name in FUNCTIONS.items():
         setattr(loading, name, ledger.timed(stage, getattr(loading, name)))

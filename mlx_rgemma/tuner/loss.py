@@ -21,7 +21,7 @@ from mlx_rgemma.ops import inference_mode
 from mlx_rgemma.ops.autograd import custom_function
 from mlx_rgemma.ops.backend import Backend, active
 from mlx_rgemma.ops.cross_entropy import cross_entropies
-from mlx_rgemma.tuner.batch import Batch
+from mlx_rgemma.tuner.data.batch import Batch
 
 CHUNK_LOGITS, MIN_CHUNK = 1 << 24, 16
 """Logits of one chunk, at most: 67 MB in float32; tokens of one, at least, for any vocabulary.

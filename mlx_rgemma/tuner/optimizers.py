@@ -10,11 +10,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from mlx_rgemma.checkpoints.adapters import is_number, is_whole
+from mlx_rgemma.adapters.files import is_number, is_whole
 from mlx_rgemma.errors import UserError, shown
 from mlx_rgemma.ops import backend
-from mlx_rgemma.tuner.rules import decays
-from mlx_rgemma.tuner.settings import MAX_COUNT, MAX_RATE, check_keys
+from mlx_rgemma.tuner.config import MAX_COUNT, MAX_RATE, check_keys
+from mlx_rgemma.tuner.optim import decays
 
 OPTIMIZERS = {
     "adam": "Adam",

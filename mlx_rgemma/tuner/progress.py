@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_rgemma.checkpoints.adapters import is_number, is_whole
+from mlx_rgemma.adapters.files import is_number, is_whole
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.io.atomic import atomic_file
-from mlx_rgemma.tuner.loop import TrainingCallback
-from mlx_rgemma.tuner.reading import read_lines
+from mlx_rgemma.tuner.data.reading import read_lines
+from mlx_rgemma.tuner.trainer import TrainingCallback
 
 
 def train_line(info: dict[str, Any], iters: int | None = None) -> str:

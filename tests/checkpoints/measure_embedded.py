@@ -70,7 +70,7 @@ def measure(model: Any, tokenizer: Any, reference: list[mx.array] | None = None)
 
 def main(source: str | None = None) -> None:
     """Convert the embedded model (or the one in a folder) to every candidate and measure it."""
-    from mlx_rgemma.checkpoints.source import locate
+    from mlx_rgemma.io.hub import locate
 
     folder = locate(source).folder
     original, tokenizer = load(folder, dtype="float32")

@@ -24,10 +24,10 @@ import mlx.core as mx
 import numpy as np
 from google_files import torch_entry, torch_pickle, torch_zip
 
-from mlx_rgemma.checkpoints.contents import Expected, expected_tensors
-from mlx_rgemma.checkpoints.google import Place, place
-from mlx_rgemma.checkpoints.safetensors import TensorInfo, write_file
-from mlx_rgemma.checkpoints.writing import split_shards
+from mlx_rgemma.checkpoints.schema import Expected, expected_tensors
+from mlx_rgemma.checkpoints.formats.google import Place, place
+from mlx_rgemma.io.safetensors import TensorInfo, write_file
+from mlx_rgemma.checkpoints.save import split_shards
 from mlx_rgemma.griffin.config import PRESETS, GriffinConfig
 
 BLOCK = 1 << 24

@@ -8,12 +8,14 @@ import time
 
 import pytest
 
-from mlx_rgemma.checkpoints import chat_template, load_tokenizer
-from mlx_rgemma.checkpoints.chat_template import limit_rendering
-from mlx_rgemma.checkpoints.sentencepiece import CHAT_TEMPLATE
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.tokenizers.load import load_tokenizer
+
+from mlx_rgemma.tokenizers import chat_template
+from mlx_rgemma.tokenizers.chat_template import limit_rendering
+from mlx_rgemma.tokenizers.sentencepiece import CHAT_TEMPLATE
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.single import apply_chat_template
+from mlx_rgemma.generation.api import apply_chat_template
 
 MESSAGES = [
     {"role": "user" if n % 2 == 0 else "assistant", "content": f"text {n}"} for n in range(201)

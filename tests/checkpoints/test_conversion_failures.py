@@ -16,13 +16,13 @@ from checkpoint_files import CONFIG, SINGLE
 from conftest import GOLDEN
 
 from mlx_rgemma import GriffinConfig, convert, load_model
-from mlx_rgemma.checkpoints.contents import expected_tensors
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.checkpoints.schema import expected_tensors
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import CheckpointError
 
 SLOWLY = """
 import sys, time
-from mlx_rgemma.checkpoints.weights import ConvertedWeights
+from mlx_rgemma.checkpoints.tensors import ConvertedWeights
 from mlx_rgemma.convert import main
 converted = ConvertedWeights._converted
 def slowly(*arguments):

@@ -11,7 +11,7 @@ from checkpoint_files import CONFIG, all_tensors, assert_same_tensors, run_plain
 from conftest import GOLDEN, golden, max_error
 
 from mlx_rgemma import convert, load, load_model
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.io.hub import EMBEDDED
 
 PLAIN_LOGITS = """
 import sys, mlx.core as mx, numpy as np

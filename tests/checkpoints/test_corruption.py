@@ -21,7 +21,7 @@ from conftest import GOLDEN
 from google_files import FLAX, SAID, TORCH, needs_tensorstore, tar_of
 
 from mlx_rgemma import convert, load_model
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
 
 

@@ -13,7 +13,7 @@ import pytest
 from checkpoint_files import CONFIG, INDEX, golden_copy
 
 from mlx_rgemma import convert, load, load_model
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
 
 SHARD = "model-00003-of-00005.safetensors"

@@ -10,7 +10,7 @@ import pytest
 from google_files import FLAX, SAID, flax_copy, needs_tensorstore
 
 from mlx_rgemma import convert
-from mlx_rgemma.checkpoints import orbax
+from mlx_rgemma.checkpoints.formats import orbax
 from mlx_rgemma.errors import CheckpointError
 
 pytestmark = needs_tensorstore

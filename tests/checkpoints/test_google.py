@@ -31,10 +31,10 @@ from measure_large import FORMATS as WRITERS
 from measure_large import Noise
 
 from mlx_rgemma import GriffinConfig, convert, load, load_model
-from mlx_rgemma.checkpoints import google
-from mlx_rgemma.checkpoints.contents import expected_tensors
-from mlx_rgemma.checkpoints.google import Unsaid, open_google, place
-from mlx_rgemma.checkpoints.safetensors import TensorInfo
+from mlx_rgemma.checkpoints.formats import google
+from mlx_rgemma.checkpoints.schema import expected_tensors
+from mlx_rgemma.checkpoints.formats.google import Unsaid, open_google, place
+from mlx_rgemma.io.safetensors import TensorInfo
 from mlx_rgemma.convert import main
 from mlx_rgemma.errors import CheckpointError, UserError
 
@@ -81,7 +81,7 @@ def test_quantized_on_the_way(tmp_path, source):
 
 def test_float32_and_float16_files(tmp_path):
     """Google's archives are bfloat16; fine-tuned ones may be anything."""
-    from mlx_rgemma.checkpoints.torch_file import TorchFile
+    from mlx_rgemma.checkpoints.formats.pytorch import TorchFile
 
     store = TorchFile(TORCH)
     for dtype, title in ((mx.float32, "F32"), (mx.float16, "F16")):

@@ -16,7 +16,7 @@ from google_files import SAID, TORCH, tar_of
 from test_corruption import digest
 
 from mlx_rgemma import convert, load_model
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io import atomic
 
@@ -24,7 +24,10 @@ KILLS = 20
 
 KILLER = f"""
 import json, os, random, signal, sys, time
-from mlx_rgemma.checkpoints import conversion, opening, tokenizer, weights
+from mlx_rgemma.checkpoints.convert import convert as conversion
+from mlx_rgemma.checkpoints.formats import open as opening
+from mlx_rgemma.tokenizers import load as tokenizer
+from mlx_rgemma.checkpoints import tensors as weights
 import mlx_lm.tokenizer_utils
 
 source, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -154,7 +157,9 @@ def test_full_disk(tmp_path, monkeypatch, room, source):
         with pytest.raises(CheckpointError, match=r"needs .* but its disk has"):
             convert(path, disk / "out", **SAID)
         monkeypatch.setattr(atomic, "check_room", lambda path, nbytes: None)
-        monkeypatch.setattr("mlx_rgemma.checkpoints.archive.check_room", lambda path, nbytes: None)
+        monkeypatch.setattr(
+            "mlx_rgemma.checkpoints.formats.archive.check_room", lambda path, nbytes: None
+        )
         with pytest.raises(CheckpointError, match="No space left on device") as error:
             convert(path, disk / "out", **SAID)
         assert str(error.value).isprintable()

@@ -10,8 +10,8 @@ from checkpoint_files import golden_copy
 from google_files import SAID, TORCH
 
 from mlx_rgemma import convert, load, load_model
-from mlx_rgemma.checkpoints.folder import CheckpointFolder
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.io import memory
 

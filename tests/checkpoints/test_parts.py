@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rgemma.checkpoints import parts
-from mlx_rgemma.checkpoints.safetensors import read_header
+from mlx_rgemma.checkpoints import sharded_reader as parts
+from mlx_rgemma.io.safetensors import read_header
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.griffin.sharding import own_part
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_rgemma import load
-from mlx_rgemma.checkpoints import load_tokenizer
-from mlx_rgemma.checkpoints.plain_tokenizer import PlainTokenizer, plain_tokenizer
-from mlx_rgemma.checkpoints.source import EMBEDDED
-from mlx_rgemma.text.files import DEFAULT_TEXT
-from mlx_rgemma.text.stream import TextStream
+from mlx_rgemma.tokenizers.load import load_tokenizer
+from mlx_rgemma.tokenizers.fast import PlainTokenizer, plain_tokenizer
+from mlx_rgemma.io.hub import EMBEDDED
+from mlx_rgemma.io.text import DEFAULT_TEXT
+from mlx_rgemma.tokenizers.detokenizer import TextStream
 
 EOS = (7,)
 

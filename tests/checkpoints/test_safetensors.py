@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rgemma.checkpoints.safetensors import (
+from mlx_rgemma.io.safetensors import (
     TensorInfo,
     check_file,
     read_header,

@@ -13,12 +13,12 @@ import pytest
 from checkpoint_files import golden_copy
 from hub_stand_in import hub
 
-from mlx_rgemma.checkpoints.source import EMBEDDED, Source, locate
+from mlx_rgemma.io.hub import EMBEDDED, Source, locate
 from mlx_rgemma.errors import CheckpointError
 
 LOCATE = """
 import json, sys
-from mlx_rgemma.checkpoints.source import locate
+from mlx_rgemma.io.hub import locate
 from mlx_rgemma.errors import CheckpointError
 answers = []
 for name, revision in json.loads(sys.argv[1]):

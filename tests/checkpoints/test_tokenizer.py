@@ -12,8 +12,8 @@ from checkpoint_files import GEMMA_LIKE, STORIES, edit_json, train_sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_rgemma.checkpoints import load_tokenizer
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.tokenizers.load import load_tokenizer
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import CheckpointError
 
 KINDS = {
@@ -216,7 +216,7 @@ def test_no_turns_no_chat():
 
 def test_translation_is_the_same_as_its_file(gemma, tmp_path):
     """What the converter writes tokenizes as what it was made from."""
-    from mlx_rgemma.checkpoints.tokenizer import write_translation
+    from mlx_rgemma.tokenizers.load import write_translation
 
     write_translation(gemma, tmp_path, name="some-model-it")
     assert {f.name for f in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
@@ -308,7 +308,7 @@ def test_damaged_pieces(gemma, tmp_path, piece, message):
 
 
 def test_many_pieces(tmp_path, monkeypatch):
-    from mlx_rgemma.checkpoints import sentencepiece as module
+    from mlx_rgemma.tokenizers import sentencepiece as module
 
     monkeypatch.setattr(module, "MAX_PIECES", 100)
     shutil.copyfile(EMBEDDED / "tokenizer.model", tmp_path / "tokenizer.model")

@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 
-from mlx_rgemma.checkpoints import load_tokenizer
-from mlx_rgemma.checkpoints.loading import load
-from mlx_rgemma.checkpoints.plain_tokenizer import plain_tokenizer
-from mlx_rgemma.checkpoints.source import EMBEDDED
-from mlx_rgemma.checkpoints.tokenizer_check import backtracks, check_tokenizer_files
+from mlx_rgemma.tokenizers.load import load_tokenizer
+from mlx_rgemma.checkpoints.load import load
+from mlx_rgemma.tokenizers.fast import plain_tokenizer
+from mlx_rgemma.io.hub import EMBEDDED
+from mlx_rgemma.tokenizers.check import backtracks, check_tokenizer_files
 from mlx_rgemma.errors import CheckpointError
 
 

@@ -15,8 +15,8 @@ import pytest
 from google_files import SAID, STORAGE, TORCH, torch_entry, torch_pickle, torch_zip
 
 from mlx_rgemma import convert
-from mlx_rgemma.checkpoints.recognition import LEGACY_TORCH
-from mlx_rgemma.checkpoints.torch_file import TorchFile
+from mlx_rgemma.checkpoints.formats.detect import LEGACY_TORCH
+from mlx_rgemma.checkpoints.formats.pytorch import TorchFile
 from mlx_rgemma.errors import CheckpointError
 
 BYTES = np.arange(24, dtype=np.float32).tobytes()

@@ -12,7 +12,7 @@ import yaml
 from checkpoint_files import golden_copy
 from hub_stand_in import TOKEN, upload_hub
 
-from mlx_rgemma.checkpoints.source import EMBEDDED
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
 
 

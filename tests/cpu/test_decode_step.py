@@ -14,12 +14,12 @@ from mlx.utils import tree_flatten
 
 from mlx_rgemma import Model
 from mlx_rgemma.cpu import decode_step, dequantize, numba_runtime, thread_pool
-from mlx_rgemma.generation.decoding import plain_steps
-from mlx_rgemma.generation.speculation import SpeculationStats, speculative_steps
+from mlx_rgemma.generation.decode import plain_steps
+from mlx_rgemma.generation.speculative import SpeculationStats, speculative_steps
 from mlx_rgemma.griffin.cache import RecurrentCache
 from mlx_rgemma.ops import backend
 from mlx_rgemma.ops.backend import Backend
-from mlx_rgemma.tuner.initialization import initialize
+from mlx_rgemma.tuner.init import initialize
 
 
 @pytest.fixture

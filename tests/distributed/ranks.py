@@ -20,7 +20,7 @@ from helpers.random_models import EMBEDDED, TOKENS, random_model, write
 import mlx_rgemma
 from mlx_rgemma import distributed, load, register
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.prompt_cache import load_prompt_cache, read_prompt_cache, save_prompt_cache
+from mlx_rgemma.sessions.prompt_cache import load_prompt_cache, read_prompt_cache, save_prompt_cache
 
 
 def shard(model, group):

@@ -11,8 +11,8 @@ import pytest
 CONNECT = """
 import ctypes, sys
 import mlx.core as mx
-from mlx_rgemma.distributed import membership
-from mlx_rgemma.distributed.launch_place import Place
+from mlx_rgemma.distributed import group as membership
+from mlx_rgemma.distributed.rank_info import Place
 
 def init(strict):
     if sys.argv[2] == "waits":

@@ -11,8 +11,8 @@ import time
 import pytest
 from launching import free_ports
 
-from mlx_rgemma.distributed.launch_place import Place
-from mlx_rgemma.distributed.peers import Peers, _Line, timeout_seconds
+from mlx_rgemma.distributed.rank_info import Place
+from mlx_rgemma.distributed.watchdog import Peers, _Line, timeout_seconds
 from mlx_rgemma.errors import UserError
 
 
@@ -158,7 +158,7 @@ def test_a_failure_is_passed_on_with_its_reason(tmp_path):
 def test_all_have_time_to_meet_the_same_mistake(tmp_path, monkeypatch):
     processes = started(places(tmp_path, 4, "ring"))
     waited: list[float] = []
-    monkeypatch.setattr("mlx_rgemma.distributed.peers.time.sleep", waited.append)
+    monkeypatch.setattr("mlx_rgemma.distributed.watchdog.time.sleep", waited.append)
     processes[2].peers.lost("stopped: no such folder", grace=7.5)
     for process in (processes[0], processes[1], processes[3]):
         while not process.ended:

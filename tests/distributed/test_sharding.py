@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 from thread_group import ThreadGroup, run_threads
 
 from mlx_rgemma import GriffinConfig, Model
-from mlx_rgemma.checkpoints.folder import CheckpointFolder
-from mlx_rgemma.checkpoints.parts import read_parts
+from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
+from mlx_rgemma.checkpoints.sharded_reader import read_parts
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.sharding import (
     cut_axis,
@@ -26,7 +26,7 @@ from mlx_rgemma.griffin.sharding import (
     shard_model,
     split_state,
 )
-from mlx_rgemma.prompt_cache import load_prompt_cache, save_prompt_cache
+from mlx_rgemma.sessions.prompt_cache import load_prompt_cache, save_prompt_cache
 
 
 def copies(size: int, make=random_model) -> list[Model]:

@@ -58,12 +58,12 @@ def build(folder: Path) -> None:
     from helpers.random_models import random_model
 
     from mlx_rgemma import GriffinConfig, Session, cache_prompt, convert, load, lora, train
-    from mlx_rgemma.checkpoints.writing import save_model
+    from mlx_rgemma.checkpoints.save import save_model
 
     raw, tiny = folder / "raw-it", folder / "tiny"
     raw.mkdir()
     train_sentencepiece(raw / "tokenizer.model", **GEMMA_LIKE)
-    from mlx_rgemma.checkpoints import load_tokenizer
+    from mlx_rgemma.tokenizers.load import load_tokenizer
 
     config = GriffinConfig(vocab_size=len(load_tokenizer(raw)), **SHAPE)
     save_model(tiny, random_model(config=config), source=raw)

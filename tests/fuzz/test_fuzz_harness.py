@@ -117,7 +117,7 @@ def test_every_family_is_run():
 
 def test_requests_have_every_field():
     from fuzz.families.requests import FIELDS
-    from mlx_rgemma.serving import request_checks
+    from mlx_rgemma.server import validation as request_checks
 
     known = {*request_checks._NUMBERS, *request_checks._COUNTS, *request_checks._ONLY}
     assert known <= set(FIELDS)

@@ -8,11 +8,14 @@ import mlx.core as mx
 import pytest
 from helpers.random_models import SHAPE, random_model
 
-from mlx_rgemma import GriffinConfig, Session, load, session
+from mlx_rgemma import GriffinConfig, Session, load
+
+from mlx_rgemma.sessions import session
 from mlx_rgemma.cpu.layers import Linear
-from mlx_rgemma.generation import decoding, speculation
-from mlx_rgemma.generation.decoding import Processors, plain_steps
-from mlx_rgemma.generation.single import stream_generate
+from mlx_rgemma.generation import decode as decoding
+from mlx_rgemma.generation import speculative as speculation
+from mlx_rgemma.generation.decode import Processors, plain_steps
+from mlx_rgemma.generation.api import stream_generate
 from mlx_rgemma.griffin.layers import LocalAttentionBlock, RecurrentBlock
 
 PROMPT = mx.array([2, *range(40, 80)])

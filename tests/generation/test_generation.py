@@ -12,8 +12,8 @@ from conftest import golden, golden_model
 from mlx_rgemma import batch_generate, generate, load, stream_generate
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.prompts import encode
-from mlx_rgemma.text.responses import GenerationResponse
-from mlx_rgemma.text.stream import TEXT_LIMIT, StopMatcher, TextStream
+from mlx_rgemma.generation.response import GenerationResponse
+from mlx_rgemma.tokenizers.detokenizer import TEXT_LIMIT, StopMatcher, TextStream
 
 
 @pytest.fixture(scope="module")

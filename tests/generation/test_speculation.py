@@ -15,10 +15,10 @@ from helpers.random_models import SMALL
 
 from mlx_rgemma import GriffinConfig, Model, generate, load, stream_generate
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation import speculation
-from mlx_rgemma.generation.drafts import PromptLookup
+from mlx_rgemma.generation import speculative as speculation
+from mlx_rgemma.generation.draft import PromptLookup
 from mlx_rgemma.generation.sampling import Sampler
-from mlx_rgemma.generation.speculation import SpeculationStats, speculative_steps
+from mlx_rgemma.generation.speculative import SpeculationStats, speculative_steps
 from mlx_rgemma.griffin.cache import state_nbytes
 
 STATE_ATOL = 1e-4
@@ -320,7 +320,7 @@ def run_command(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_prints_the_acceptance_rate():
-    from mlx_rgemma.checkpoints.source import EMBEDDED
+    from mlx_rgemma.io.hub import EMBEDDED
 
     result = run_command("--draft-model", str(EMBEDDED), "--num-draft-tokens", "4")
     assert result.returncode == 0, result.stderr

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx_rgemma
 from mlx_rgemma import Session, batch_generate, generate, load
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.prompt_cache import load_prompt_cache, save_prompt_cache
+from mlx_rgemma.sessions.prompt_cache import load_prompt_cache, save_prompt_cache
 
 def in_child(work):
     "What becomes of it in a forked child that has ten seconds: its error, 'done' or 'hangs'."

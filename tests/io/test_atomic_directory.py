@@ -18,7 +18,7 @@ from mlx_rgemma.io.atomic import atomic_directory
 WRITE = """
 import sys, time
 from pathlib import Path
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 from mlx_rgemma.io.atomic import atomic_directory
 
 def write():
@@ -27,7 +27,7 @@ def write():
         print("writing", flush=True)
         time.sleep(60)
 
-sys.exit(command_line.run(write))
+sys.exit(cli.run(write))
 """
 
 

@@ -32,7 +32,7 @@ with atomic_file(sys.argv[1], ".safetensors") as partial:
 LIMITED = """
 import resource, sys
 import mlx.core as mx
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 from mlx_rgemma.io.atomic import atomic_file
 
 def write():
@@ -43,7 +43,7 @@ def write():
         else:
             partial.write_bytes(bytes(10_000))
 
-sys.exit(command_line.run(write))
+sys.exit(cli.run(write))
 """
 
 

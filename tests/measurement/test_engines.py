@@ -67,7 +67,7 @@ def test_random_models_are_the_same_in_memory_and_on_disk(folder):
 
 
 def test_a_copy_in_the_layout_of_all(folder, tmp_path):
-    from mlx_rgemma.checkpoints.source import EMBEDDED
+    from mlx_rgemma.io.hub import EMBEDDED
 
     assert in_mlx_layout(EMBEDDED) and not in_mlx_layout(Path(folder["folder"]))
     write_copy(tmp_path / "copy", EMBEDDED)

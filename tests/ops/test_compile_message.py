@@ -12,14 +12,14 @@ import pytest
 
 from mlx_rgemma.generation.batch import _leave_out
 from mlx_rgemma.ops import loops
-from mlx_rgemma.text.responses import text_responses
+from mlx_rgemma.generation.response import text_responses
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="loops: Linux only")
 
 CODE = """
 import sys, time
 import mlx_rgemma
-from mlx_rgemma import command_line
+from mlx_rgemma import cli
 import mlx.core as mx, numpy as np
 from mlx_rgemma.ops import loops
 
@@ -31,7 +31,7 @@ def work():
     took = time.perf_counter() - started
     print(took, loops.compile_seconds(started), loops.compile_seconds(time.perf_counter()))
 
-command_line.run(work)
+cli.run(work)
 """
 
 

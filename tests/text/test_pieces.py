@@ -9,8 +9,8 @@ import tracemalloc
 import pytest
 
 from mlx_rgemma import load
-from mlx_rgemma.text.files import read_documents
-from mlx_rgemma.text.pieces import TextPieces
+from mlx_rgemma.io.text import read_documents
+from mlx_rgemma.tokenizers.chunked import TextPieces
 
 
 @pytest.fixture(scope="module")

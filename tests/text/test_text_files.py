@@ -8,8 +8,8 @@ import os
 import pytest
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.text import files
-from mlx_rgemma.text.files import read_documents
+from mlx_rgemma.io import text as files
+from mlx_rgemma.io.text import read_documents
 
 LINES = {
     "brackets": ("[" * 500_000, "line 1 is not JSON"),

@@ -13,7 +13,7 @@ from conftest import golden_model, max_error
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import load
-from mlx_rgemma.checkpoints.adapters import (
+from mlx_rgemma.adapters.files import (
     AdapterConfig,
     add_adapters,
     load_adapters,
@@ -21,8 +21,8 @@ from mlx_rgemma.checkpoints.adapters import (
     save_adapter_weights,
 )
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.griffin.gate_adapters import LoRAGates
-from mlx_rgemma.tuner.fusing import fuse_adapters
+from mlx_rgemma.adapters.gates import LoRAGates
+from mlx_rgemma.tuner.fuse import fuse_adapters
 
 TOKENS = mx.array(np.random.default_rng(0).integers(3, 90, (2, 25)))
 

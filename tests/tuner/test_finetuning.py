@@ -18,14 +18,14 @@ from mlx.utils import tree_flatten
 import mlx_rgemma.fuse as fuse
 import mlx_rgemma.lora as lora
 from mlx_rgemma import load
-from mlx_rgemma.checkpoints.adapters import AdapterConfig, add_adapters
+from mlx_rgemma.adapters.files import AdapterConfig, add_adapters
 from mlx_rgemma.ops import on_linux_cpu
-from mlx_rgemma.tuner.batches import RowBatches, WholeRows
-from mlx_rgemma.tuner.checkpoint import TrainingState
-from mlx_rgemma.tuner.checkpointing import checkpoint_layers
-from mlx_rgemma.tuner.loop import LoopSettings, fit
+from mlx_rgemma.tuner.data.batches import RowBatches, WholeRows
+from mlx_rgemma.tuner.train_state import TrainingState
+from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
+from mlx_rgemma.tuner.trainer import LoopSettings, fit
 from mlx_rgemma.tuner.loss import batch_loss
-from mlx_rgemma.tuner.packing import Documents
+from mlx_rgemma.tuner.data.packing import Documents
 
 QUESTIONS = {
     "What is Griffin?": "A model by Google.",
@@ -98,7 +98,7 @@ def test_from_data_to_plain_mlx_lm(data, tmp_path, capsys):
 
 
 def test_quantized_base_stays_quantized(data, tmp_path, capsys):
-    from mlx_rgemma.checkpoints import convert as convert_checkpoint
+    from mlx_rgemma.checkpoints.convert import convert as convert_checkpoint
 
     embedded = Path(lora.__file__).parent / "assets" / "embedded"
     quantized, adapters = tmp_path / "quantized", tmp_path / "adapters"
@@ -268,7 +268,7 @@ def test_cut_off_examples_are_told(data, tmp_path, capsys):
 
 def test_completions_of_a_model_without_chats(data):
     """A completion simply follows its prompt, so that the prompt alone asks for it."""
-    from mlx_rgemma.tuner.examples import read_examples
+    from mlx_rgemma.tuner.data.datasets import read_examples
 
     _, tokenizer = load()
     args = SimpleNamespace(data=str(data), mask_prompt=True, train=True, test=False)

@@ -14,14 +14,14 @@ from checkpoints.hub_stand_in import TOKEN, upload_hub
 
 import mlx_rgemma.lora as lora
 from mlx_rgemma import load
-from mlx_rgemma.checkpoints.adapters import (
+from mlx_rgemma.adapters.files import (
     AdapterConfig,
     add_adapters,
     save_adapter_config,
     save_adapter_weights,
 )
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.tuner.examples import read_examples
+from mlx_rgemma.tuner.data.datasets import read_examples
 
 CAPITALS = {"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Peru": "Lima", "Cuba": "Havana"}
 

@@ -15,8 +15,8 @@ from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
 
 from mlx_rgemma.tuner import loss
-from mlx_rgemma.tuner.batch import Batch
-from mlx_rgemma.tuner.checkpointing import checkpoint_layers
+from mlx_rgemma.tuner.data.batch import Batch
+from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.dropout import add_dropout
 from mlx_rgemma.tuner.loss import batch_loss, head_loss
 

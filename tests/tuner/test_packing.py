@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.tuner.batches import (
+from mlx_rgemma.tuner.data.batches import (
     MixedRows,
     PaddedBatches,
     RowBatches,
     StreamedRows,
     WholeRows,
 )
-from mlx_rgemma.tuner.packing import Documents, fit_pieces, lay_row
+from mlx_rgemma.tuner.data.packing import Documents, fit_pieces, lay_row
 
 TEXTS = st.lists(st.lists(st.integers(4, 99), min_size=0, max_size=40), min_size=1, max_size=12)
 

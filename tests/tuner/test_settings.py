@@ -9,7 +9,7 @@ import pytest
 import mlx_rgemma.lora as lora
 import mlx_rgemma.train as train
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.tuner.yaml_reader import MAX_BYTES, read_yaml
+from mlx_rgemma.io.yaml import MAX_BYTES, read_yaml
 
 LAUGHS = "\n".join(
     ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]

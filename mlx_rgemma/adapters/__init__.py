@@ -1,0 +1,1 @@
+"""LoRA adapters: configuration, files, insertion and gates."""

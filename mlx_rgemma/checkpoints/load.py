@@ -1,0 +1,212 @@
+"""From a checkpoint to a model that runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_rgemma.adapters.files import load_adapters, read_adapter_config
+from mlx_rgemma.checkpoints.formats.detect import refuse_unconverted
+from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
+from mlx_rgemma.checkpoints.schema import FLOATS, Contents, check_contents
+from mlx_rgemma.checkpoints.sharded_reader import read_parts
+from mlx_rgemma.errors import CheckpointError, UserError, shown
+from mlx_rgemma.griffin.config import DTYPES, GriffinConfig
+from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.io.hub import locate
+from mlx_rgemma.io.memory import check_memory
+from mlx_rgemma.io.reading import reason
+from mlx_rgemma.io.safetensors import verify_checksums
+from mlx_rgemma.tokenizers.fast import plain_tokenizer
+from mlx_rgemma.tokenizers.load import load_tokenizer
+
+
+def load(
+    path_or_repo: str | os.PathLike[str] | None = None,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    adapter_path: str | os.PathLike[str] | None = None,
+    lazy: bool = False,
+    window: str = "google",
+    revision: str | None = None,
+    group: mx.distributed.Group | None = None,
+    plain: bool = False,
+    verify: bool = False,
+) -> tuple[Model, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        path_or_repo: A folder in Hugging Face's layout, also one that mlx-lm wrote; a repository
+            of the Hugging Face Hub; or None for the small model that comes with the package.
+        dtype: dtype of the weights ("float32", "bfloat16", "float16"). By default that of the
+            files, but float32 on a CPU, where MLX multiplies the others slowly.
+        adapter_path: Folder with adapters that `lora` trained, here or in mlx-lm.
+        lazy: Leave the weights in their files until they are used.
+        window: "google" for the attention window that the released models were trained with,
+            "hf" for one key less, as transformers and mlx-lm have it.
+        revision: Branch, tag or commit of a repository.
+        group: Processes that share the model; each keeps its part of the weights only.
+        plain: Leave transformers and mlx-lm alone, which take a second to import, where the
+            tokenizer is a plain one.
+        verify: Compare the weights with the checksums that `convert` stored, which reads the
+            files once more. Weights without checksums pass.
+
+    Returns:
+        The model, and mlx-lm's `TokenizerWrapper`; where `plain` was asked for and is possible, a
+        `PlainTokenizer`, which loads the wrapper when it is asked for more than it knows.
+
+    Raises:
+        CheckpointError: If anything is missing, damaged or does not fit; the message says what.
+        UserError: If the processes cannot share the model, or are to share adapters; if memory
+            cannot hold the weights.
+    """
+    chosen = _choose_dtype(dtype)
+    if group is not None and adapter_path is not None:
+        raise UserError(
+            "adapters cannot be shared by several processes; put them into the model first, with"
+            " mlx_rgemma.fuse."
+        )
+    if adapter_path is not None:
+        read_adapter_config(adapter_path)  # before anything slow
+    source = locate(path_or_repo, revision)
+    refuse_unconverted(source.folder)
+    folder = CheckpointFolder.open(source.folder)
+    tokenizer = _load_tokenizer(source.folder, folder.config.eos_token_ids, source.name, plain)
+    contents = check_contents(folder)
+    if verify:
+        for file in folder.files:
+            verify_checksums(file)
+    if not lazy:
+        _check_memory(folder, contents, chosen, 1 if group is None else group.size())
+    later = lazy or adapter_path is not None
+    model, _ = _load_model(folder, contents, chosen, later, window, group)
+    if adapter_path is not None:
+        load_adapters(model, adapter_path)
+        if not lazy:
+            model.prepare_for_inference()
+    return model, tokenizer
+
+
+def load_model(
+    path: str | os.PathLike[str] | None,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    lazy: bool = False,
+    window: str = "google",
+    revision: str | None = None,
+) -> tuple[Model, GriffinConfig]:
+    """A model without its tokenizer, and its configuration; the arguments are those of `load`.
+
+    Raises:
+        CheckpointError: If anything is missing, damaged or does not fit; the message says what.
+    """
+    chosen = _choose_dtype(dtype)
+    source = locate(path, revision)
+    refuse_unconverted(source.folder)
+    folder = CheckpointFolder.open(source.folder)
+    contents = check_contents(folder)
+    if not lazy:
+        _check_memory(folder, contents, chosen)
+    return _load_model(folder, contents, chosen, lazy, window)
+
+
+def read_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
+    """A dtype by its name.
+
+    Raises:
+        UserError: If weights cannot have it.
+    """
+    name = str(dtype).removeprefix("mlx.core.")
+    if name not in DTYPES:
+        raise UserError(f"dtype is {shown(name)}, expected one of {', '.join(DTYPES)}.")
+    return getattr(mx, name)
+
+
+def read_tensors(folder: CheckpointFolder, contents: Contents) -> dict[str, mx.array]:
+    """All tensors of a checkpoint, left in their files until they are used.
+
+    Raises:
+        CheckpointError: If MLX cannot read a file.
+    """
+    tensors: dict[str, mx.array] = {}
+    for file in folder.files:
+        try:
+            tensors.update(mx.load(str(file)))  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({reason(error)}).") from error
+    for name in contents.redundant:
+        del tensors[name]
+    return tensors
+
+
+def _load_tokenizer(folder: Path, eos_token_ids: Iterable[int], name: str, plain: bool) -> Any:
+    def wrapper() -> Any:
+        return load_tokenizer(folder, eos_token_ids, name=name)
+
+    found = plain_tokenizer(folder, eos_token_ids, wrapper) if plain else None
+    return wrapper() if found is None else found
+
+
+def _choose_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
+    """The dtype that was asked for, or float32 on a CPU; None leaves weights as they are."""
+    if dtype is not None:
+        return read_dtype(dtype)
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
+
+
+def _check_memory(
+    folder: CheckpointFolder, contents: Contents, dtype: mx.Dtype | None, processes: int = 1
+) -> None:
+    """Refuse weights that memory cannot hold.
+
+    Raises:
+        UserError: Naming what they need and what is available.
+    """
+    size = None if dtype is None else dtype.size
+    needed = sum(
+        math.prod(info.shape) * size if size and info.dtype in FLOATS else info.nbytes
+        for name, info in folder.tensors.items()
+        if name not in contents.redundant
+    )
+    check_memory(
+        f"{folder.path}: the model",
+        needed // processes,
+        "choose a dtype of fewer bits, or quantize it with mlx_rgemma.convert -q",
+    )
+
+
+def _load_model(
+    folder: CheckpointFolder,
+    contents: Contents,
+    dtype: mx.Dtype | None,
+    lazy: bool,
+    window: str,
+    group: mx.distributed.Group | None = None,
+) -> tuple[Model, GriffinConfig]:
+    # A file that was made for the other rule keeps it unless it is asked for.
+    config = folder.config if window == "google" else folder.config.with_window(window)
+    model = Model(config)
+    quantized = {path: how.as_dict() for path, how in contents.quantized.items()}
+    if quantized:
+        nn.quantize(model, class_predicate=lambda path, _: quantized.get(path, False))
+    weights = model.sanitize(read_tensors(folder, contents))
+    if group is not None:
+        model.shard(group)
+        weights = read_parts(weights, folder.tensors, group.rank(), group.size())
+    if dtype is not None:
+        weights = {
+            name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+            for name, value in weights.items()
+        }
+    model.load_weights(list(weights.items()))
+    del weights
+    model.eval()
+    if not lazy:
+        model.prepare_for_inference()
+    return model, config

@@ -1,0 +1,275 @@
+"""A model as a folder that this package, plain mlx-lm and transformers can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_rgemma.checkpoints.formats.huggingface import (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
+    SINGLE_FILE,
+    read_json,
+)
+from mlx_rgemma.checkpoints.model_card import write_model_card
+from mlx_rgemma.checkpoints.quantization import Quantization
+from mlx_rgemma.checkpoints.schema import expected_tensors
+from mlx_rgemma.griffin.config import GriffinConfig
+from mlx_rgemma.io.atomic import atomic_directory
+from mlx_rgemma.io.hub import Source
+from mlx_rgemma.io.safetensors import MLX_NAME, TensorInfo, write_file
+from mlx_rgemma.tokenizers.load import (
+    SENTENCEPIECE,
+    TOKENIZER,
+    TOKENIZER_FILES,
+    has_tokenizer,
+    write_translation,
+)
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_rgemma.griffin.model import Model
+
+SHARD_BYTES = 5_000_000_000
+"""Most that a weight file holds, unless a single tensor is larger."""
+
+SUPERSEDED = (
+    "_block_types",
+    "_name_or_path",
+    "quantization",
+    "quantization_config",
+    "quantize_activations",
+    "rope_scaling",
+    "window",
+)
+"""Keys of a source's configuration that what is written says otherwise, or not at all."""
+
+FILE_NAME = {mlx_name: name for name, mlx_name in MLX_NAME.items()}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is about to be written.
+
+    Attributes:
+        config: Its configuration, with its dtype and quantization.
+        tensors: Its tensors, in order.
+        source: What it was made from, if anything: keys of the configuration that this package
+            does not know, tokenizer and model card are taken over.
+        values: The `config.json` of the source.
+        how: One sentence on how it was made, for its model card.
+    """
+
+    config: GriffinConfig
+    tensors: Sequence[TensorInfo]
+    source: Source | None = None
+    values: Mapping[str, Any] | None = None
+    how: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights."""
+        return sum(info.nbytes for info in self.tensors)
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    model: Model,
+    *,
+    source: str | os.PathLike[str] | None = None,
+    dtype: mx.Dtype | None = None,
+    torch_layout: bool = False,
+    progress: bool = False,
+) -> None:
+    """Save a model as a new folder, which appears whole or not at all.
+
+    Args:
+        folder: The folder to be; nothing of that name may exist.
+        model: The model.
+        source: Folder of the checkpoint that the model was loaded from, for its tokenizer, model
+            card and the keys of its configuration that this package does not know; or of a
+            tokenizer alone.
+        dtype: dtype of all weights, by default that of the model's.
+        torch_layout: Store convolutions as (D, 1, K), so that transformers can load the folder
+            too; mlx-lm and this package load either.
+        progress: Show a progress bar.
+
+    Raises:
+        CheckpointError: If the folder exists, or cannot be written.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    dtype = dtype or model.dtype
+    quantized = {
+        path: Quantization(module.group_size, module.bits, module.mode)
+        for path, module in model.named_modules()
+        if hasattr(module, "bits") and "scales" in module
+    }
+    parameters: Any = tree_flatten(model.parameters())
+    weights = [
+        (name, value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value)
+        for name, value in parameters
+    ]
+    if torch_layout:
+        weights = [
+            (name, value.moveaxis(1, 2) if name.endswith("conv_1d.weight") else value)
+            for name, value in weights
+        ]
+    origin = Source(Path(source)) if source is not None else None
+    checkpoint = Written(
+        stored_config(model.args, dtype, quantized),
+        [TensorInfo(name, dtype_name(value.dtype), value.shape) for name, value in weights],
+        source=origin,
+        values=_config_of(origin),
+        how=f"Its weights are {dtype_title(dtype, quantized)}.",
+    )
+    write_checkpoint(Path(folder), checkpoint, iter(weights), progress=progress)
+
+
+def _config_of(source: Source | None) -> Mapping[str, Any] | None:
+    """The `config.json` of a source that has one: a new model's has a tokenizer alone."""
+    if source is None or not (source.folder / CONFIG).is_file():
+        return None
+    return read_json(source.folder / CONFIG)
+
+
+def write_checkpoint(
+    target: Path,
+    checkpoint: Written,
+    weights: Iterator[tuple[str, mx.array]],
+    *,
+    progress: bool = False,
+) -> None:
+    """Write a checkpoint, holding one tensor at a time.
+
+    Args:
+        target: The folder to be; nothing of that name may exist.
+        checkpoint: What is to be written.
+        weights: Yields the name and value of each of its tensors, in their order.
+        progress: Show a progress bar.
+
+    Raises:
+        CheckpointError: If the target exists, or cannot be written.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    with atomic_directory(target, checkpoint.nbytes) as folder:
+        with tqdm(
+            total=checkpoint.nbytes,
+            desc="Writing",
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar:
+            _write_weights(folder, checkpoint, weights, bar.update)
+        if checkpoint.source is not None:
+            _write_tokenizer(folder, checkpoint.source)
+        write_model_card(folder, checkpoint.source, checkpoint.how, checkpoint.config)
+        _write_json(folder / GENERATION_CONFIG, _generation_config(checkpoint))
+        # The configuration comes last: without it a folder is no checkpoint.
+        _write_json(folder / CONFIG, config_values(checkpoint))
+
+
+def stored_config(
+    config: GriffinConfig, dtype: mx.Dtype, quantized: Mapping[str, Quantization]
+) -> GriffinConfig:
+    """A model's configuration, with the dtype and quantization that its weights are stored in."""
+    section = quantization_section(quantized) if quantized else None
+    return replace(config, dtype=MLX_NAME[dtype_name(dtype)], quantization=section)
+
+
+def quantization_section(quantized: Mapping[str, Quantization]) -> dict[str, Any]:
+    """What mlx-lm keeps under `quantization`: the commonest settings, then each exception."""
+    common = Counter(quantized.values()).most_common(1)[0][0]
+    exceptions = {path: how.as_dict() for path, how in quantized.items() if how != common}
+    return {**common.as_dict(), **exceptions}
+
+
+def config_values(checkpoint: Written) -> dict[str, Any]:
+    """The `config.json` of a checkpoint: what is known of it, and what its source said besides."""
+    kept = {k: v for k, v in (checkpoint.values or {}).items() if k not in SUPERSEDED}
+    return dict(sorted({**kept, **checkpoint.config.to_dict()}.items()))
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """A dtype in safetensors' spelling."""
+    return FILE_NAME[str(dtype).removeprefix("mlx.core.")]
+
+
+def dtype_title(dtype: mx.Dtype, quantized: Mapping[str, Quantization]) -> str:
+    """How the weights are stored, in words."""
+    name = str(dtype).removeprefix("mlx.core.")
+    if not quantized:
+        return name
+    common = Counter(quantized.values()).most_common(1)[0][0]
+    mode = "" if common.mode == "affine" else f"{common.mode}, "
+    low, high = (choose(how.bits for how in quantized.values()) for choose in (min, max))
+    bits = f"{low} bits" if low == high else f"{low} to {high} bits"
+    return f"quantized ({mode}{bits}, groups of {common.group_size}), the rest {name}"
+
+
+def _write_weights(
+    folder: Path,
+    checkpoint: Written,
+    weights: Iterator[tuple[str, mx.array]],
+    advance: Any,
+) -> None:
+    shards = split_shards(checkpoint.tensors)
+    places = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE_FILE
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / name, shard, weights, {"format": "mlx"}, advance)
+        places.update(dict.fromkeys((info.name for info in shard), name))
+    parameters = sum(wanted.size for wanted in expected_tensors(checkpoint.config))
+    metadata = {"total_size": checkpoint.nbytes, "total_parameters": parameters}
+    index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
+    _write_json(folder / INDEX, index)
+
+
+def split_shards(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
+    """Cut a list of tensors where a file would grow beyond `SHARD_BYTES`."""
+    shards: list[list[TensorInfo]] = [[]]
+    room = SHARD_BYTES
+    for info in tensors:
+        if shards[-1] and info.nbytes > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(info)
+        room -= info.nbytes
+    return shards
+
+
+def _write_tokenizer(folder: Path, source: Source) -> None:
+    """Take over the source's tokenizer; one of SentencePiece gets a `tokenizer.json` beside it."""
+    if not has_tokenizer(source.folder):
+        return
+    for name in TOKENIZER_FILES:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    if not (source.folder / TOKENIZER).is_file() and (source.folder / SENTENCEPIECE).is_file():
+        write_translation(source.folder, folder, name=source.name)
+
+
+def _generation_config(checkpoint: Written) -> dict[str, Any]:
+    values: dict[str, Any] = {"_from_model_config": True}
+    if checkpoint.source is not None:
+        stated = checkpoint.source.folder / GENERATION_CONFIG
+        values = read_json(stated) if stated.is_file() else values
+    config = checkpoint.config.to_dict()
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {**values, **{name: config[name] for name in names}}
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,337 @@
+"""What all commands share: a user's mistake is one line on stderr, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mlx_rgemma import __version__
+from mlx_rgemma.errors import UserError, shown
+from mlx_rgemma.generation.options import BOUNDS, MAX_COUNT, SamplingOptions
+
+if TYPE_CHECKING:
+    from mlx_rgemma.griffin.model import Model
+
+PROGRAM = "mlx-rgemma"
+"""The command that has all others as sub-commands."""
+
+
+def run(command: Callable[[], int | None], *, pytorch: bool = True) -> int:
+    """Run a command and turn what stopped it into an exit status.
+
+    Under `mlx.launch`, the other processes end when this one has failed, and are waited for when
+    it has not.
+
+    Args:
+        command: What to run.
+        pytorch: Whether this process may import PyTorch, where it is installed. transformers, which
+            reads the tokenizer, would, which takes more than a second; a command that generates can
+            do without, but another program that calls it may not.
+
+    Returns:
+        The command's own status (None counts as 0), 1 after a `UserError` or an operating system
+        error (told in one line on stderr), 130 after Ctrl-C, 0 when the reader of a pipe left.
+    """
+    if not pytorch:
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    status, problem = 1, "stopped"
+    try:
+        with _notices():
+            status = command() or 0
+        sys.stdout.flush()
+        problem = f"ended with status {status}" if status else ""
+    except UserError as error:
+        problem = f"stopped: {' '.join(str(error).split())}"
+        status = _fail(str(error))
+    except KeyboardInterrupt:
+        problem = "was interrupted"
+        print(file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        # Keep the interpreter from complaining when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        problem = f"stopped: {where}{error.strerror or error}"
+        status = _fail(f"{where}{error.strerror or error}")
+    except RuntimeError:
+        if (distributed := _distributed()) is not None:
+            distributed.lost_by_others()
+        raise
+    finally:
+        if (distributed := _distributed()) is not None:
+            distributed.leave(problem, status, mistake=problem.startswith("stopped: "))
+    return status
+
+
+def _distributed() -> Any:
+    """The module that joins processes, if it has been needed."""
+    return sys.modules.get("mlx_rgemma.distributed.group")
+
+
+def _fail(message: str) -> int:
+    distributed = _distributed()
+    if distributed is None or distributed.speaks():
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Print on stderr what `mlx_rgemma.ops` has to say, as a line of its own."""
+    handler, log = _Notices(), logging.getLogger("mlx_rgemma.ops")
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
+
+
+class _Notices(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        distributed = _distributed()
+        if distributed is None or distributed.rank() == 0:
+            over = "\r\033[K" if sys.stderr.isatty() else ""  # a line of progress may be there
+            print(over + record.getMessage(), file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the closest argument that there is."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown[0])}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
+        if len(message) > 500:
+            message = message[:500] + "..."
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+    def _hint(self, argument: str) -> str:
+        options = self._option_string_actions
+        if argument.startswith("-"):
+            closest = get_close_matches(argument.partition("=")[0], options, n=1)
+            return f"; did you mean {closest[0]}?" if closest else ""
+        return f"; did you mean --prompt {shown(argument)}?" if "--prompt" in options else ""
+
+
+def make_parser(
+    prog: str,
+    description: str,
+    examples: Sequence[str] = (),
+    *,
+    epilog: str = "",
+    **options: Any,
+) -> argparse.ArgumentParser:
+    """Return a command's parser, with `--version`, and examples at the end of `--help`.
+
+    Args:
+        prog: The command's name, as in "mlx_rgemma.generate".
+        description: What the command does.
+        examples: Arguments of complete commands, each with what the shell needs around them.
+        epilog: Text before the examples.
+        **options: More arguments of `argparse.ArgumentParser`.
+    """
+    command = f"{PROGRAM} {prog.removeprefix('mlx_rgemma.')}"
+    if sys.argv[0] == command:  # set by `mlx_rgemma.__main__`
+        prog = command
+    width = max(shutil.get_terminal_size().columns - 2, 20)
+    parts = [textwrap.fill(epilog, width)] if epilog else []
+    if examples:
+        parts.append("\n".join(["examples:", *(f"  {prog} {example}" for example in examples)]))
+    parser = Parser(
+        prog=prog,
+        description=textwrap.fill(description, width),
+        epilog="\n\n".join(parts).replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"{PROGRAM} {__version__}",
+        help="Print the version and exit.",
+    )
+    return parser
+
+
+def count(
+    minimum: int, maximum: int = MAX_COUNT, *, unlimited: bool = False
+) -> Callable[[str], int]:
+    """Return an argparse type: a whole number between bounds (or -1, where that means no limit)."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid whole number value: {shown(text)}") from None
+        no_limit = " (or -1 for no limit)" if unlimited else ""
+        if value < minimum and not (unlimited and value == -1):
+            raise argparse.ArgumentTypeError(f"{shown(value)} is not at least {minimum}{no_limit}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{shown(value)} is not at most {maximum}{no_limit}")
+        return value
+
+    return parse
+
+
+def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type: a finite number between two bounds."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid number value: {shown(text)}") from None
+        if minimum <= value <= maximum and math.isfinite(value):
+            return value
+        bounds = (
+            f"between {minimum:g} and {maximum:g}" if maximum < 1e300 else f"{minimum:g} or more"
+        )
+        raise argparse.ArgumentTypeError(f"{shown(value)} is not {bounds}")
+
+    return parse
+
+
+def refuse_stdin(argument: str) -> None:
+    """Refuse to read stdin to its end under `mlx.launch`, which passes lines on but no end.
+
+    Raises:
+        UserError: If this process was started by it.
+    """
+    if "MLX_RANK" in os.environ:
+        raise UserError(f"{argument} has no end under mlx.launch; give a file.")
+
+
+def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the arguments that name a model; returns their group."""
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", help="Folder or Hub repository; without it, the small embedded model.")
+    add("--adapter-path", help="Folder with trained adapter weights and config.")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="Default: float32 on a CPU, the file's own on a GPU.",
+    )
+    add(
+        "--window",
+        choices=("google", "hf"),
+        default="google",
+        help="Attention window as DeepMind's code has it (W+1 keys) or transformers' (W).",
+    )
+    add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+    return group
+
+
+def add_state(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the arguments that say how a text is read into a state; returns their group."""
+    group = parser.add_argument_group("speed")
+    add = group.add_argument
+    add(
+        "--prefill-step-size",
+        type=count(1),
+        default=2048,
+        help="Tokens to read at a time. Default: %(default)s.",
+    )
+    add("--max-kv-size", type=count(0), help=argparse.SUPPRESS)
+    add("--kv-bits", type=count(0), help=argparse.SUPPRESS)
+    return group
+
+
+SAMPLING_HELP = {
+    "temp": "Sampling temperature. Default: 0, greedy.",
+    "top_p": "Sampling top-p. Default: 1, all tokens.",
+    "min_p": "Sampling min-p. Default: 0, all tokens.",
+    "top_k": "Sampling top-k. Default: 0, all tokens.",
+    "min_tokens_to_keep": "Tokens that min-p keeps. Default: 1.",
+    "xtc_probability": "Probability of XTC sampling. Default: 0.",
+    "xtc_threshold": "Threshold of XTC sampling. Default: 0.1.",
+    "repetition_penalty": "Penalty for recent tokens. Default: none.",
+    "repetition_context_size": "Recent tokens that the penalty covers. Default: 20.",
+    "seed": "Seed of the random numbers.",
+}
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """Add the arguments that say how tokens are chosen, and how many.
+
+    Args:
+        parser: The command's.
+        max_tokens: The default length.
+    """
+    add = parser.add_argument_group("sampling").add_argument
+    add(
+        "--max-tokens",
+        "-m",
+        type=count(1, unlimited=True),
+        default=max_tokens,
+        help="Tokens to generate at most; -1 for no limit. Default: %(default)s.",
+    )
+    add("--stop", action="append", default=[], help="Text that ends the generation; repeatable.")
+    defaults = SamplingOptions()
+    for name in SAMPLING_HELP:
+        add_option(add, name, getattr(defaults, name))
+
+
+def add_option(add: Callable[..., Any], name: str, default: Any) -> None:
+    """Add one argument of `SAMPLING_HELP`, within its bounds."""
+    low, high = BOUNDS[name]
+    kind = count(int(low), int(high)) if high >= MAX_COUNT else number(low, high)
+    add(f"--{name.replace('_', '-')}", type=kind, default=default, help=SAMPLING_HELP[name])
+
+
+def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
+    """The model that the arguments of `add_model` and `add_state` ask for, and its tokenizer.
+
+    A plain tokenizer is read without transformers, which takes a second to import.
+    Under `mlx.launch` it is shared by the processes.
+
+    Raises:
+        UserError: If it cannot be loaded, or its state was to be limited, which it is by itself.
+    """
+    import mlx.core as mx
+
+    from mlx_rgemma import distributed, load
+    from mlx_rgemma.griffin.cache import state_nbytes
+
+    model, tokenizer = load(
+        args.model,
+        dtype=args.dtype,
+        adapter_path=args.adapter_path,
+        window=args.window,
+        group=distributed.join(getattr(args, "seed", None)),
+        plain=True,
+    )
+    if getattr(args, "seed", None) is not None:
+        mx.random.seed(args.seed)  # now: loading a shared model draws numbers, too
+    if model.dequantized_nbytes and distributed.rank() == 0:
+        print(
+            f"Quantized weights are held in float32 too, {model.dequantized_nbytes / 1e9:.3f} GB:"
+            " faster on a CPU. MLX_RGEMMA_DEQUANTIZE=off saves that memory.",
+            file=sys.stderr,
+        )
+    if args.kv_bits is not None or args.max_kv_size is not None:
+        megabytes = state_nbytes(model.make_cache()) / 1e6
+        raise UserError(
+            "--kv-bits and --max-kv-size are not needed: the state is bounded already,"
+            f" {megabytes:.1f} MB at any length."
+        )
+    return model, tokenizer

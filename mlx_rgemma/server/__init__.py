@@ -1,0 +1,10 @@
+"""An OpenAI-compatible server: mlx-lm's, with checks, access control and bounded memory."""
+
+from __future__ import annotations
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command `mlx_rgemma.server`; return its exit status."""
+    from mlx_rgemma.server.command import main
+
+    return main(argv)

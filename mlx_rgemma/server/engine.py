@@ -1,0 +1,361 @@
+"""Run mlx-lm's server with this package's model.
+
+mlx-lm batches the requests and keeps states for later turns. Added are: one served model, whatever
+a request names; states that belong to one client each and are reused only where a token is left to
+read; a thread that survives an error. `http_handler` answers the clients.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import queue
+import signal
+import sys
+import threading
+import time
+import weakref
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from mlx_lm import server as mlx_lm_server
+
+from mlx_rgemma import distributed
+from mlx_rgemma.checkpoints.load import load
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.generation.api import stream_generate
+from mlx_rgemma.generation.speculative import check_vocabulary
+from mlx_rgemma.generation.streams import settle
+from mlx_rgemma.griffin.cache import state_nbytes
+from mlx_rgemma.server.access import KEYS_VARIABLE, Access, api_keys
+from mlx_rgemma.server.handler import Handler, RequestAborted
+from mlx_rgemma.server.http_server import Server
+from mlx_rgemma.server.mlx_lm_api import check_mlx_lm
+from mlx_rgemma.server.states import Prompt, States
+from mlx_rgemma.server.validation import DEFAULT_MODEL
+
+STOP = "stop"
+"""What processes that share a model are sent in place of a request, in the end."""
+
+EMBEDDED_NAME = "embedded"
+"""The embedded model's name in requests."""
+
+MAX_STATE_MACHINES = 8
+"""Automata of stop strings to keep: requests choose the strings, so mlx-lm's 101 are too many."""
+
+THREAD_EXIT_S = 0.25
+"""Time for the generation thread to end after it has been joined.
+
+MLX then destroys what it compiled in that thread, which takes the interpreter. If Python were
+already exiting, the process would abort.
+"""
+
+FINISH_S = 2.0
+"""Time for open requests to be told that the server stops."""
+
+
+class Provider(mlx_lm_server.ModelProvider):
+    """Loads the one model that is served, with this package's loader."""
+
+    model_key: Any
+    model: Any
+    draft_model: Any
+    reserved_variables: frozenset[str] = frozenset()
+    """Parameters of the tokenizer, which are no variables of its chat template."""
+
+    @property
+    def name(self) -> str:
+        return self.cli_args.model or EMBEDDED_NAME
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What requests may call it."""
+        path = Path(self.name)
+        where = {str(path.resolve())} if path.exists() else set()
+        return frozenset({DEFAULT_MODEL, self.name} | where)
+
+    def load_default(self) -> None:
+        self.load(DEFAULT_MODEL, None, DEFAULT_MODEL)
+
+    def _load(
+        self, model_path: Any, adapter_path: Any = None, draft_model_path: Any = None
+    ) -> None:
+        args = self.cli_args
+        group = distributed.group()
+        model, tokenizer = load(
+            model_path, dtype=args.dtype, adapter_path=adapter_path, group=group
+        )
+        draft_model = None
+        if draft_model_path is not None:
+            draft_model, draft_tokenizer = load(draft_model_path, dtype=args.dtype)
+            check_vocabulary(model, draft_model, tokenizer, draft_tokenizer)
+        if args.chat_template:
+            tokenizer.chat_template = args.chat_template
+            tokenizer.has_chat_template = True
+        elif args.use_default_chat_template and tokenizer.chat_template is None:
+            tokenizer.chat_template = tokenizer.default_chat_template
+        self.model_key = (model_path, adapter_path, draft_model_path)
+        self.model, self.tokenizer, self.draft_model = model, tokenizer, draft_model
+        self.processor = None
+        self.is_batchable = draft_model is None
+        self.reserved_variables = _parameters(tokenizer)
+        if self.cli_args.top_k >= model.args.vocab_size:
+            self.cli_args.top_k = 0  # all tokens
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one conversation's state."""
+        models = [self.model] if self.draft_model is None else [self.model, self.draft_model]
+        return sum(state_nbytes(model.make_cache()) for model in models)
+
+
+def _parameters(tokenizer: Any) -> frozenset[str]:
+    """Return the names that mean something to `apply_chat_template` before the template sees them.
+
+    That is: its parameters, those of the tokenizer's call, and the special tokens.
+    """
+    tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
+    functions = [getattr(tokenizer, "apply_chat_template", None), type(tokenizer).__call__]
+    names = [
+        name
+        for function in functions
+        if function
+        for name in inspect.signature(function).parameters
+    ]
+    return frozenset([*names, *getattr(tokenizer, "special_tokens_map", ())])
+
+
+class Generator(mlx_lm_server.ResponseGenerator):
+    """The thread that generates; an error ends the requests at hand, not the thread."""
+
+    model_provider: Any
+
+    def __init__(self, provider: Provider, states: States, max_requests: int) -> None:
+        self.slots = threading.BoundedSemaphore(max_requests)
+        self.threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # that hold a slot
+        self.ready = threading.Event()
+        self.failure: Exception | None = None
+        self.stopping = False
+        self._at_hand: weakref.WeakSet[Any] = weakref.WeakSet()
+        super().__init__(provider, states)
+
+    def _run_generate(self) -> None:
+        try:
+            self.model_provider.load_default()
+        except Exception as error:  # told by `wait`
+            self.failure = error
+            self._generation_failed = True
+            self.ready.set()
+            return
+        self.ready.set()
+        while not self._stop:
+            try:
+                self._generate()
+            except Exception:
+                logging.exception("the batch was given up after an error")
+                if self._is_distributed:
+                    distributed.abandon("failed while it served")
+                self._fail_requests("the batch was given up after an error; try again")
+
+    def _fail_requests(self, reason: str) -> None:
+        for answers in list(self._at_hand):
+            answers.put(RequestAborted(reason))
+
+    def wait(self) -> None:
+        """Wait until the model is there.
+
+        Raises:
+            Exception: Whatever kept it from being loaded.
+        """
+        self.ready.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def stop_and_join(self) -> None:
+        """Stop, in all processes that share the model, and end the open requests."""
+        self.stopping = True
+        self._stop = not self._is_distributed
+        self.join()
+        with suppress(queue.Empty):
+            while True:
+                self._at_hand.add(self.requests.get_nowait()[0])
+        self._fail_requests("the server is shutting down")
+        deadline = time.monotonic() + FINISH_S
+        for thread in list(self.threads):  # Python must not exit under them
+            thread.join(max(0.0, deadline - time.monotonic()))
+        time.sleep(THREAD_EXIT_S)
+
+    def _share_request(self, request: Any) -> Any:
+        if self.stopping and self._rank == 0:
+            request = (queue.Queue(), STOP)
+        request = super()._share_request(request)
+        if request is not None and request[1] == STOP:
+            self._stop = True
+            return None
+        return request
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        request = super()._next_request(timeout)
+        if request is not None:
+            self._at_hand.add(request[0])
+        return request
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        tokens, *rest = super()._tokenize(tokenizer, request, args)
+        known = self.model_provider.model.args.vocab_size
+        if not tokens or max(tokens) >= known:
+            raise ValueError(
+                f"the prompt holds token {max(tokens)}; the model knows 0 to {known - 1}"
+                if tokens
+                else "the prompt is empty"
+            )
+        return Prompt(tokens, getattr(request, "client", None)), *rest
+
+    def _make_state_machine(self, model_key: Any, tokenizer: Any, stop_words: list[str]) -> Any:
+        if len(self._state_machine_cache) >= MAX_STATE_MACHINES:
+            self._state_machine_cache.clear()
+        return super()._make_state_machine(model_key, tokenizer, stop_words)
+
+    def _log_cache_stats(self) -> None:
+        states, megabytes = len(self.prompt_cache), self.prompt_cache.nbytes / 1e6
+        logging.info("Prompt cache: %d states, %.1f MB", states, megabytes)
+
+    def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> Any:
+        """Generate with the served model, whatever name the request has for it."""
+        adapter: Any = None
+        generation_args.model = mlx_lm_server.ModelDescription(
+            DEFAULT_MODEL, DEFAULT_MODEL, adapter
+        )
+        context, answers = super().generate(request, generation_args, progress_callback)
+        if self._is_distributed and not self._is_batchable(generation_args):
+            # The other processes cannot be told in the middle: the answer is written to its end.
+            context.stop = lambda: None
+        return context, answers
+
+
+def serve(args: Namespace) -> None:
+    """Serve until interrupted; under `mlx.launch`, the first process serves for all.
+
+    Args:
+        args: The arguments of the command, which mlx-lm's server reads too.
+
+    Raises:
+        UserError: If the model cannot be loaded, the address cannot be used, or mlx-lm has changed.
+    """
+    check_mlx_lm()
+    keys = api_keys(args.api_key)
+    distributed.join()
+    first = distributed.rank() == 0
+    logging.basicConfig(
+        level=args.log_level if first else "ERROR",
+        format="%(asctime)s - %(levelname)s - %(message)s",
+        force=True,
+    )
+    # Requests that are served one by one speculate with this package's loop.
+    mlx_lm_server.stream_generate = _stream_generate  # type: ignore[assignment]
+    if distributed.group() is not None:
+        make_sampler = mlx_lm_server._make_sampler
+        mlx_lm_server._make_sampler = lambda *a: distributed.agreed(make_sampler(*a))
+    provider = Provider(args)
+    limit = 1 << 63 if args.prompt_cache_bytes is None else args.prompt_cache_bytes
+    states = States(args.prompt_cache_size, limit)
+    if not first:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it for all
+        generator = Generator(provider, states, args.max_requests)
+        generator.wait()
+        return generator.join()
+    fingerprint = mlx_lm_server.get_system_fingerprint()
+    try:
+        server = Server(
+            (args.host, args.port),
+            lambda *a, **k: Handler(generator, *a, system_fingerprint=fingerprint, **k),
+            origins=args.allowed_origins,
+            keys=keys,
+            body_limit=args.max_request_bytes,
+        )
+    except OSError as error:
+        raise UserError(f"cannot listen on {args.host}:{args.port}: {error.strerror}.") from error
+    with server:
+        generator = Generator(provider, states, args.max_requests)
+        try:
+            generator.wait()
+            _end_on_signals()
+            each = provider.state_bytes
+            kept = min(args.prompt_cache_size, limit // each)
+            if not keys and not server.access.loopback:
+                kept = 0  # requests have no client to keep them for
+            print(
+                f"Model: {provider.name}\n"
+                f"State: {each} bytes a conversation, at any length; {kept} kept for later turns,"
+                f" {kept * each / 1e6:.1f} MB\n"
+                f"Serving at {server.url}/v1",
+                flush=True,
+            )
+            _warn(server.access, server.url)
+            server.serve_forever()
+        except _Ended:
+            pass
+        except KeyboardInterrupt:
+            if distributed.group() is None:
+                raise
+        finally:
+            generator.stop_and_join()
+
+
+class _Ended(Exception):
+    """A signal has asked the server to end."""
+
+
+def _end_on_signals() -> None:
+    """End in order on SIGTERM and SIGHUP, and at once on a second one."""
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _Ended
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # and not ignored, as under nohup
+            signal.signal(number, end)
+
+
+def _warn(access: Access, url: str) -> None:
+    """Warn on stderr where other machines can reach the server."""
+    if access.loopback:
+        return
+    if access.keys:
+        warning = "the connection is not encrypted, API keys included"
+    else:
+        warning = (
+            "anybody who can reach this address may use the server, as it asks for no API key"
+            f" (--api-key or {KEYS_VARIABLE}); no states are kept for later turns"
+        )
+    print(f"warning: {url} is open to other machines: {warning}.", file=sys.stderr, flush=True)
+
+
+def _stream_generate(
+    *, model: Any, tokenizer: Any, prompt: list[int], draft_model: Any, **kwargs: Any
+) -> Iterator[Any]:
+    """mlx-lm's `stream_generate`, with what RecurrentGemma needs of its arguments."""
+    options = {key: kwargs[key] for key in _OPTIONS}
+    if draft_model is not None:
+        options |= {"draft_model": draft_model, "num_draft_tokens": kwargs["num_draft_tokens"]}
+    try:
+        responses: Any = stream_generate(model, tokenizer, prompt, **options)
+        with closing(responses):
+            yield from responses
+    finally:
+        if distributed.group() is not None:
+            settle()
+
+
+_OPTIONS = (
+    "max_tokens",
+    "sampler",
+    "logits_processors",
+    "prompt_cache",
+    "prompt_progress_callback",
+    "prefill_step_size",
+)

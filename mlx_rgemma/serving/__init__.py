@@ -1,1 +1,0 @@
-"""The server: mlx-lm's, with the checks and the memory bounds that it leaves open."""

@@ -1,0 +1,1 @@
+"""The model state of one text: save, load, fork, rewind, prompt caches."""

@@ -1,0 +1,1 @@
+"""Tokenizers: loading, checks, chunked encoding, streaming detokenization."""
