@@ -3,8 +3,8 @@
 //   q, k = rotated(q), rotated(k)
 //   o = sum_d p_d v_d / sum_d p_d,   p_d = exp(q . k_d / sqrt(D)),   0 <= d <= max_lookback
 //
-// d counts tokens back: d = 0 is the token itself, d >= 1 lies in slot (write_pos - d) mod slots. Keys
-// carry their rotation, so the ring is read as it lies and no other slot is touched.
+// d counts tokens back: d = 0 is the token itself, d >= 1 lies in slot (write_pos - d) mod slots.
+// Keys carry their rotation, so the ring is read as it lies and no other slot is touched.
 //
 // reads   q (B, H, D), k, v (B, D) not rotated; cosine, sine (1 or B, pairs) float32;
 //         ring (B, 2, slots, D) rotated keys, then values; max_lookback (1 or B); params, see below

@@ -1,6 +1,6 @@
 // Attention of a chunk of queries over the last `window` tokens, one key/value head for all heads.
 //
-//   o_i = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp(q_i . k_j / sqrt(D)),   0 <= i - j <= reach_i
+//   o_i = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp(q_i . k_j / sqrt(D)),   0 <= i - j <= lookback_i
 //
 // i and j count tokens from the chunk's start. Keys j >= 0 lie in the chunk, keys j < 0 in the
 // ring, in slot (write_pos + j) mod slots: they are read where they lie, in any turn of the circle.
@@ -74,14 +74,16 @@ const bool my_row_real = first_row + my_row < end_row;
 const int token = (first_row + my_row) / heads;
 int oldest = length;  // sees nothing
 if (my_row_real) {
-  const int lookback_of_token = has_lookback ? max_lookback[batch * lookback_stride + token] : window;
+  const int lookback_of_token =
+      has_lookback ? max_lookback[batch * lookback_stride + token] : window;
   oldest = metal::max(token - metal::min(lookback_of_token, window), -slots);
 }
 
 // The keys that the threadgroup's rows see: first_key .. last_key. Every simdgroup works it out.
 const int lane_row = metal::min(first_row + lane % ROWS, end_row - 1);
 const int lane_token = lane_row / heads;
-const int lane_lookback = has_lookback ? max_lookback[batch * lookback_stride + lane_token] : window;
+const int lane_lookback =
+    has_lookback ? max_lookback[batch * lookback_stride + lane_token] : window;
 const int lane_oldest = metal::max(lane_token - metal::min(lane_lookback, window), -slots);
 const int first_key = metal::simd_min(lane_oldest);
 const int last_key = (end_row - 1) / heads;

@@ -17,11 +17,11 @@
 // Coefficients are only ever multiplied: 0, 1 and 1e-30 lose nothing.
 //
 // Reads x, both gates once, (B, T, D); writes y once: 8 bytes an element in half precision. Also
-// writes h_last (B, D) and chunk_states (B, ceil(T / CHUNK), D): the states before every CHUNK steps,
-// from which the backward pass starts over (4 / CHUNK bytes an element more).
+// writes h_last (B, D) and chunk_states (B, ceil(T / CHUNK), D): the states before every CHUNK
+// steps, from which the backward pass starts over (4 / CHUNK bytes an element more).
 //
-// dims: T, D, then the step of `token_type` from row to row and from token to token and of the biases
-// from channel to channel: all 0 where one value holds for all.
+// dims: T, D, then the step of `token_type` from row to row and from token to token and of the
+// biases from channel to channel: all 0 where one value holds for all.
 
 const int length = dims[0];
 const uint width = uint(dims[1]);

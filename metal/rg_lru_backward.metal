@@ -12,12 +12,12 @@
 // before; on padding dh passes through.
 //
 // Threads: as forward, from the last tile to the first. A tile is CHUNK steps, unless all T steps
-// are less: it begins where the forward pass has left its state in `chunk_states`. The simdgroups exchange
-// the products of their coefficients (the same ones in both directions), what their steps add to
-// the state and what they add to its gradient, all behind one barrier.
+// are less: it begins where the forward pass has left its state in `chunk_states`. The simdgroups
+// exchange the products of their coefficients (the same ones in both directions), what their steps
+// add to the state and what they add to its gradient, all behind one barrier.
 //
-// Why from `chunk_states` and not from y: y would be 2 bytes an element more to read (16 in place of
-// 14 + 8 / CHUNK in half precision), and has lost the state's lower bits.
+// Why from `chunk_states` and not from y: y would be 2 bytes an element more to read (16 in place
+// of 14 + 8 / CHUNK in half precision), and has lost the state's lower bits.
 //
 // Reads x, both gates, dy once; writes dx, d_input_gate, d_recurrent_gate once, dh0 (B, D), and
 // d_channels (B, 3, D): each row's share of da_param and of the gradients of both gates' biases.

@@ -1,4 +1,4 @@
-"""Run the operations with their kernels executed from Metal source, and say how close is enough."""
+"""Run operations with their Metal kernels emulated on the CPU, and compare with float64."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from mlx_rgemma.ops import backend, metal
 from mlx_rgemma.ops.backend import Backend
 
 _compiler, _reason = metal_emulator.compiler()
-needs_compiler = pytest.mark.skipif(_compiler is None, reason=f"kernels not executed: {_reason}")
+needs_compiler = pytest.mark.skipif(
+    _compiler is None, reason=f"kernels are not emulated: {_reason}"
+)
 
 FLOATS = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 SCHEDULES = [("fast", "forward"), ("checked", "reverse"), ("checked", "random")]
-"""Numbers in the plain order of threads; races and stray accesses in others."""
+"""Values in order of the threads; races and stray accesses in other orders."""
 
 # Relative to the largest value: what float32 can do in a scan of hundreds of steps.
 FORWARD_RTOL, GRADIENT_RTOL = 5e-6, 2e-5
@@ -31,10 +33,10 @@ ROUNDING = {mx.float32: 0.0, mx.bfloat16: 2.0**-8, mx.float16: 2.0**-11}
 def emulated(
     mode: str = "fast", order: str = "forward", *, validate: bool = False, **options
 ) -> Iterator[list[metal_emulator.Launch]]:
-    """Use the METAL backend, its kernels executed on the CPU; yields the launches as they come.
+    """Use the METAL backend, its kernels emulated on the CPU; yields the launches as they come.
 
     Args:
-        mode, order, options: Of `metal_emulator.executed`.
+        mode, order, options: Of `metal_emulator.emulate`.
         validate: Validate kernels before their first launch, as on a Mac.
     """
     launches: list[metal_emulator.Launch] = []
@@ -42,10 +44,32 @@ def emulated(
     with (
         backend.use(Backend.METAL),
         contextlib.nullcontext() if validate else metal.skip_validation(),
-        metal_emulator.executed(mode, order, record=launches, **options),
+        metal_emulator.emulate(mode, order, record=launches, **options),
     ):
         yield launches
     metal.reset()
+
+
+IMPLEMENTATIONS = ["default", "reference", pytest.param("emulated", marks=needs_compiler)]
+
+
+@contextlib.contextmanager
+def run_by(implementation: str, kernel: str = "") -> Iterator[None]:
+    """Run operations on one of `IMPLEMENTATIONS`.
+
+    Args:
+        implementation: ``default`` for the active backend, ``reference`` for plain MLX, or
+            ``emulated``.
+        kernel: The kernel that must be launched when it is ``emulated``.
+    """
+    if implementation == "emulated":
+        with emulated() as launches:
+            yield
+        assert kernel in launched(launches)
+    else:
+        reference = implementation == "reference"
+        with backend.use(Backend.MLX) if reference else contextlib.nullcontext():
+            yield
 
 
 def launched(launches: list[metal_emulator.Launch]) -> list[str]:

@@ -47,26 +47,26 @@ def rg_lru(
     recurrent_gate: Array,
     a_param: Array,
     h0: Array,
-    kind: Array,
+    token_type: Array,
     bias_i: Array,
     bias_r: Array,
     dy: Array,
     dh_last: Array,
 ) -> dict[str, Array]:
-    """The RG-LRU with its kinds of steps (B, L), and every gradient."""
-    kind = kind[..., None]
+    """The RG-LRU with its types of steps (B, L), and every gradient."""
+    token_type = token_type[..., None]
     i, r = sigmoid(input_gate + bias_i), sigmoid(recurrent_gate + bias_r)
     softplus = np.logaddexp(a_param, 0.0)
     log_a = -8.0 * softplus * r
     square = -np.expm1(2.0 * log_a)
-    a = np.where(kind == NORMAL, np.exp(log_a), kind == PADDING)
-    m = np.where(kind == NORMAL, np.sqrt(square), kind == RESET)
+    a = np.where(token_type == NORMAL, np.exp(log_a), token_type == PADDING)
+    m = np.where(token_type == NORMAL, np.sqrt(square), token_type == RESET)
     found = scan(m * i * x, a, h0, dy, dh_last)
     dv, da = found["dx"], found["da"]
     with np.errstate(divide="ignore"):
         d_sqrt = np.minimum(0.5 / np.sqrt(square), MAX_SQRT_GRADIENT)
     d_log_a = np.where(
-        kind == NORMAL, da * a + dv * i * x * d_sqrt * -2.0 * np.exp(2.0 * log_a), 0.0
+        token_type == NORMAL, da * a + dv * i * x * d_sqrt * -2.0 * np.exp(2.0 * log_a), 0.0
     )
     d_input_gate = dv * m * x * i * (1.0 - i)
     d_recurrent_gate = d_log_a * -8.0 * softplus * r * (1.0 - r)

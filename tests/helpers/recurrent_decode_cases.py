@@ -74,30 +74,30 @@ class Case:
         w = RecurrentWeights(*(to64(x) for x in self.weights))
         y, x, h0 = to64(self.y_branch), to64(self.x_branch), to64(self.h0)
         state = to64(self.conv_state)
-        kinds = np.broadcast_to(
+        types = np.broadcast_to(
             [[NORMAL]] if self.token_type is None else self.token_type, x.shape[:2]
         )
         out, h = np.zeros_like(x), h0.copy()
         for b in range(self.batch):
             for t in range(self.steps):
-                kind = kinds[b, t]
-                if kind == RESET:
+                token_type = types[b, t]
+                if token_type == RESET:
                     state[b] = 0.0
                 inputs = np.concatenate([state[b], x[b, t : t + 1]])
                 u = (inputs * w.conv_weight[:, :, 0].T).sum(axis=0) + w.conv_bias
                 u = to64(mx.array(u).astype(self.dtype))
-                if kind != PADDING:
-                    h[b] = self._recurrence(u, h[b], w, kind)
+                if token_type != PADDING:
+                    h[b] = self._recurrence(u, h[b], w, token_type)
                     state[b] = inputs[1:]
                 curve = np.tanh(np.sqrt(2.0 / np.pi) * (y[b, t] + 0.044715 * y[b, t] ** 3))
                 out[b, t] = 0.5 * y[b, t] * (1.0 + curve) * h[b]
         return {"out": out, "conv_state": state, "h": h}
 
-    def _recurrence(self, u: Array, h: Array, w: RecurrentWeights, kind: int) -> Array:
+    def _recurrence(self, u: Array, h: Array, w: RecurrentWeights, token_type: int) -> Array:
         heads = u.reshape(self.heads, 1, self.block)
         i = sigmoid((heads @ w.input_weight)[:, 0] + w.input_bias).reshape(-1)
         r = sigmoid((heads @ w.recurrent_weight)[:, 0] + w.recurrent_bias).reshape(-1)
         log_a = -8.0 * np.logaddexp(w.a_param, 0.0) * r
-        if kind == RESET:
+        if token_type == RESET:
             return i * u
         return np.exp(log_a) * h + np.sqrt(-np.expm1(2.0 * log_a)) * i * u

@@ -44,7 +44,7 @@ def test_the_kernel_itself_passes(kernel, case):
 
 @pytest.mark.parametrize(("kernel", "mutant"), PARAMETERS)
 def test_mutant_is_killed(kernel: str, mutant: mutation.Mutant):
-    with mock.patch.object(kernels, "source", mutant.apply(metal.source)):
+    with mock.patch.object(metal, "source", mutant.apply(metal.source)):
         mutation.require_killed(
             mutant, lambda mode: RUNS[kernel](kernel, mode, mutant.case), static_findings
         )

@@ -60,9 +60,9 @@ MUTANTS = [
         "one_minus_square(log_a, a)",
     ),
     values("sign of the rate", "rate = -8.0f", "rate = 8.0f"),
-    values("kind of the first row for all", "entry * type_row + t", "t", None),
-    values("kind of the first token for all", "t * type_step", "0", 1),
-    values("gelu of the logistic kind", "0.044715f", "0.0f"),
+    values("type of the first row for all", "entry * type_row + t", "t", None),
+    values("type of the first token for all", "t * type_step", "0", 1),
+    values("gelu without its cubic term", "0.044715f", "0.0f"),
     values(
         "branches exchanged", "static_cast<float>(y_branch[at])", "static_cast<float>(x_branch[at])"
     ),

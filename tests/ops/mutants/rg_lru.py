@@ -24,7 +24,7 @@ MUTANTS = [
     values("a reset keeps the multiplier", "multiplier = what[k] == 0 ? multiplier : 1.0f;", ""),
     values("padding adds its input", "what[k] == 2 ? 0.0f : v", "v"),
     values(
-        "kinds of another row",
+        "types of another row",
         "int(token_type[row * uint(dims[2]) + uint(t) * uint(dims[3])])",
         "int(token_type[0u * uint(dims[2]) + uint(t) * uint(dims[3])])",
     ),
