@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from mlx_rgemma import Session, load
+from mlx_rgemma.io.text import DEFAULT_TEXT
 from mlx_rgemma.sessions.conversation import OPEN, TURN, Conversation, open_turn
 from mlx_rgemma.sessions.session import Reading
-from mlx_rgemma.io.text import DEFAULT_TEXT
 
 QUESTIONS = ["\nThe little girl", "\nThe dog"]
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import LOGITS_ATOL
 
 from mlx_rgemma import Session, generate, load
+from mlx_rgemma.errors import UserError
 from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.sessions.conversation import Conversation
-from mlx_rgemma.errors import UserError
 
 COMMAND = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mlx_rgemma.chat"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN
 
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.convert import build_parser, main
+from mlx_rgemma.io.hub import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 

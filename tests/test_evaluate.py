@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from mlx_rgemma import convert, generate, load
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.evaluate import build_parser, main
 from mlx_rgemma.evaluation.harness import evaluate, results_table
+from mlx_rgemma.io.hub import EMBEDDED
 
 TASKS = Path(__file__).parent / "tasks"
 CHOICE, STORY = "animals_choice", "animals_story"

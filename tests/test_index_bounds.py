@@ -16,10 +16,8 @@ from helpers.random_models import CONFIG, random_model
 
 from mlx_rgemma import Session, batch_generate, generate, load
 from mlx_rgemma.errors import CheckpointError, UserError
-from mlx_rgemma.griffin import model as model_module
 from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache
 from mlx_rgemma.griffin.indices import UNCHECKED_TOKENS
-from mlx_rgemma.ops import loops
 from mlx_rgemma.ops.cross_entropy import cross_entropies
 
 SIZE = CONFIG.vocab_size
@@ -121,11 +119,12 @@ def test_ids_of_a_decode_step_stay_within_the_embedding(model, token, dtype):
     assert max_error(embed(long), np.array(model.model(last))) < 1e-4
 
 
-@pytest.mark.skipif(ON_GPU or not sys.platform.startswith("linux"), reason="loops: Linux CPU only")
+@pytest.mark.skipif(ON_GPU or sys.platform != "linux", reason="the CPU backend is Linux only")
 @pytest.mark.parametrize("token", [-1, SIZE, 2**31 - 1])
-def test_steps_by_loops_check_their_ids(monkeypatch, token):
-    monkeypatch.setattr(loops, "LEAST", 1)
-    monkeypatch.setattr(model_module, "LEAST_WEIGHTS", 1)
+def test_the_decoder_checks_its_ids(monkeypatch, token):
+    from mlx_rgemma.cpu import decode_step
+
+    monkeypatch.setattr(decode_step, "MIN_WEIGHTS", 1)
     model = random_model()
     model.prepare_for_inference()
     cache = model.make_cache()

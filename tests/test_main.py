@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 import mlx_rgemma
-from mlx_rgemma import __main__
-from mlx_rgemma import cli
+from mlx_rgemma import __main__, cli
 
 ROOT = Path(__file__).parents[1]
 UMBRELLA = [sys.executable, "-m", "mlx_rgemma"]

@@ -17,8 +17,8 @@ import pytest
 from conftest import GOLDEN, LOGITS_ATOL, golden, golden_model, max_error
 
 from mlx_rgemma import Model, convert, generate, load, register
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import ConfigError
+from mlx_rgemma.io.hub import EMBEDDED
 
 
 @pytest.fixture(autouse=True)

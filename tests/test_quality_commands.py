@@ -15,15 +15,15 @@ import pytest
 from conftest import GOLDEN
 
 from mlx_rgemma import convert, load, load_model
+from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.save import save_model
 from mlx_rgemma.checkpoints.schema import check_contents
-from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.convert import main as convert_main
+from mlx_rgemma.io.hub import EMBEDDED
+from mlx_rgemma.io.text import DEFAULT_TEXT, read_documents
 from mlx_rgemma.perplexity import main as perplexity_main
 from mlx_rgemma.quantize import ALL_SETTINGS
 from mlx_rgemma.quantize import main as quantize_main
-from mlx_rgemma.io.text import DEFAULT_TEXT, read_documents
 
 TEXT = "The cat sat on the mat. The dog ran to the park."
 

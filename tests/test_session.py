@@ -12,8 +12,8 @@ from conftest import LOGITS_ATOL, golden_model
 
 from mlx_rgemma import Session, batch_generate, generate, load, load_prompt_cache
 from mlx_rgemma.errors import CheckpointError, UserError
-from mlx_rgemma.sessions.prompt_cache import PENDING, save_prompt_cache
 from mlx_rgemma.io.text import read_documents
+from mlx_rgemma.sessions.prompt_cache import PENDING, save_prompt_cache
 
 TEXT = "Once upon a time, there was a little girl named Lily."
 

@@ -15,8 +15,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import Session, cache_prompt, load, load_prompt_cache, register, save_prompt_cache
-from mlx_rgemma.io.safetensors import read_header
 from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.io.safetensors import read_header
 from mlx_rgemma.sessions.prompt_cache import MAX_HEADER_BYTES, MAX_METADATA_BYTES, PENDING
 
 TEXT = "Once upon a time"

@@ -26,13 +26,13 @@ from mlx_rgemma import Model
 from mlx_rgemma.adapters.files import AdapterConfig, add_adapters
 from mlx_rgemma.griffin.config import PRESETS
 from mlx_rgemma.measurement.shapes import quantize, random_weights
-from mlx_rgemma.ops import on_linux_cpu
+from mlx_rgemma.ops.backend import Backend, active
 from mlx_rgemma.tuner.data.batch import Batch
-from mlx_rgemma.tuner.train_state import TrainingState
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
-from mlx_rgemma.tuner.trainer import Loop, LoopSettings
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.memory_estimate import lora_step
+from mlx_rgemma.tuner.train_state import TrainingState
+from mlx_rgemma.tuner.trainer import Loop, LoopSettings
 
 RANK = 8
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3, help="Default: two recurrent, one other.")
     parser.add_argument("--tokens", type=int, default=2048)
     args = parser.parse_args()
-    dtype = mx.float32 if on_linux_cpu() else mx.bfloat16
+    dtype = mx.float32 if active() is Backend.CPU else mx.bfloat16
     model = random_model(args.shape, args.layers, dtype)
     parameters: Any = tree_flatten(model.parameters())
     weights = sum(value.nbytes for _, value in parameters)

@@ -24,11 +24,11 @@ import mlx.core as mx
 import numpy as np
 from google_files import torch_entry, torch_pickle, torch_zip
 
-from mlx_rgemma.checkpoints.schema import Expected, expected_tensors
 from mlx_rgemma.checkpoints.formats.google import Place, place
-from mlx_rgemma.io.safetensors import TensorInfo, write_file
 from mlx_rgemma.checkpoints.save import split_shards
+from mlx_rgemma.checkpoints.schema import Expected, expected_tensors
 from mlx_rgemma.griffin.config import PRESETS, GriffinConfig
+from mlx_rgemma.io.safetensors import TensorInfo, write_file
 
 BLOCK = 1 << 24
 

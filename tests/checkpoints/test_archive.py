@@ -18,8 +18,8 @@ from google_files import FLAX, SAID, TORCH, needs_tensorstore, tar_of
 from mlx_rgemma import convert
 from mlx_rgemma.checkpoints.formats import archive as archive_module
 from mlx_rgemma.checkpoints.formats.archive import unpack
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.hub import EMBEDDED
 
 FLAX_FOLDER = FLAX["orbax-0.5.9-zarr"]
 CONTENTS = {

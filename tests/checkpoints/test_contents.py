@@ -10,9 +10,9 @@ from conftest import GOLDEN
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import GriffinConfig, Model
-from mlx_rgemma.checkpoints.schema import check_contents, expected_tensors
 from mlx_rgemma.checkpoints.convert import convert
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
+from mlx_rgemma.checkpoints.schema import check_contents, expected_tensors
 from mlx_rgemma.errors import CheckpointError
 
 NORM = "model__final_norm__weight"

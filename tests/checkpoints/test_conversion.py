@@ -27,14 +27,14 @@ from conftest import GOLDEN, LOGITS_ATOL, golden, golden_weights, max_error
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import convert, load, load_model
-from mlx_rgemma.tokenizers.load import load_tokenizer
-from mlx_rgemma.checkpoints.save import save_model
 from mlx_rgemma.checkpoints import save as writing
-from mlx_rgemma.checkpoints.schema import check_contents
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
-from mlx_rgemma.io.hub import EMBEDDED
+from mlx_rgemma.checkpoints.save import save_model
+from mlx_rgemma.checkpoints.schema import check_contents
 from mlx_rgemma.checkpoints.tensors import count_not_finite
 from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.io.hub import EMBEDDED
+from mlx_rgemma.tokenizers.load import load_tokenizer
 
 
 def in_mlx_layout(weights):

@@ -17,8 +17,8 @@ from conftest import GOLDEN
 
 from mlx_rgemma import GriffinConfig, convert, load_model
 from mlx_rgemma.checkpoints.schema import expected_tensors
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.hub import EMBEDDED
 
 SLOWLY = """
 import sys, time

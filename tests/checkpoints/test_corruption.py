@@ -21,8 +21,8 @@ from conftest import GOLDEN
 from google_files import FLAX, SAID, TORCH, needs_tensorstore, tar_of
 
 from mlx_rgemma import convert, load_model
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.io.hub import EMBEDDED
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import pytest
 from checkpoint_files import CONFIG, INDEX, golden_copy
 
 from mlx_rgemma import convert, load, load_model
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.io.hub import EMBEDDED
 
 SHARD = "model-00003-of-00005.safetensors"
 HEADER_BYTES = 4000

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from checkpoint_files import CONFIG, INDEX, SINGLE, edit_json, golden_copy
 
-from mlx_rgemma.checkpoints.schema import check_contents
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
+from mlx_rgemma.checkpoints.schema import check_contents
 from mlx_rgemma.errors import CheckpointError
 
 SHARD = "model-00002-of-00005.safetensors"

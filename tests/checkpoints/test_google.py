@@ -32,11 +32,11 @@ from measure_large import Noise
 
 from mlx_rgemma import GriffinConfig, convert, load, load_model
 from mlx_rgemma.checkpoints.formats import google
-from mlx_rgemma.checkpoints.schema import expected_tensors
 from mlx_rgemma.checkpoints.formats.google import Unsaid, open_google, place
-from mlx_rgemma.io.safetensors import TensorInfo
+from mlx_rgemma.checkpoints.schema import expected_tensors
 from mlx_rgemma.convert import main
 from mlx_rgemma.errors import CheckpointError, UserError
+from mlx_rgemma.io.safetensors import TensorInfo
 
 FORMATS = {"pytorch": TORCH, "pytorch folder": TORCH.parent, **FLAX}
 SOURCES = [

@@ -16,9 +16,9 @@ from google_files import SAID, TORCH, tar_of
 from test_corruption import digest
 
 from mlx_rgemma import convert, load_model
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io import atomic
+from mlx_rgemma.io.hub import EMBEDDED
 
 KILLS = 20
 

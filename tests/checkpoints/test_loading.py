@@ -15,9 +15,9 @@ from mlx.utils import tree_flatten
 
 from mlx_rgemma import GriffinConfig, Model, load, load_model
 from mlx_rgemma.checkpoints.convert import convert
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.checkpoints.save import save_model
 from mlx_rgemma.errors import CheckpointError, ConfigError, UserError
+from mlx_rgemma.io.hub import EMBEDDED
 
 CPU = mx.default_device() == mx.Device(mx.cpu)
 

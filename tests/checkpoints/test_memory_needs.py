@@ -11,9 +11,9 @@ from google_files import SAID, TORCH
 
 from mlx_rgemma import convert, load, load_model
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.io import memory
+from mlx_rgemma.io.hub import EMBEDDED
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mlx_rgemma.checkpoints import sharded_reader as parts
-from mlx_rgemma.io.safetensors import read_header
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.griffin.sharding import own_part
+from mlx_rgemma.io.safetensors import read_header
 
 ROWS = "model.layers.0.mlp_block.gate_proj.weight"
 COLUMNS = "model.layers.0.mlp_block.down_proj.weight"

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_rgemma import load
-from mlx_rgemma.tokenizers.load import load_tokenizer
-from mlx_rgemma.tokenizers.fast import PlainTokenizer, plain_tokenizer
 from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.io.text import DEFAULT_TEXT
 from mlx_rgemma.tokenizers.detokenizer import TextStream
+from mlx_rgemma.tokenizers.fast import PlainTokenizer, plain_tokenizer
+from mlx_rgemma.tokenizers.load import load_tokenizer
 
 EOS = (7,)
 

@@ -10,13 +10,13 @@ from checkpoint_files import CONFIG, all_tensors, assert_same_tensors, golden_co
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import GriffinConfig, Model, convert, load, load_model, register
-from mlx_rgemma.checkpoints.save import save_model
-from mlx_rgemma.checkpoints.schema import check_contents
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.recipes import MIXED, RECIPES, Recipe
-from mlx_rgemma.io.hub import EMBEDDED
+from mlx_rgemma.checkpoints.save import save_model
+from mlx_rgemma.checkpoints.schema import check_contents
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.io.hub import EMBEDDED
 
 PLAIN_MIXED = """
 import sys, mlx.core as mx, numpy as np

@@ -12,8 +12,8 @@ from google_files import FLAX, TORCH, flax_copy, tar_of
 
 from mlx_rgemma import convert, load
 from mlx_rgemma.checkpoints.formats.detect import Found, Kind, recognise
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.hub import EMBEDDED
 
 
 def test_kinds(tmp_path):

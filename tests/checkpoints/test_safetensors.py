@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io.safetensors import (
     TensorInfo,
     check_file,
@@ -19,7 +20,6 @@ from mlx_rgemma.io.safetensors import (
     verify_checksums,
     write_file,
 )
-from mlx_rgemma.errors import CheckpointError
 
 
 def file_of(path: Path, header: object, data: bytes = b"") -> Path:

@@ -13,8 +13,8 @@ import pytest
 from checkpoint_files import golden_copy
 from hub_stand_in import hub
 
-from mlx_rgemma.io.hub import EMBEDDED, Source, locate
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.hub import EMBEDDED, Source, locate
 
 LOCATE = """
 import json, sys

@@ -12,9 +12,9 @@ from checkpoint_files import GEMMA_LIKE, STORIES, edit_json, train_sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_rgemma.tokenizers.load import load_tokenizer
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.io.hub import EMBEDDED
+from mlx_rgemma.tokenizers.load import load_tokenizer
 
 KINDS = {
     "gemma": GEMMA_LIKE,

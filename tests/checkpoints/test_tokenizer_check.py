@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 
-from mlx_rgemma.tokenizers.load import load_tokenizer
 from mlx_rgemma.checkpoints.load import load
-from mlx_rgemma.tokenizers.fast import plain_tokenizer
+from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.tokenizers.check import backtracks, check_tokenizer_files
-from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.tokenizers.fast import plain_tokenizer
+from mlx_rgemma.tokenizers.load import load_tokenizer
 
 
 @pytest.fixture

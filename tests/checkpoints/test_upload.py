@@ -12,8 +12,8 @@ import yaml
 from checkpoint_files import golden_copy
 from hub_stand_in import TOKEN, upload_hub
 
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.io.hub import EMBEDDED
 
 
 def run(

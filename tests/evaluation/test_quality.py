@@ -11,9 +11,7 @@ from conftest import golden_model
 
 from mlx_rgemma import GriffinConfig, convert, load
 from mlx_rgemma.checkpoints.save import save_model
-from mlx_rgemma.io.hub import EMBEDDED, Source
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.griffin.cache import state_nbytes
 from mlx_rgemma.evaluation import perplexity as measures
 from mlx_rgemma.evaluation.perplexity import Reference, Rows, encode_rows, measure
 from mlx_rgemma.evaluation.report import (
@@ -25,6 +23,8 @@ from mlx_rgemma.evaluation.report import (
     survey,
     table,
 )
+from mlx_rgemma.griffin.cache import state_nbytes
+from mlx_rgemma.io.hub import EMBEDDED, Source
 from mlx_rgemma.io.text import read_documents
 
 

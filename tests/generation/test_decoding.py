@@ -9,14 +9,13 @@ import pytest
 from helpers.random_models import SHAPE, random_model
 
 from mlx_rgemma import GriffinConfig, Session, load
-
-from mlx_rgemma.sessions import session
 from mlx_rgemma.cpu.layers import Linear
 from mlx_rgemma.generation import decode as decoding
 from mlx_rgemma.generation import speculative as speculation
-from mlx_rgemma.generation.decode import Processors, plain_steps
 from mlx_rgemma.generation.api import stream_generate
+from mlx_rgemma.generation.decode import Processors, plain_steps
 from mlx_rgemma.griffin.layers import LocalAttentionBlock, RecurrentBlock
+from mlx_rgemma.sessions import session
 
 PROMPT = mx.array([2, *range(40, 80)])
 

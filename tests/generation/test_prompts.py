@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mlx_rgemma import batch_generate, generate, load, stream_generate
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.prompts import encode, template_options
+from mlx_rgemma.io.hub import EMBEDDED
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"

@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rgemma.io.safetensors import read_header
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io import checksum
 from mlx_rgemma.io.checksum import CRC32, UNKNOWN, crc32, dump_checksums, verify_file
+from mlx_rgemma.io.safetensors import read_header
 
 ARRAYS = {
     "a": mx.arange(12, dtype=mx.int32).reshape(3, 4),

@@ -11,8 +11,8 @@ import pytest
 
 from mlx_rgemma import Model, convert
 from mlx_rgemma.benchmark import main
-from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.griffin.cache import state_nbytes
+from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.measurement.launch_count import count_model, small_model
 from mlx_rgemma.measurement.shapes import SHAPES
 

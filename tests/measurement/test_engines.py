@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_rgemma import blas
 from mlx_rgemma.measurement.engines import MLX_LM, OURS, TRANSFORMERS, Unsupported, make_engine
 from mlx_rgemma.measurement.exchange import in_mlx_layout, write_copy, write_random
-from mlx_rgemma.measurement.processes import Worker, WorkerError, environment
+from mlx_rgemma.measurement.processes import Worker, WorkerError
 from mlx_rgemma.measurement.shapes import (
     SHAPES,
     UNQUANTIZED,
@@ -207,11 +206,3 @@ def test_a_process_that_dies_is_an_error_with_its_signal():
         worker.process.kill()
         with pytest.raises(WorkerError, match="by signal 9 while asked to describe"):
             worker.ask("describe")
-
-
-def test_whose_blas_it_is(monkeypatch):
-    assert environment(OURS, "own") == environment(MLX_LM, "same") == {}
-    assert environment(MLX_LM, "own") == {"LD_PRELOAD": None, blas.VARIABLE: "off"}
-    monkeypatch.setenv("LD_PRELOAD", "")
-    with Worker(MLX_LM, environment(MLX_LM, "own")) as worker:
-        assert "off" not in worker.ask("describe")["blas"]

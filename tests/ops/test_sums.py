@@ -5,14 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ON_GPU
 from helpers.float64 import to64
-from mlx_rgemma.ops.attention_cpu import attend
-from mlx_rgemma.ops.attention_loops import attend_band
 
-from mlx_rgemma.cpu.device import on_linux_cpu
-from mlx_rgemma.ops import add_rms_norm, loops, rms_norm
-from mlx_rgemma.ops.autograd import inference_mode
+from mlx_rgemma.ops import add_rms_norm, rms_norm
 from mlx_rgemma.ops.cross_entropy import cross_entropies
 from mlx_rgemma.ops.sums import log_softmax, log_sum_exp, long_sum
 
@@ -44,17 +39,6 @@ def test_norms(width):
     assert rms(rms_norm(x, weight), exact_norm(x, weight)) <= NORM_RMS
     total, y = add_rms_norm(x, delta, weight)
     assert rms(y, exact_norm(total, weight)) <= NORM_RMS
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_norms_by_loops(ran, width):
-    x, delta, weight = inputs(width)
-    with inference_mode():
-        y, (total, added) = rms_norm(x, weight), add_rms_norm(x, delta, weight)
-    if loops.many(1):
-        assert ran == ["rms_norm", "add_rms_norm"]
-    assert rms(y, exact_norm(x, weight)) <= NORM_RMS
-    assert rms(added, exact_norm(total, weight)) <= NORM_RMS
 
 
 @pytest.mark.parametrize("width", [63, 2560])
@@ -110,23 +94,3 @@ def test_losses_of_a_large_vocabulary(cap):
         other = np.ones_like(shares, bool)
         other[rows, rows * 1000] = False
         assert rms(np.array(gradient)[other], shares[other]) < 2e-6
-
-
-@pytest.mark.skipif(ON_GPU, reason="of a CPU")
-@pytest.mark.parametrize("keys", [100, 2049])
-@pytest.mark.parametrize("queries", [1, 64])
-def test_softmax(keys, queries):
-    """Its denominator is a sum over all keys; in sequence it would be off by 1e-6."""
-    rng = np.random.default_rng(keys)
-    q = mx.array(rng.standard_normal((1, 8, queries, 64), np.float32))
-    k = mx.array(rng.standard_normal((1, 1, keys, 64), np.float32))
-    v = mx.array(1.0 + rng.random((1, 1, keys, 64), np.float32))
-    sees = np.arange(keys) <= np.arange(keys - queries, keys)[:, None]
-    scores = np.where(sees, np.einsum("bhqd,bgkd->bhqk", to64(q), to64(k)) / 8.0, -np.inf)
-    shares = np.exp(scores - scores.max(-1, keepdims=True))
-    shares /= shares.sum(-1, keepdims=True)
-    expected = np.einsum("bhqk,bgkd->bhqd", shares, to64(v))
-    assert rms(attend(q, k, v, 0.125, mx.array(sees)), expected) < 8e-7  # products of a BLAS
-    if on_linux_cpu():
-        found = attend_band(q, mx.concatenate([k, v], axis=1), keys, None, 0.125)
-        assert rms(found, expected) < 3e-7

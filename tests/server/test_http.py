@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_rgemma.server import handler as http_handler
-
 from mlx_rgemma.server import http_server
 from mlx_rgemma.server.access import Access
 from mlx_rgemma.server.handler import Handler

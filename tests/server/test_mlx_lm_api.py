@@ -8,10 +8,10 @@ import pytest
 from mlx_lm import server
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.server import build_parser
+from mlx_rgemma.server.command import build_parser
+from mlx_rgemma.server.engine import Generator, Provider, serve
 from mlx_rgemma.server.handler import Handler
 from mlx_rgemma.server.mlx_lm_api import EXPECTED, check_mlx_lm
-from mlx_rgemma.server.engine import Generator, Provider, serve
 from mlx_rgemma.server.states import States
 
 FUNCTIONS = [(owner, name) for owner, functions in EXPECTED.items() for name in functions]

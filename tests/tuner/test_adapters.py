@@ -20,8 +20,8 @@ from mlx_rgemma.adapters.files import (
     save_adapter_config,
     save_adapter_weights,
 )
-from mlx_rgemma.errors import UserError
 from mlx_rgemma.adapters.gates import LoRAGates
+from mlx_rgemma.errors import UserError
 from mlx_rgemma.tuner.fuse import fuse_adapters
 
 TOKENS = mx.array(np.random.default_rng(0).integers(3, 90, (2, 25)))

@@ -14,9 +14,9 @@ from conftest import golden_model, tolerance
 from mlx.utils import tree_flatten
 
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.tuner.data.packing import Documents
 from mlx_rgemma.tuner.data.tbptt import CarriedBatches, CarriedLoss
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
-from mlx_rgemma.tuner.data.packing import Documents
 
 LENGTHS = (130, 7, 55, 90, 2, 61, 1)
 

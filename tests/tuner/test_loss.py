@@ -14,10 +14,12 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
 
+from mlx_rgemma.ops import backend
+from mlx_rgemma.ops.backend import Backend
 from mlx_rgemma.tuner import loss
 from mlx_rgemma.tuner.data.batch import Batch
-from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.dropout import add_dropout
+from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.loss import batch_loss, head_loss
 
 
@@ -136,10 +138,10 @@ def test_memory_of_the_head_is_that_of_a_few_chunks(training, trained):
     "vocabulary, on_a_cpu, elsewhere",
     [(512, 1024, 32768), (8192, 64, 2048), (256_000, 64, 65), (10**7, 16, 16)],
 )
-def test_chunks(monkeypatch, vocabulary, on_a_cpu, elsewhere):
-    for cpu, expected in ((True, on_a_cpu), (False, elsewhere)):
-        monkeypatch.setattr(loss, "on_linux_cpu", lambda cpu=cpu: cpu)
-        assert loss.chunk_tokens(vocabulary) == expected
+def test_chunks(vocabulary, on_a_cpu, elsewhere):
+    for active, expected in ((Backend.CPU, on_a_cpu), (Backend.METAL, elsewhere)):
+        with backend.use(active):
+            assert loss.chunk_tokens(vocabulary) == expected
 
 
 def test_a_frozen_head_has_no_gradient_of_its_size():

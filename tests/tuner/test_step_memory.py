@@ -11,12 +11,12 @@ from mlx_rgemma import GriffinConfig, Model
 from mlx_rgemma.adapters.files import AdapterConfig, add_adapters
 from mlx_rgemma.griffin.config import PRESETS
 from mlx_rgemma.tuner.data.batch import Batch
-from mlx_rgemma.tuner.train_state import TrainingState
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
-from mlx_rgemma.tuner.trainer import Loop, LoopSettings
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.memory_estimate import lora_step
 from mlx_rgemma.tuner.optim import adamw
+from mlx_rgemma.tuner.train_state import TrainingState
+from mlx_rgemma.tuner.trainer import Loop, LoopSettings
 
 
 def griffin(kinds: str, width: int, vocabulary: int) -> Model:

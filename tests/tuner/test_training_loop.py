@@ -16,16 +16,16 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.tuner.ema import WeightAverage
 from mlx_rgemma.tuner.data.batches import RowBatches, StreamedRows, WholeRows
-from mlx_rgemma.tuner.train_state import TrainingState, load_state, save_state
-from mlx_rgemma.tuner.dropout import add_dropout
-from mlx_rgemma.tuner.init import initial_a_param, initialize
-from mlx_rgemma.tuner.trainer import Loop, LoopSettings, TrainingCallback, fit
-from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.data.packing import Documents
-from mlx_rgemma.tuner.pretrain_config import Recipe
+from mlx_rgemma.tuner.dropout import add_dropout
+from mlx_rgemma.tuner.ema import WeightAverage
+from mlx_rgemma.tuner.init import initial_a_param, initialize
+from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.optim import adamw, decays, learning_rate_schedule
+from mlx_rgemma.tuner.pretrain_config import Recipe
+from mlx_rgemma.tuner.train_state import TrainingState, load_state, save_state
+from mlx_rgemma.tuner.trainer import Loop, LoopSettings, TrainingCallback, fit
 
 
 def documents(count: int = 12) -> Documents:

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_rgemma import generate, load
-from mlx_rgemma.sessions.session import Reading
 from mlx_rgemma.generation import progress
 from mlx_rgemma.generation.progress import CLEAR, reading_line
+from mlx_rgemma.sessions.session import Reading
 
 
 class Terminal(io.StringIO):

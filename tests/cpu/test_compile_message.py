@@ -1,4 +1,4 @@
-"""Compilation of the loops is announced once, and left out of speeds."""
+"""Compiling the Numba kernels is announced once, and left out of speeds."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ import time
 import mlx.core as mx
 import pytest
 
+from mlx_rgemma.cpu import numba_runtime
 from mlx_rgemma.generation.batch import _leave_out
-from mlx_rgemma.ops import loops
 from mlx_rgemma.generation.response import text_responses
-
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="loops: Linux only")
 
 CODE = """
 import sys, time
 import mlx_rgemma
 from mlx_rgemma import cli
-import mlx.core as mx, numpy as np
-from mlx_rgemma.ops import loops
+import numpy as np
+from mlx_rgemma.cpu import numba_runtime
 
 def work():
     started = time.perf_counter()
-    x, y = mx.ones(64), np.empty(64, np.float32)
+    x, y = np.ones(64, np.float32), np.empty(64, np.float32)
     for _ in range(2):
-        loops.run("gated_gelu", 64, x, x, y)
+        numba_runtime.run("gated_gelu", 64, x, x, y)
     took = time.perf_counter() - started
-    print(took, loops.compile_seconds(started), loops.compile_seconds(time.perf_counter()))
+    print(took, numba_runtime.compile_seconds(started), numba_runtime.compile_seconds(time.perf_counter()))
 
 cli.run(work)
 """
@@ -43,7 +41,7 @@ def test_a_cold_cache_is_announced_once_and_timed(tmp_path):
         subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         for _ in range(2)
     )
-    assert (cold.returncode, cold.stderr) == (0, f"{loops.COMPILING}\n")
+    assert (cold.returncode, cold.stderr) == (0, f"{numba_runtime.COMPILING}\n")
     took, compiling, later = map(float, cold.stdout.split())
     assert 0.2 * took < compiling < took  # the rest: importing Numba, and running
     assert later == 0
@@ -52,8 +50,8 @@ def test_a_cold_cache_is_announced_once_and_timed(tmp_path):
 
 
 def test_only_what_falls_into_the_time_counts(monkeypatch):
-    monkeypatch.setattr(loops, "_compiled", [(1.0, 4.0), (6.0, 7.0)])
-    seconds = [loops.compile_seconds(since) for since in (0.0, 2.0, 5.0, 6.5, 8.0)]
+    monkeypatch.setattr(numba_runtime, "_compiled", [(1.0, 4.0), (6.0, 7.0)])
+    seconds = [numba_runtime.compile_seconds(since) for since in (0.0, 2.0, 5.0, 6.5, 8.0)]
     assert seconds == [4.0, 3.0, 1.0, 0.5, 0.0]
 
 
@@ -62,7 +60,7 @@ def test_speeds_leave_compilation_out(monkeypatch):
 
     _, tokenizer = load()
     compiled: list[tuple[float, float]] = []
-    monkeypatch.setattr(loops, "_compiled", compiled)
+    monkeypatch.setattr(numba_runtime, "_compiled", compiled)
 
     def steps():
         for token in (5, 6):
