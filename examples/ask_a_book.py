@@ -17,7 +17,7 @@ from pathlib import Path
 from mlx_rgemma import Session, load
 from mlx_rgemma.io.text import DEFAULT_TEXT
 from mlx_rgemma.sessions.conversation import OPEN, TURN, Conversation, open_turn
-from mlx_rgemma.sessions.session import Reading
+from mlx_rgemma.sessions.session import PrefillProgress
 
 QUESTIONS = ["\nThe little girl", "\nThe dog"]
 
@@ -25,7 +25,7 @@ QUESTIONS = ["\nThe little girl", "\nThe dog"]
 def read(session: Session, book: Path) -> None:
     """Feed the book, as the beginning of a user's message where the model knows turns."""
 
-    def show(reading: Reading) -> None:
+    def show(reading: PrefillProgress) -> None:
         print(f"\r{reading.tokens} tokens, {reading.tokens_per_second:.0f} tokens/s", end="")
 
     if session.tokenizer.has_chat_template:

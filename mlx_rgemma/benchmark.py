@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         ],
         epilog="LIST is one value or several, separated by commas: each is measured.",
     )
-    count, number = cli.count, cli.number
+    count, number = cli.int_at_least, cli.float_between
     model = parser.add_argument_group("model")
     add = model.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_rgemma import cli
 
 if TYPE_CHECKING:
-    from mlx_rgemma.sessions.session import Reading, Session
+    from mlx_rgemma.sessions.session import PrefillProgress, Session
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,7 +85,7 @@ def _read_and_save(args: argparse.Namespace, source: Any, target: Any) -> None:
     print(f"Saved in {target}")
 
 
-def _report(session: Session, reading: Reading) -> None:
+def _report(session: Session, reading: PrefillProgress) -> None:
     print(f"Processed {reading.tokens} tokens ({reading.tokens_per_second:.2f} tok/s)")
     print(f"State: {session.nbytes / 1e6:.3f} MB, at any length")
 

@@ -108,7 +108,7 @@ class Chat:
     """
 
     def __init__(self, args: argparse.Namespace, model: Any, tokenizer: Any) -> None:
-        from mlx_rgemma.distributed.group import agreed
+        from mlx_rgemma.distributed.group import synchronized_sampler
         from mlx_rgemma.generation.options import SamplingOptions
 
         self.args, self.model, self.tokenizer = args, model, tokenizer
@@ -117,7 +117,7 @@ class Chat:
         self.options = {
             "max_tokens": args.max_tokens,
             "stop": args.stop,
-            "sampler": agreed(sampler),
+            "sampler": synchronized_sampler(sampler),
             "logits_processors": processors,
         }
         if args.prompt_cache_file is None:

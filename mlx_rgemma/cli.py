@@ -66,7 +66,7 @@ def run(command: Callable[[], int | None], *, pytorch: bool = True) -> int:
         status = _fail(f"{where}{error.strerror or error}")
     except RuntimeError:
         if (distributed := _distributed()) is not None:
-            distributed.lost_by_others()
+            distributed.wait_for_failure_report()
         raise
     finally:
         if (distributed := _distributed()) is not None:
@@ -81,7 +81,7 @@ def _distributed() -> Any:
 
 def _fail(message: str) -> int:
     distributed = _distributed()
-    if distributed is None or distributed.speaks():
+    if distributed is None or distributed.is_main_process():
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 1
 
@@ -172,16 +172,16 @@ def make_parser(
     return parser
 
 
-def count(
+def int_at_least(
     minimum: int, maximum: int = MAX_COUNT, *, unlimited: bool = False
 ) -> Callable[[str], int]:
-    """Return an argparse type: a whole number between bounds (or -1, where that means no limit)."""
+    """Return an argparse type: an integer between bounds (or -1, where that means no limit)."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid whole number value: {shown(text)}") from None
+            raise argparse.ArgumentTypeError(f"invalid integer value: {shown(text)}") from None
         no_limit = " (or -1 for no limit)" if unlimited else ""
         if value < minimum and not (unlimited and value == -1):
             raise argparse.ArgumentTypeError(f"{shown(value)} is not at least {minimum}{no_limit}")
@@ -192,7 +192,7 @@ def count(
     return parse
 
 
-def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
+def float_between(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
     """Return an argparse type: a finite number between two bounds."""
 
     def parse(text: str) -> float:
@@ -247,12 +247,12 @@ def add_state(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     add = group.add_argument
     add(
         "--prefill-step-size",
-        type=count(1),
+        type=int_at_least(1),
         default=2048,
         help="Tokens to read at a time. Default: %(default)s.",
     )
-    add("--max-kv-size", type=count(0), help=argparse.SUPPRESS)
-    add("--kv-bits", type=count(0), help=argparse.SUPPRESS)
+    add("--max-kv-size", type=int_at_least(0), help=argparse.SUPPRESS)
+    add("--kv-bits", type=int_at_least(0), help=argparse.SUPPRESS)
     return group
 
 
@@ -281,7 +281,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     add(
         "--max-tokens",
         "-m",
-        type=count(1, unlimited=True),
+        type=int_at_least(1, unlimited=True),
         default=max_tokens,
         help="Tokens to generate at most; -1 for no limit. Default: %(default)s.",
     )
@@ -294,7 +294,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
 def add_option(add: Callable[..., Any], name: str, default: Any) -> None:
     """Add one argument of `SAMPLING_HELP`, within its bounds."""
     low, high = BOUNDS[name]
-    kind = count(int(low), int(high)) if high >= MAX_COUNT else number(low, high)
+    kind = int_at_least(int(low), int(high)) if high >= MAX_COUNT else float_between(low, high)
     add(f"--{name.replace('_', '-')}", type=kind, default=default, help=SAMPLING_HELP[name])
 
 

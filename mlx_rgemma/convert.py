@@ -72,13 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     google.add_argument(
         "--attention-window-size",
-        type=cli.count(1),
+        type=cli.int_at_least(1),
         metavar="W",
         help="Past keys that a query sees.",
     )
     google.add_argument(
         "--logits-soft-cap",
-        type=cli.number(0),
+        type=cli.float_between(0),
         metavar="CAP",
         help="Cap of the logits; 0 for none.",
     )
@@ -123,7 +123,7 @@ def _convert(args: argparse.Namespace) -> None:
         f" {made.bits_per_weight:.3f} bits per weight"
     )
     if made.kept:
-        print(f"Not quantized, no whole number of groups: {shortened(made.kept)}.")
+        print(f"Not quantized, no integer of groups: {shortened(made.kept)}.")
     for note in made.notes:
         print(f"Note: {note}")
     if documents is not None:

@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--tasks arc_easy --limit 100",
         ],
     )
-    count = cli.count
+    count = cli.int_at_least
     add = parser.add_argument_group("model").add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
     add("--adapter-path", help="Folder with trained adapter weights and config.")

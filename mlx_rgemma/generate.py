@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Generate text with RecurrentGemma, in constant memory.",
         EXAMPLES,
     )
-    count = cli.count
+    count = cli.int_at_least
     cli.add_model(parser).add_argument(
         "--extra-eos-token", nargs="+", default=(), help="More tokens that stop generation."
     )
@@ -205,13 +205,13 @@ def _sampling(
     model: Model, tokenizer: Any, args: argparse.Namespace, *, drafting: bool = False
 ) -> dict[str, Any]:
     """Return the sampler and the logits processors, by name."""
-    from mlx_rgemma.distributed.group import agreed
+    from mlx_rgemma.distributed.group import synchronized_sampler
     from mlx_rgemma.generation.options import SamplingOptions
 
     options = SamplingOptions.of(vars(args))
     sampler, processors = options.functions(tokenizer, model.args.vocab_size, speculative=drafting)
     return {
-        "sampler": sampler if drafting else agreed(sampler),
+        "sampler": sampler if drafting else synchronized_sampler(sampler),
         "logits_processors": processors,
     }
 

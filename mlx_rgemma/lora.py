@@ -16,7 +16,7 @@ from mlx_rgemma.tuner.config import (
     MAX_SEED,
     MAX_TOKENS,
     check_keys,
-    complete,
+    merge_config,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ than `num_layers` is trained in all of them, unless the number was asked for."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments: mlx-lm's, and a few more. None are what was not given."""
-    count, number = cli.count, cli.number
+    count, number = cli.int_at_least, cli.float_between
     many, batches = count(1, MAX_COUNT), count(1, MAX_COUNT, unlimited=True)
     parser = cli.make_parser(
         "mlx_rgemma.lora",
@@ -142,7 +142,7 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
     from mlx_rgemma.tuner.data.datasets import FEATURES
 
     defaults = {**DEFAULTS, "num_layers": None}
-    chosen = complete(build_parser(), vars(args), defaults, FEATURES)
+    chosen = merge_config(build_parser(), vars(args), defaults, FEATURES)
     if not (chosen.train or chosen.test):
         raise UserError("nothing to do: give --train, --test, or both.")
     if chosen.pack and chosen.carry_state:

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_reading(parser: argparse._ActionsContainer) -> None:
     """Add the arguments that say how a text is read."""
-    count = cli.count
+    count = cli.int_at_least
     add = parser.add_argument
     add(
         "--batch-size",

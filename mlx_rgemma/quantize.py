@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _compare(args: argparse.Namespace) -> None:
     from mlx_rgemma.evaluation.perplexity import encode_rows
-    from mlx_rgemma.evaluation.report import as_json, survey, table
+    from mlx_rgemma.evaluation.report import as_json, sweep, table
     from mlx_rgemma.io.hub import locate
     from mlx_rgemma.io.text import read_documents
     from mlx_rgemma.tokenizers.load import load_tokenizer
@@ -108,7 +108,7 @@ def _compare(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    entries, skipped = survey(source, settings, rows, args.work_dir)
+    entries, skipped = sweep(source, settings, rows, args.work_dir)
     if args.json:
         print(as_json(entries))
         return

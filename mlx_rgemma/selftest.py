@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="On the small example that is compared, or on 2048 tokens of the 2B model's size."
         " Default: model on Metal, none on a stand-in, whose times mean nothing.",
     )
-    add("--repeat", type=cli.count(1), default=20, help="Runs timed. Default: 20.")
+    add("--repeat", type=cli.int_at_least(1), default=20, help="Runs timed. Default: 20.")
     add("--json", action="store_true", help="Print one JSON object, and nothing else.")
     return parser
 

@@ -12,7 +12,7 @@ from mlx_rgemma import cli
 from mlx_rgemma.tuner.config import MAX_COUNT, MAX_RATE, MAX_SEED, MAX_TOKENS, read_settings
 
 if TYPE_CHECKING:
-    from mlx_rgemma.tuner.pretrain_config import Recipe
+    from mlx_rgemma.tuner.pretrain_config import TrainConfig
 
 DEFAULT_FOLDER = "griffin"
 
@@ -23,7 +23,7 @@ MAX_VOCABULARY = 1 << 20
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments; those that mlx_lm.lora has too are called the same."""
-    count, number = cli.count, cli.number
+    count, number = cli.int_at_least, cli.float_between
     many, rate = count(1, MAX_COUNT), number(0, MAX_RATE)
     parser = cli.make_parser(
         "mlx_rgemma.train",
@@ -110,13 +110,13 @@ SHAPE_KEYS = (
 )
 
 
-def read_recipe(argv: Sequence[str]) -> tuple[Recipe, Path, Path | None]:
+def read_recipe(argv: Sequence[str]) -> tuple[TrainConfig, Path, Path | None]:
     """The recipe of the command line and its YAML file, the run's folder, and the plot's file.
 
     Raises:
         UserError: If the file cannot be read, or says what is no setting.
     """
-    from mlx_rgemma.tuner.pretrain_config import Recipe
+    from mlx_rgemma.tuner.pretrain_config import TrainConfig
 
     args = vars(build_parser().parse_args(argv))
     file = args.pop("config", None)
@@ -126,7 +126,7 @@ def read_recipe(argv: Sequence[str]) -> tuple[Recipe, Path, Path | None]:
     changes = {key: values.pop(key) for key in SHAPE_KEYS if key in values}
     for name in ("data", "valid_data"):
         values[name] = tuple(values.get(name, ()))
-    return Recipe(**values, shape_changes=changes), folder, Path(plot) if plot else None
+    return TrainConfig(**values, shape_changes=changes), folder, Path(plot) if plot else None
 
 
 def _train(argv: Sequence[str]) -> None:

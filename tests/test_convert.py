@@ -48,7 +48,7 @@ def test_reports_what_was_kept(tmp_path, capsys):
     arguments = ["--model", str(GOLDEN / "tiny-2b"), "--mlx-path", str(tmp_path / "out")]
     assert main([*arguments, "-q", "--q-group-size", "32"]) == 0
     printed = capsys.readouterr().out
-    assert "Not quantized, no whole number of groups: model.embed_tokens, " in printed
+    assert "Not quantized, no integer of groups: model.embed_tokens, " in printed
     assert "and 22 more." in printed
     assert f"Note: There is no tokenizer in {GOLDEN / 'tiny-2b'}." in printed
 

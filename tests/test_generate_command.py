@@ -255,7 +255,7 @@ def test_mistakes_get_one_line(args, message, tmp_path):
     [
         (["--max-tokens", "0"], "0 is not at least 1"),
         (["--max-tokens", "-5"], "-5 is not at least 1"),
-        (["--max-tokens", "many"], "invalid whole number value: 'many'"),
+        (["--max-tokens", "many"], "invalid integer value: 'many'"),
         (["--temp", "-1"], "-1.0 is not between 0 and 1000"),
         (["--seed", "99999999999999999999"], "99999999999999999999 is not at most"),
         (["Hello there"], "did you mean --prompt 'Hello there'?"),

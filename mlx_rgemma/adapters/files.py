@@ -82,7 +82,7 @@ class AdapterConfig:
         if kind not in FINE_TUNE_TYPES:
             raise refuse("fine_tune_type", kind, f"one of {', '.join(FINE_TUNE_TYPES)}")
         if not is_whole(layers, -1, MAX_LAYERS):
-            raise refuse("num_layers", layers, "a whole number of layers (-1 for all)")
+            raise refuse("num_layers", layers, "an integer of layers (-1 for all)")
         if type(gates) is not bool:
             raise refuse("lora_gates", gates, "true or false")
         if kind == "full":
@@ -95,7 +95,7 @@ class AdapterConfig:
         scale: Any = parameters.get("scale")
         keys: Any = parameters.get("keys")
         if not is_whole(rank, 1, MAX_RANK):
-            raise refuse("lora_parameters.rank", rank, f"a whole number from 1 to {MAX_RANK}")
+            raise refuse("lora_parameters.rank", rank, f"an integer from 1 to {MAX_RANK}")
         if scale is None and "alpha" in parameters:
             raise UserError(f"{where}: lora_parameters has alpha, expected scale (alpha / rank).")
         if not is_number(scale, -MAX_SCALE, MAX_SCALE):
@@ -128,7 +128,7 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
         for layer in model.layers[-max(config.num_layers, 0) :]:
             layer.unfreeze()
             for module in layer.modules():
-                if "scales" in module:  # quantized: there is no gradient of whole numbers
+                if "scales" in module:  # quantized: there is no gradient of integers
                     module.freeze(recurse=False)
         return
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -332,5 +332,5 @@ def is_number(value: Any, minimum: float, maximum: float) -> bool:
 
 
 def is_whole(value: Any, minimum: int, maximum: int) -> bool:
-    """Whether a value is a whole number of a range."""
+    """Whether a value is an integer of a range."""
     return type(value) is int and minimum <= value <= maximum

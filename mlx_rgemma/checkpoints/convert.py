@@ -10,21 +10,21 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_rgemma.checkpoints.formats.google import Unsaid
+from mlx_rgemma.checkpoints.formats.google import ConfigOverrides
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
-from mlx_rgemma.checkpoints.formats.open import Opened, open_source
+from mlx_rgemma.checkpoints.formats.open import OpenCheckpoint, open_checkpoint
 from mlx_rgemma.checkpoints.load import read_dtype
 from mlx_rgemma.checkpoints.model_card import ignored_by_mlx_lm
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.recipes import Recipe
 from mlx_rgemma.checkpoints.save import (
-    Written,
+    CheckpointSpec,
     dtype_name,
     dtype_title,
     stored_config,
     write_checkpoint,
 )
-from mlx_rgemma.checkpoints.schema import EMBEDDING, PACKED, Contents, check_contents
+from mlx_rgemma.checkpoints.schema import EMBEDDING, PACKED, ValidatedCheckpoint, check_contents
 from mlx_rgemma.checkpoints.tensors import ConvertedWeights
 from mlx_rgemma.checkpoints.upload import check_repository, upload
 from mlx_rgemma.errors import UserError
@@ -46,7 +46,7 @@ class Conversion:
         parameters: Number of the model's parameters.
         stored: How the weights are stored, in words.
         kept: Paths of the matrices that were not quantized although the rest was: their rows are
-            no whole number of groups.
+            no integer of groups.
         notes: What the user should know, one sentence each.
     """
 
@@ -122,8 +122,8 @@ def convert(
     refuse_existing(target)
     if upload_repo is not None:
         check_repository(upload_repo)
-    unsaid = Unsaid(attention_window_size, logits_soft_cap, embeddings_scale)
-    with open_source(hf_path, revision, target, unsaid, progress=progress) as opened:
+    unsaid = ConfigOverrides(attention_window_size, logits_soft_cap, embeddings_scale)
+    with open_checkpoint(hf_path, revision, target, unsaid, progress=progress) as opened:
         made = _convert(opened, target, recipe, chosen, dequantize, strict, progress)
     if upload_repo is not None:
         upload(target, upload_repo)
@@ -131,7 +131,7 @@ def convert(
 
 
 def _convert(
-    opened: Opened,
+    opened: OpenCheckpoint,
     target: Path,
     recipe: Recipe | None,
     chosen: mx.Dtype | None,
@@ -153,7 +153,7 @@ def _convert(
             f" (widths {', '.join(map(str, widths))}); choose a smaller one."
         )
     stored = dtype_title(chosen, quantized)
-    checkpoint = Written(
+    checkpoint = CheckpointSpec(
         stored_config(config, chosen, quantized),
         list(_layout(contents, quantized, dtype_name(chosen))),
         source=source,
@@ -176,7 +176,7 @@ def _convert(
     )
 
 
-def _check_memory(folder: CheckpointFolder, checkpoint: Written) -> None:
+def _check_memory(folder: CheckpointFolder, checkpoint: CheckpointSpec) -> None:
     """Refuse a checkpoint whose largest tensor memory cannot hold, as it is and converted.
 
     Raises:
@@ -209,7 +209,7 @@ def _recipe(
     return None
 
 
-def _stored_dtype(folder: CheckpointFolder, contents: Contents) -> mx.Dtype:
+def _stored_dtype(folder: CheckpointFolder, contents: ValidatedCheckpoint) -> mx.Dtype:
     """The dtype that the configuration names, else the one that the embedding has."""
     if folder.config.dtype is not None:
         return getattr(mx, folder.config.dtype)
@@ -231,7 +231,7 @@ def _with_stops(config: GriffinConfig, source: Source) -> GriffinConfig:
 
 
 def _plan(
-    contents: Contents, recipe: Recipe | None, dequantize: bool, num_layers: int
+    contents: ValidatedCheckpoint, recipe: Recipe | None, dequantize: bool, num_layers: int
 ) -> tuple[dict[str, Quantization], tuple[str, ...]]:
     """How each matrix will be quantized, and which will not though they were meant to be."""
     if recipe is None:
@@ -243,7 +243,7 @@ def _plan(
 
 
 def _layout(
-    contents: Contents, quantized: dict[str, Quantization], dtype: str
+    contents: ValidatedCheckpoint, quantized: dict[str, Quantization], dtype: str
 ) -> Iterator[TensorInfo]:
     """Name, dtype and shape of what will be written."""
     for wanted in contents.expected:
@@ -256,7 +256,7 @@ def _layout(
 def _notes(
     source: Source,
     folder: CheckpointFolder,
-    contents: Contents,
+    contents: ValidatedCheckpoint,
     weights: ConvertedWeights,
     recipe: Recipe | None,
 ) -> Iterator[str]:
@@ -265,7 +265,7 @@ def _notes(
     if recipe is not None and contents.quantized:
         yield "The source was quantized already; converting the original gives a better model."
     if weights.not_finite:
-        yield f"NaN or infinite values in: {weights.not_finite_told}."
+        yield f"NaN or infinite values in: {weights.nonfinite_summary}."
     if not has_tokenizer(source.folder):
         yield f"There is no tokenizer in {source.folder}."
     ignored = ignored_by_mlx_lm(folder.config)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_rgemma.adapters.files import load_adapters, read_adapter_config
 from mlx_rgemma.checkpoints.formats.detect import refuse_unconverted
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
-from mlx_rgemma.checkpoints.schema import FLOATS, Contents, check_contents
+from mlx_rgemma.checkpoints.schema import FLOATS, ValidatedCheckpoint, check_contents
 from mlx_rgemma.checkpoints.sharded_reader import read_parts
 from mlx_rgemma.errors import CheckpointError, UserError, shown
 from mlx_rgemma.griffin.config import DTYPES, GriffinConfig
@@ -59,7 +59,7 @@ def load(
 
     Returns:
         The model, and mlx-lm's `TokenizerWrapper`; where `plain` was asked for and is possible, a
-        `PlainTokenizer`, which loads the wrapper when it is asked for more than it knows.
+        `FastTokenizer`, which loads the wrapper when it is asked for more than it knows.
 
     Raises:
         CheckpointError: If anything is missing, damaged or does not fit; the message says what.
@@ -128,7 +128,7 @@ def read_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
     return getattr(mx, name)
 
 
-def read_tensors(folder: CheckpointFolder, contents: Contents) -> dict[str, mx.array]:
+def read_tensors(folder: CheckpointFolder, contents: ValidatedCheckpoint) -> dict[str, mx.array]:
     """All tensors of a checkpoint, left in their files until they are used.
 
     Raises:
@@ -161,7 +161,10 @@ def _choose_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
 
 
 def _check_memory(
-    folder: CheckpointFolder, contents: Contents, dtype: mx.Dtype | None, processes: int = 1
+    folder: CheckpointFolder,
+    contents: ValidatedCheckpoint,
+    dtype: mx.Dtype | None,
+    processes: int = 1,
 ) -> None:
     """Refuse weights that memory cannot hold.
 
@@ -183,7 +186,7 @@ def _check_memory(
 
 def _load_model(
     folder: CheckpointFolder,
-    contents: Contents,
+    contents: ValidatedCheckpoint,
     dtype: mx.Dtype | None,
     lazy: bool,
     window: str,

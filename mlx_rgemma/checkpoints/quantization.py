@@ -90,7 +90,7 @@ class Quantization:
         return None
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether MLX can quantize a matrix: its rows must be a whole number of groups."""
+        """Whether MLX can quantize a matrix: its rows must be an integer of groups."""
         return shape[-1] % max(self.group_size, PACKED_TOGETHER) == 0
 
     def packed(self, path: str, shape: tuple[int, ...], dtype: str) -> tuple[TensorInfo, ...]:

@@ -14,9 +14,9 @@ RGEMMA = "rgemma"
 RECIPES = (RGEMMA, *MIXED)
 
 RGEMMA_BITS = (4, 5)
-"""Low bits, and high bits for what `RGEMMA_RAISED` names; docs/quantization.md has the reasons."""
+"""Low bits, and high bits for `HIGH_PRECISION_MODULES`; docs/quantization.md has the reasons."""
 
-RGEMMA_RAISED = frozenset(
+HIGH_PRECISION_MODULES = frozenset(
     ("embed_tokens", "linear_x", "linear_y", "linear_out", "q_proj", "k_proj", "v_proj")
 )
 """The embedding, which is the head too, the recurrent projections, and what attention reads. Query
@@ -77,14 +77,14 @@ class Recipe:
             return self.default
         if self.name == RGEMMA:
             low, high = RGEMMA_BITS
-            raised = path.rpartition(".")[2] in RGEMMA_RAISED
+            raised = path.rpartition(".")[2] in HIGH_PRECISION_MODULES
         else:
             low, high = MIXED[self.name]
-            raised = _raised_by_mlx_lm(path, num_layers)
+            raised = _mlx_lm_high_precision(path, num_layers)
         return replace(self.default, bits=high if raised else low)
 
 
-def _raised_by_mlx_lm(path: str, num_layers: int) -> bool:
+def _mlx_lm_high_precision(path: str, num_layers: int) -> bool:
     """Whether mlx-lm's mixed recipes give a matrix their high bits.
 
     They do so in the first and last eighth of the layers and in each third one between. They look

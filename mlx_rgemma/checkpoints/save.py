@@ -56,7 +56,7 @@ FILE_NAME = {mlx_name: name for name, mlx_name in MLX_NAME.items()}
 
 
 @dataclass(frozen=True)
-class Written:
+class CheckpointSpec:
     """A checkpoint that is about to be written.
 
     Attributes:
@@ -125,7 +125,7 @@ def save_model(
             for name, value in weights
         ]
     origin = Source(Path(source)) if source is not None else None
-    checkpoint = Written(
+    checkpoint = CheckpointSpec(
         stored_config(model.args, dtype, quantized),
         [TensorInfo(name, dtype_name(value.dtype), value.shape) for name, value in weights],
         source=origin,
@@ -144,7 +144,7 @@ def _config_of(source: Source | None) -> Mapping[str, Any] | None:
 
 def write_checkpoint(
     target: Path,
-    checkpoint: Written,
+    checkpoint: CheckpointSpec,
     weights: Iterator[tuple[str, mx.array]],
     *,
     progress: bool = False,
@@ -194,7 +194,7 @@ def quantization_section(quantized: Mapping[str, Quantization]) -> dict[str, Any
     return {**common.as_dict(), **exceptions}
 
 
-def config_values(checkpoint: Written) -> dict[str, Any]:
+def config_values(checkpoint: CheckpointSpec) -> dict[str, Any]:
     """The `config.json` of a checkpoint: what is known of it, and what its source said besides."""
     kept = {k: v for k, v in (checkpoint.values or {}).items() if k not in SUPERSEDED}
     return dict(sorted({**kept, **checkpoint.config.to_dict()}.items()))
@@ -219,7 +219,7 @@ def dtype_title(dtype: mx.Dtype, quantized: Mapping[str, Quantization]) -> str:
 
 def _write_weights(
     folder: Path,
-    checkpoint: Written,
+    checkpoint: CheckpointSpec,
     weights: Iterator[tuple[str, mx.array]],
     advance: Any,
 ) -> None:
@@ -261,7 +261,7 @@ def _write_tokenizer(folder: Path, source: Source) -> None:
         write_translation(source.folder, folder, name=source.name)
 
 
-def _generation_config(checkpoint: Written) -> dict[str, Any]:
+def _generation_config(checkpoint: CheckpointSpec) -> dict[str, Any]:
     values: dict[str, Any] = {"_from_model_config": True}
     if checkpoint.source is not None:
         stated = checkpoint.source.folder / GENERATION_CONFIG

@@ -20,7 +20,7 @@ COMPARE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class Expected:
+class TensorSpec:
     """A tensor that a model has.
 
     Attributes:
@@ -46,7 +46,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Contents:
+class ValidatedCheckpoint:
     """A checkpoint that holds all it should.
 
     Attributes:
@@ -55,50 +55,50 @@ class Contents:
         redundant: Names of tensors that say again what others say: the tied head.
     """
 
-    expected: tuple[Expected, ...]
+    expected: tuple[TensorSpec, ...]
     quantized: dict[str, Quantization]
     redundant: tuple[str, ...]
 
 
-def expected_tensors(config: GriffinConfig) -> Iterator[Expected]:
+def expected_tensors(config: GriffinConfig) -> Iterator[TensorSpec]:
     """The tensors of a model, in order, in MLX's layout."""
     width, lru, inner = config.hidden_size, config.lru_width, config.intermediate_size // 2
     heads, block = config.num_attention_heads, config.lru_width // config.num_attention_heads
 
-    def linear(path: str, rows: int, columns: int, bias: bool = True) -> Iterator[Expected]:
-        yield Expected(f"{path}.weight", (rows, columns), matrix=True)
+    def linear(path: str, rows: int, columns: int, bias: bool = True) -> Iterator[TensorSpec]:
+        yield TensorSpec(f"{path}.weight", (rows, columns), matrix=True)
         if bias:
-            yield Expected(f"{path}.bias", (rows,))
+            yield TensorSpec(f"{path}.bias", (rows,))
 
-    yield Expected(f"{EMBEDDING}.weight", (config.vocab_size, width), matrix=True)
+    yield TensorSpec(f"{EMBEDDING}.weight", (config.vocab_size, width), matrix=True)
     for i, kind in enumerate(config.layer_types):
         layer = f"model.layers.{i}"
         temporal, mlp = f"{layer}.temporal_block", f"{layer}.mlp_block"
-        yield Expected(f"{layer}.temporal_pre_norm.weight", (width,))
+        yield TensorSpec(f"{layer}.temporal_pre_norm.weight", (width,))
         if kind == RECURRENT:
             yield from linear(f"{temporal}.linear_y", lru, width)
             yield from linear(f"{temporal}.linear_x", lru, width)
             yield from linear(f"{temporal}.linear_out", width, lru)
-            yield Expected(f"{temporal}.conv_1d.weight", (lru, config.conv1d_width, 1))
-            yield Expected(f"{temporal}.conv_1d.bias", (lru,))
-            yield Expected(f"{temporal}.rg_lru.recurrent_param", (lru,))
+            yield TensorSpec(f"{temporal}.conv_1d.weight", (lru, config.conv1d_width, 1))
+            yield TensorSpec(f"{temporal}.conv_1d.bias", (lru,))
+            yield TensorSpec(f"{temporal}.rg_lru.recurrent_param", (lru,))
             for gate in ("input_gate", "recurrent_gate"):
-                yield Expected(f"{temporal}.rg_lru.{gate}_weight", (heads, block, block))
-                yield Expected(f"{temporal}.rg_lru.{gate}_bias", (heads, block))
+                yield TensorSpec(f"{temporal}.rg_lru.{gate}_weight", (heads, block, block))
+                yield TensorSpec(f"{temporal}.rg_lru.{gate}_bias", (heads, block))
         else:
             head, bias = config.head_dim, config.attention_bias
             yield from linear(f"{temporal}.q_proj", heads * head, width, bias)
             yield from linear(f"{temporal}.k_proj", head, width, bias)
             yield from linear(f"{temporal}.v_proj", head, width, bias)
             yield from linear(f"{temporal}.o_proj", width, heads * head)
-        yield Expected(f"{layer}.channel_pre_norm.weight", (width,))
+        yield TensorSpec(f"{layer}.channel_pre_norm.weight", (width,))
         yield from linear(f"{mlp}.gate_proj", inner, width)
         yield from linear(f"{mlp}.up_proj", inner, width)
         yield from linear(f"{mlp}.down_proj", width, inner)
-    yield Expected("model.final_norm.weight", (width,))
+    yield TensorSpec("model.final_norm.weight", (width,))
 
 
-def check_contents(folder: CheckpointFolder) -> Contents:
+def check_contents(folder: CheckpointFolder) -> ValidatedCheckpoint:
     """Compare a checkpoint's tensors with its configuration.
 
     Returns:
@@ -133,7 +133,7 @@ def check_contents(folder: CheckpointFolder) -> Contents:
     problems.surplus += sorted(name for name in unread if name not in redundant)
     problems.refuse(folder)
     _check_head(tensors, redundant)
-    return Contents(expected, quantized, redundant)
+    return ValidatedCheckpoint(expected, quantized, redundant)
 
 
 class _Problems:
@@ -165,7 +165,7 @@ class _Problems:
             )
 
 
-def _check_dense(wanted: Expected, info: TensorInfo, problems: _Problems) -> None:
+def _check_dense(wanted: TensorSpec, info: TensorInfo, problems: _Problems) -> None:
     if info.dtype not in FLOATS:
         problems.wrong_dtype.append(f"{info.name} ({info.dtype}, expected {' or '.join(FLOATS)})")
     shapes = [wanted.shape]
@@ -180,7 +180,7 @@ def _check_dense(wanted: Expected, info: TensorInfo, problems: _Problems) -> Non
 
 def _quantization(
     folder: CheckpointFolder,
-    wanted: Expected,
+    wanted: TensorSpec,
     packed: list[TensorInfo | None],
     problems: _Problems,
 ) -> Quantization | None:

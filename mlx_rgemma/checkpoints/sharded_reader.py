@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rgemma.errors import CheckpointError
-from mlx_rgemma.griffin.sharding import cut_axis, own_part, span
+from mlx_rgemma.griffin.sharding import local_shard, shard_axis, shard_slice
 from mlx_rgemma.io.safetensors import ITEM_SIZE, MLX_NAME, TensorInfo
 
 ROWS_ASKED_FOR = 1024
@@ -34,18 +34,18 @@ def read_parts(
     """
     parts = {}
     for name, value in weights.items():
-        axis = cut_axis(name)
+        axis = shard_axis(name)
         if axis is not None and value.ndim == 2:
             parts[name] = _read(tensors[name], axis, rank, size)
         else:
-            parts[name] = own_part(name, value, rank, size)
+            parts[name] = local_shard(name, value, rank, size)
     return parts
 
 
 def _read(info: TensorInfo, axis: int, rank: int, size: int) -> mx.array:
     """Part of a matrix: MLX would read all of it first."""
     kind = np.dtype(UNSIGNED[ITEM_SIZE[info.dtype]])
-    place = span(info.shape[axis], rank, size)
+    place = shard_slice(info.shape[axis], rank, size)
     rows, columns = info.shape
     try:
         with open(info.file, "rb", buffering=0) as file:

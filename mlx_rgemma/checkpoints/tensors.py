@@ -10,7 +10,7 @@ import numpy as np
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder, shortened
 from mlx_rgemma.checkpoints.load import read_tensors
 from mlx_rgemma.checkpoints.quantization import Quantization
-from mlx_rgemma.checkpoints.schema import PACKED, Contents, Expected
+from mlx_rgemma.checkpoints.schema import PACKED, TensorSpec, ValidatedCheckpoint
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io.reading import reason
 
@@ -19,7 +19,7 @@ EXPONENT = {
     "bfloat16": (mx.uint16, 0x7F80, 0x007F),
     "float16": (mx.uint16, 0x7C00, 0x03FF),
 }
-"""The whole numbers to look at each dtype with, and the bits of its exponent and fraction."""
+"""The integers to look at each dtype with, and the bits of its exponent and fraction."""
 
 CHECKED_TOGETHER = 1 << 22
 
@@ -35,7 +35,7 @@ class ConvertedWeights:
     def __init__(
         self,
         folder: CheckpointFolder,
-        contents: Contents,
+        contents: ValidatedCheckpoint,
         quantized: dict[str, Quantization],
         dtype: mx.Dtype,
         strict: bool = False,
@@ -56,7 +56,7 @@ class ConvertedWeights:
         self.not_finite: dict[str, tuple[int, int]] = {}
 
     @property
-    def not_finite_told(self) -> str:
+    def nonfinite_summary(self) -> str:
         """The tensors that hold NaN or infinite values, and how many, in words."""
         return shortened(
             f"{name} ({nan} NaN, {infinite} infinite)"
@@ -88,7 +88,7 @@ class ConvertedWeights:
             mx.clear_cache()
 
     def _converted(
-        self, wanted: Expected, parts: list[mx.array], found: Quantization | None
+        self, wanted: TensorSpec, parts: list[mx.array], found: Quantization | None
     ) -> Iterator[tuple[str, mx.array]]:
         how = self.quantized.get(wanted.path) if wanted.matrix else None
         if found is not None and found == how:
@@ -108,7 +108,7 @@ class ConvertedWeights:
             yield f"{wanted.path}.{part}", value
 
     def _dense(
-        self, wanted: Expected, parts: list[mx.array], found: Quantization | None
+        self, wanted: TensorSpec, parts: list[mx.array], found: Quantization | None
     ) -> mx.array:
         """A tensor unquantized, in the model's layout and the new dtype."""
         value = parts[0]
@@ -139,7 +139,7 @@ class ConvertedWeights:
             if self.strict:
                 file = self.folder.tensors[name].file
                 raise CheckpointError(
-                    f"{file}: NaN or infinite values in {self.not_finite_told}; without --strict"
+                    f"{file}: NaN or infinite values in {self.nonfinite_summary}; without --strict"
                     " they are reported and converted."
                 )
 

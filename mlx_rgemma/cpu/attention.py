@@ -51,7 +51,8 @@ def attend(q: mx.array, kv: mx.array, mask: Mask) -> mx.array:
         mask = own >= mx.arange(keys)
     mask = mx.array([[[[True]]]]) if mask is None else mask
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    out: mx.array = _attend(q, kv, mask)[0]
+    results: Any = _attend(q, kv, mask)
+    out: mx.array = results[0]
     return out
 
 

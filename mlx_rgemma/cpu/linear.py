@@ -75,8 +75,8 @@ def _product(outputs: int, arguments: Any, primal_names: tuple[str, ...]) -> Any
         x, weight, _ = arguments(*primals)
         views = materialize(x, weight, cotangent)
         if views is None:
-            x, dy = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, outputs)
-            found = {"x": dy @ weight, "weight": dy.T @ x, "bias": dy.sum(axis=0)}
+            x, g = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, outputs)
+            found = {"x": g @ weight, "weight": g.T @ x, "bias": g.sum(axis=0)}
         else:
             rows, w = views[0].reshape(-1, x.shape[-1]), views[1]
             dy = views[2].reshape(-1, outputs)
@@ -129,7 +129,7 @@ class Quantized(NamedTuple):
         outputs, size = self.weight.shape[0], max(DEQUANTIZED_AT_ONCE // self.inputs, 1)
         for first in range(0, outputs, size):
             block = slice(first, min(first + size, outputs))
-            rows = [z[block] for z in self[:3] if isinstance(z, mx.array)]
+            rows: Any = [z[block] for z in self[:3] if isinstance(z, mx.array)]
             values = mx.dequantize(*rows, **self.how).astype(mx.float32)
             mx.eval(values)
             yield block, values
@@ -181,7 +181,7 @@ def _quantized_product(packed: Quantized) -> Any:
     def gradient(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
         views = materialize(cotangent)
         if views is None:
-            return cotangent @ mx.dequantize(*packed[:3], **packed.how)  # type: ignore[arg-type]
+            return cotangent @ mx.dequantize(*packed[:3], **packed.how)
         dy = views[0].reshape(-1, packed.weight.shape[0])
         dx, view = empty((len(dy), packed.inputs))
         for block, values in packed.blocks():

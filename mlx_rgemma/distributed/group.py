@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.distributed import watchdog as peers
-from mlx_rgemma.distributed.rank_info import Place
+from mlx_rgemma.distributed.rank_info import RankInfo
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.streams import settle
+from mlx_rgemma.generation.streams import synchronize_streams
 
 
 class _Membership:
@@ -47,11 +47,11 @@ def join(seed: int | None = None) -> mx.distributed.Group | None:
         UserError: If a process does not come, or MLX cannot connect them.
     """
     if not _here.joined:
-        place = Place.from_environment()
+        place = RankInfo.from_environment()
         if place is not None:
             timeout = peers.timeout_seconds()
             _here.peers = peers.Peers(place, timeout, peers.end_process)
-            _here.peers.meet()
+            _here.peers.rendezvous()
             if place.rank > 0:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
         alone = place is None and "MLX_RANK" in os.environ  # mlx.launch -n 1
@@ -59,7 +59,7 @@ def join(seed: int | None = None) -> mx.distributed.Group | None:
         _here.joined = True
         if group is not None and group.size() > 1:
             _here.group = group
-            mx.random.seed(share(time.time_ns() & 0xFFFFFFFF if seed is None else seed))
+            mx.random.seed(broadcast_object(time.time_ns() & 0xFFFFFFFF if seed is None else seed))
     return _here.group
 
 
@@ -73,7 +73,7 @@ def rank() -> int:
     return 0 if _here.group is None else _here.group.rank()
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process tells the user of its mistakes; the others tell the first one."""
     return rank() == 0 or _here.peers is None
 
@@ -97,8 +97,8 @@ def leave(problem: str = "", status: int | None = None, *, mistake: bool = False
             time.sleep(2 * grace)
     else:
         if _here.group is not None:
-            settle()
-        line.part()
+            synchronize_streams()
+        line.shutdown_barrier()
     if status is not None and sys.exc_info()[0] is None:
         # MLX may abort while an interpreter is being taken down that has generated in a thread.
         sys.stdout.flush()
@@ -112,13 +112,13 @@ def abandon(problem: str) -> None:
     peers.end_process(f"rank {rank()} {problem}")
 
 
-def lost_by_others() -> None:
+def wait_for_failure_report() -> None:
     """Give word of a lost process the time to come; it ends this one with a better message."""
     if _here.peers is not None:
         time.sleep(2.0)
 
 
-def share(value: Any, group: mx.distributed.Group | None = None) -> Any:
+def broadcast_object(value: Any, group: mx.distributed.Group | None = None) -> Any:
     """The first process's value, on all of them; what the others pass is not looked at.
 
     Args:
@@ -130,17 +130,19 @@ def share(value: Any, group: mx.distributed.Group | None = None) -> Any:
         return value
     first = group.rank() == 0
     data = pickle.dumps(value) if first else b""
-    settle()
+    synchronize_streams()
     size: Any = mx.distributed.all_sum(mx.array(len(data), mx.int32), group=group).item()
     mine = mx.array(list(data), mx.uint8) if first else mx.zeros(size, mx.uint8)
     total: Any = mx.distributed.all_sum(mine, group=group)
     return pickle.loads(bytes(memoryview(total)))
 
 
-def share_arrays(arrays: Sequence[mx.array] | None, group: mx.distributed.Group) -> list[mx.array]:
+def broadcast(arrays: Sequence[mx.array] | None, group: mx.distributed.Group) -> list[mx.array]:
     """The first process's arrays, bit by bit, on all of them; the others pass None."""
     mine = list(arrays or ())
-    kinds = share([(a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in mine], group)
+    kinds = broadcast_object(
+        [(a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in mine], group
+    )
     if group.rank() > 0:
         mine = [mx.zeros(shape, _dtype(name)) for shape, name in kinds]
     shared = []
@@ -155,7 +157,7 @@ def _dtype(name: str) -> mx.Dtype:
     return mx.bool_ if name == "bool" else getattr(mx, name)
 
 
-def outcome(work: Callable[[], Any], group: mx.distributed.Group | None = None) -> Any:
+def run_on_rank0(work: Callable[[], Any], group: mx.distributed.Group | None = None) -> Any:
     """Do something on the first process only; a `UserError` there is one on all.
 
     Args:
@@ -173,13 +175,13 @@ def outcome(work: Callable[[], Any], group: mx.distributed.Group | None = None) 
             answer = work()
         except (UserError, OSError) as error:
             problem = error
-    answer, problem = share((answer, problem), group)
+    answer, problem = broadcast_object((answer, problem), group)
     if problem is not None:
         raise problem
     return answer
 
 
-def agreed(sampler: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+def synchronized_sampler(sampler: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
     """A sampler whose tokens are the first process's on all of them.
 
     Sums may differ in the last bit between processes, where a back end adds in another order or a
@@ -196,7 +198,7 @@ def agreed(sampler: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.a
     return choose
 
 
-def _connect(place: Place | None) -> mx.distributed.Group:
+def _connect(place: RankInfo | None) -> mx.distributed.Group:
     try:
         with _deadline(place):
             group = mx.distributed.init(strict=place is not None)
@@ -211,7 +213,7 @@ def _connect(place: Place | None) -> mx.distributed.Group:
 
 
 @contextlib.contextmanager
-def _deadline(place: Place | None) -> Iterator[None]:
+def _deadline(place: RankInfo | None) -> Iterator[None]:
     """End the process if this takes longer than one waits for another, with one line of the first.
 
     MLX connects without letting other threads of Python run, so `faulthandler` ends the process,

@@ -13,7 +13,7 @@ from mlx_rgemma.errors import UserError
 Address = tuple[str, int]
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """Where a process stands among the others.
 
     Attributes:
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     calls: Mapping[int, Address]
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place | None:
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RankInfo | None:
         """What `mlx.launch` says; None for a process by itself, or under another launcher.
 
         With the ring back end each process calls the next one; with the others all call the first.
@@ -50,7 +50,7 @@ class Place(NamedTuple):
             ) from error
 
     @classmethod
-    def _read(cls, environment: Mapping[str, str]) -> Place | None:
+    def _read(cls, environment: Mapping[str, str]) -> RankInfo | None:
         rank = int(environment["MLX_RANK"])
         if "MLX_HOSTFILE" in environment:
             hosts = _read_list(environment["MLX_HOSTFILE"])
@@ -64,7 +64,7 @@ class Place(NamedTuple):
         return None
 
     @classmethod
-    def _ring(cls, rank: int, addresses: list[Address]) -> Place | None:
+    def _ring(cls, rank: int, addresses: list[Address]) -> RankInfo | None:
         size = len(addresses)
         if size < 2:
             return None
@@ -75,7 +75,7 @@ class Place(NamedTuple):
         return cls(rank, size, addresses[rank], frozenset({before}), {after: addresses[after]})
 
     @classmethod
-    def _star(cls, rank: int, size: int, first: Address) -> Place | None:
+    def _star(cls, rank: int, size: int, first: Address) -> RankInfo | None:
         if size < 2:
             return None
         _check_rank(rank, size)

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mlx_rgemma.distributed.rank_info import Address, Place
+from mlx_rgemma.distributed.rank_info import Address, RankInfo
 from mlx_rgemma.errors import UserError
 
 TIMEOUT_VARIABLE = "MLX_RGEMMA_PEER_TIMEOUT"
@@ -47,9 +47,9 @@ class Peers:
             where another process tells it. It ends this process.
     """
 
-    def __init__(self, place: Place, timeout: float, end: Callable[[str], None]) -> None:
+    def __init__(self, place: RankInfo, timeout: float, end: Callable[[str], None]) -> None:
         self.place, self.timeout, self.end = place, timeout, end
-        self._lines: dict[int, _Line] = {}
+        self._lines: dict[int, Connection] = {}
         self._known: dict[str, set[int]] = {"arrived": set(), "ready": set(), "bye": set()}
         self._changed = threading.Condition()
         self._over = False
@@ -57,7 +57,7 @@ class Peers:
         self._wake, woken = socket.socketpair()
         self._selector.register(woken, selectors.EVENT_READ, None)
 
-    def meet(self) -> None:
+    def rendezvous(self) -> None:
         """Wait until all processes have come.
 
         Raises:
@@ -66,9 +66,9 @@ class Peers:
         place, deadline = self.place, time.monotonic() + self.timeout
         thread = threading.Thread(target=self._listen, name="peers", daemon=True)
         thread.start()
-        self._spread("arrived", place.rank)
+        self._gossip("arrived", place.rank)
         self._connect(deadline)
-        self._spread("ready", place.rank)
+        self._gossip("ready", place.rank)
         with self._changed:
             everybody = set(range(place.size))
             while self._known["ready"] != everybody:
@@ -88,9 +88,9 @@ class Peers:
         text = f"rank {self.place.rank} of {self.place.size} {message}"
         self._send({"lost": text, "grace": grace})
 
-    def part(self) -> None:
+    def shutdown_barrier(self) -> None:
         """Tell the others that this process is done, and wait until they are."""
-        self._spread("bye", self.place.rank)
+        self._gossip("bye", self.place.rank)
         deadline = time.monotonic() + PARTING_SECONDS
         with self._changed:
             while len(self._known["bye"]) < self.place.size:
@@ -110,12 +110,12 @@ class Peers:
                 for rank, address in list(to_call.items()):
                     if (connection := _call(address, place.rank)) is not None:
                         del to_call[rank]
-                        self._add(_Line(connection, rank, self.timeout))
+                        self._add(Connection(connection, rank, self.timeout))
                 answered = None if listener is None else _answer(listener, to_come)
                 if answered is not None:
                     connection, rank = answered
                     to_come.discard(rank)
-                    self._add(_Line(connection, rank, self.timeout))
+                    self._add(Connection(connection, rank, self.timeout))
                 elif listener is None:
                     time.sleep(0.1)
         finally:
@@ -138,7 +138,7 @@ class Peers:
         self.lost(message)
         return UserError(f"rank {place.rank} of {place.size} {message}.")
 
-    def _add(self, line: _Line) -> None:
+    def _add(self, line: Connection) -> None:
         with self._changed:
             # A ring of two has two lines between the same processes.
             self._lines[line.socket.fileno()] = line
@@ -148,7 +148,7 @@ class Peers:
         self._selector.register(line.socket, selectors.EVENT_READ, line)
         self._wake.send(b".")
 
-    def _spread(self, kind: str, rank: int) -> None:
+    def _gossip(self, kind: str, rank: int) -> None:
         """Note something, and pass it on if it is new.
 
         Nobody here may go on before it is passed on: MLX, once it connects, lets no thread run, and
@@ -182,16 +182,16 @@ class Peers:
                 self._send({})
             for line in list(self._lines.values()):
                 # Measured from the last look, too: this thread may have been kept waiting itself.
-                line.patience -= min(now - line.looked, 2 * interval)
+                line.timeout_left -= min(now - line.looked, 2 * interval)
                 line.looked = now
-                if line.patience < 0 and line.rank not in self._known["bye"]:
+                if line.timeout_left < 0 and line.rank not in self._known["bye"]:
                     self._lose(
                         f"rank {line.rank} of {self.place.size} has not been heard of for"
                         f" {self.timeout:g} s"
                     )
                     return
 
-    def _read(self, line: _Line) -> bool:
+    def _read(self, line: Connection) -> bool:
         """Take what a line brings; False when that is the end."""
         try:
             messages = line.receive()
@@ -201,14 +201,14 @@ class Peers:
                 " program; see that the addresses of the hostfile are those of the machines"
             )
             return False
-        line.patience = self.timeout
+        line.timeout_left = self.timeout
         for message in messages or ():
             if "lost" in message:
                 self._lose(str(message["lost"]), told_grace=float(message.get("grace", 0)))
                 return False
             for kind, rank in message.items():
                 if kind in self._known:
-                    self._spread(kind, int(rank))
+                    self._gossip(kind, int(rank))
         if messages is None:
             self._selector.unregister(line.socket)
             del self._lines[line.socket.fileno()]
@@ -229,12 +229,12 @@ class Peers:
         self.end("" if told and self.place.rank > 0 else message)
 
 
-class _Line:
+class Connection:
     """A connection to another process."""
 
-    def __init__(self, connection: socket.socket, rank: int, patience: float) -> None:
+    def __init__(self, connection: socket.socket, rank: int, timeout_left: float) -> None:
         self.socket, self.rank = connection, rank
-        self.patience, self.looked = patience, time.monotonic()
+        self.timeout_left, self.looked = timeout_left, time.monotonic()
         self.rest = b""
         self.lock = threading.Lock()
         connection.settimeout(5.0)

@@ -15,7 +15,7 @@ from mlx_rgemma.checkpoints.load import load
 from mlx_rgemma.checkpoints.model_card import MODEL_CARD
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.evaluation.perplexity import Reference, encode_rows, measure
-from mlx_rgemma.evaluation.report import Entry, Size, as_json, measure_folder, table
+from mlx_rgemma.evaluation.report import Result, Size, as_json, measure_folder, table
 from mlx_rgemma.io.hub import locate
 from mlx_rgemma.tokenizers.load import has_tokenizer, load_tokenizer
 
@@ -50,7 +50,7 @@ def check_reportable(options: Mapping[str, Any]) -> None:
 
 def report_conversion(
     options: Mapping[str, Any], made: Path, documents: Sequence[str]
-) -> list[Entry]:
+) -> list[Result]:
     """Measure a new folder against its source.
 
     The two are never in memory together. A source that no model can be loaded from as it is
@@ -76,7 +76,7 @@ def report_conversion(
             convert(**{**options, **PLAIN, "mlx_path": original})
         model, _ = load(original)
         reference = Reference(model, rows)
-        first = Entry(source.name, Size.of(original), measure(model, rows, reference))
+        first = Result(source.name, Size.of(original), measure(model, rows, reference))
         del model
         mx.clear_cache()
         second = measure_folder(made.name, made, rows, reference)
@@ -84,7 +84,7 @@ def report_conversion(
     return [first, second]
 
 
-def write_report(folder: Path, entries: Sequence[Entry]) -> None:
+def write_report(folder: Path, entries: Sequence[Result]) -> None:
     """Keep a report in a folder: as JSON, and as a table in its model card."""
     (folder / REPORT_FILE).write_text(as_json(entries) + "\n", encoding="utf-8")
     tokens = entries[-1].quality.tokens

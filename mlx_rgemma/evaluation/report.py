@@ -79,7 +79,7 @@ def state_bytes(config: GriffinConfig, dtype: mx.Dtype) -> int:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Result:
     """One line of a report: a model, what it takes, and what it makes of the text."""
 
     name: str
@@ -104,7 +104,7 @@ def measure_folder(
     rows: Rows,
     reference: Reference | None = None,
     **options: Any,
-) -> Entry:
+) -> Result:
     """Load a model, measure it, and let go of it again.
 
     Args:
@@ -122,7 +122,7 @@ def measure_folder(
     quality = measure(loaded, rows, reference)
     del loaded
     mx.clear_cache()
-    return Entry(name, size, quality)
+    return Result(name, size, quality)
 
 
 def reference_of(model: str | Path | None, rows: Rows, **options: Any) -> Reference:
@@ -135,12 +135,12 @@ def reference_of(model: str | Path | None, rows: Rows, **options: Any) -> Refere
     return Reference(loaded, rows)
 
 
-def survey(
+def sweep(
     source: Source,
     settings: Mapping[str, Mapping[str, Any]],
     rows: Rows,
     work: Path | None = None,
-) -> tuple[list[Entry], dict[str, str]]:
+) -> tuple[list[Result], dict[str, str]]:
     """Convert a model in several ways and measure each against it.
 
     Args:
@@ -168,7 +168,7 @@ def survey(
     return entries, skipped
 
 
-def table(entries: Sequence[Entry]) -> str:
+def table(entries: Sequence[Result]) -> str:
     """A report as a table in Markdown."""
     compared = any(entry.quality.mean_kl is not None for entry in entries)
     titles = ["model", "bits per weight", "on disk", "read per token", "perplexity"]
@@ -193,7 +193,7 @@ def table(entries: Sequence[Entry]) -> str:
     )
 
 
-def as_json(entries: Sequence[Entry]) -> str:
+def as_json(entries: Sequence[Result]) -> str:
     """A report as JSON: a list with one object a model."""
     return json.dumps([entry.as_dict() for entry in entries], indent=2)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.generation.decode import LogitsProcessor, Sampler, plain_steps
+from mlx_rgemma.generation.decode import LogitsProcessor, Sampler, generate_step
 from mlx_rgemma.generation.options import (
     SamplingOptions,
     check_max_tokens,
@@ -136,7 +136,7 @@ def stream_generate(
             **common,
         )
     else:
-        steps = plain_steps(tokens, model, **common)
+        steps = generate_step(tokens, model, **common)
     with wired_limit(model, generation_stream):
         tic = time.perf_counter()
         with closing(steps):

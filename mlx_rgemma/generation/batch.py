@@ -16,7 +16,7 @@ from mlx_rgemma.generation.prompts import Prompt, encode_prompt
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.ops.backend import compile_seconds
-from mlx_rgemma.tokenizers.detokenizer import StopMatcher, TextStream
+from mlx_rgemma.tokenizers.detokenizer import StopSequences, StreamingDetokenizer
 
 if TYPE_CHECKING:
     from mlx_lm.generate_utils import BatchStats
@@ -45,8 +45,8 @@ class _Row:
     """One prompt's answer while it grows."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self.stream = TextStream(tokenizer)
-        self.stops = StopMatcher(stop)
+        self.stream = StreamingDetokenizer(tokenizer)
+        self.stops = StopSequences(stop)
         self.pieces: list[str] = []
         self.tokens: list[int] = []
         self.finish_reason: str | None = None

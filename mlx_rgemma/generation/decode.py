@@ -36,7 +36,7 @@ class Processors:
         last = recent[-CONTEXT_LIMIT:] if processors else []
         self.recent = mx.array(last).astype(mx.int32)
 
-    def see(self, tokens: mx.array) -> None:
+    def append(self, tokens: mx.array) -> None:
         """Take note of tokens."""
         if self.processors:
             self.recent = self._with(tokens)
@@ -58,7 +58,7 @@ def greedy(logprobs: mx.array) -> mx.array:
     return mx.argmax(logprobs, axis=-1)
 
 
-def plain_steps(
+def generate_step(
     prompt: mx.array,
     model: Model,
     *,
@@ -98,7 +98,7 @@ def plain_steps(
             logits = processors(model.last_logits(tokens[None], prompt_cache))
             logprobs = log_softmax(logits)
             token = choose(logprobs)
-            processors.see(token)
+            processors.append(token)
             mx.async_eval(token, logprobs, processors.recent)
         return token, logprobs.squeeze(0)
 

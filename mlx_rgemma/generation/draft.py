@@ -33,7 +33,7 @@ class Draft(NamedTuple):
     logprobs: mx.array | None = None
 
 
-NOTHING = Draft(mx.array([], mx.int32))
+EMPTY_DRAFT = Draft(mx.array([], mx.int32))
 
 
 class Drafter(Protocol):
@@ -45,7 +45,7 @@ class Drafter(Protocol):
     def draft(self, last: int, n: int, process: Process) -> Draft:
         """Propose up to `n` tokens behind `last`, which has not been read yet."""
 
-    def settle(self, kept: int) -> None:
+    def accept(self, kept: int) -> None:
         """Of the tokens proposed, the first `kept` have become part of the text."""
 
     def finish(self, last: int | None) -> None:
@@ -67,7 +67,7 @@ class DraftModel:
         self.cache = cache
         self.sampler = sampler
         self.pending: list[int] = []  # tokens of the text that the model has not read
-        self.drafted: mx.array = NOTHING.tokens
+        self.drafted: mx.array = EMPTY_DRAFT.tokens
         for layer in cache:
             layer.enable_rollback(limit + 1)
 
@@ -77,16 +77,16 @@ class DraftModel:
 
     def draft(self, last: int, n: int, process: Process) -> Draft:
         self.pending.append(last)
-        self.drafted = NOTHING.tokens
+        self.drafted = EMPTY_DRAFT.tokens
         if n == 0:
-            return NOTHING
-        with_odds = isinstance(self.sampler, Sampler) and not self.sampler.greedy
+            return EMPTY_DRAFT
+        with_probs = isinstance(self.sampler, Sampler) and not self.sampler.greedy
         unread = mx.array(self.pending, mx.int32)
         odds = []
         for _ in range(n):
             logits = self.model(unread[None], cache=self.cache)[:, -1]
             logprobs = log_softmax(process(logits, self.drafted))
-            if with_odds:
+            if with_probs:
                 odds.append(self.sampler.distribution(logprobs))
                 token = mx.random.categorical(odds[-1])
             else:
@@ -96,7 +96,7 @@ class DraftModel:
         self.pending = []
         return Draft(self.drafted, mx.concatenate(odds) if odds else None)
 
-    def settle(self, kept: int) -> None:
+    def accept(self, kept: int) -> None:
         spare = self.drafted.size - 1 - kept  # the last token drafted has not been read
         if spare > 0:
             for layer in self.cache:
@@ -143,7 +143,7 @@ class PromptLookup:
         self.drafted = self._continuation(n)
         return Draft(mx.array(self.drafted, mx.int32))
 
-    def settle(self, kept: int) -> None:
+    def accept(self, kept: int) -> None:
         for token in self.drafted[:kept]:
             self._add(token)
 

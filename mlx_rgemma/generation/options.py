@@ -197,14 +197,14 @@ class SamplingOptions:
 def check_number(
     name: str, value: Any, low: float, high: float = MAX_COUNT, *, whole: bool = False
 ) -> None:
-    """Refuse what is no number (no whole number) between two bounds.
+    """Refuse what is no number (no integer) between two bounds.
 
     Raises:
         UserError: Naming the argument, what was found and what was expected.
     """
     kind: type = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # type: ignore[operator]
-        what = "a whole number" if whole else "a number"
+        what = "an integer" if whole else "a number"
         bounds = f"of at least {low}" if high == MAX_COUNT else f"between {low} and {high}"
         raise UserError(f"{name} is {shown(value)}, expected {what} {bounds}.")
 

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.ops.backend import compile_seconds
-from mlx_rgemma.tokenizers.detokenizer import StopMatcher, TextStream
+from mlx_rgemma.tokenizers.detokenizer import StopSequences, StreamingDetokenizer
 
 
 @dataclass
@@ -66,8 +66,8 @@ def text_responses(
     Yields:
         A `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
     """
-    stops = StopMatcher([stop] if isinstance(stop, str) else stop)
-    text = TextStream(tokenizer, after=after)
+    stops = StopSequences([stop] if isinstance(stop, str) else stop)
+    text = StreamingDetokenizer(tokenizer, after=after)
     prompt_tps = 0.0
     for n, (token, logprobs, from_draft) in enumerate(steps, start=1):
         if n == 1:

@@ -133,7 +133,7 @@ def speculative_steps(
     try:
         while written != max_tokens:
             unread = None
-            processors.see(mx.array([last]))
+            processors.append(mx.array([last]))
             n = limit if max_tokens == -1 else min(limit, max_tokens - written - 1)
             draft = drafter.draft(last, n, processors)
             fed = mx.concatenate([mx.array([last], mx.int32), draft.tokens])
@@ -157,8 +157,8 @@ def speculative_steps(
                 kept = min(handed_out, agreed)
                 for layer in cache:
                     layer.trim(draft.tokens.size - kept)
-                drafter.settle(kept)
-                processors.see(draft.tokens[:kept])
+                drafter.accept(kept)
+                processors.append(draft.tokens[:kept])
                 if handed_out > agreed:
                     unread = last = tokens[agreed]
             written += len(tokens)

@@ -47,7 +47,7 @@ def wired_limit(model: nn.Module, stream: Any) -> Iterator[None]:
         mx.set_wired_limit(before)
 
 
-def settle() -> None:
+def synchronize_streams() -> None:
     """Let what is under way come to its end, in the loops here and in mlx-lm's.
 
     Before the processes that share a model go on: messages of two streams must not mix.

@@ -22,28 +22,28 @@ from mlx_rgemma.griffin.cache import GriffinCache, RecurrentCache
 if TYPE_CHECKING:
     from mlx_rgemma.griffin.model import Model
 
-INTO_PARTS = ("linear_y", "linear_x", "q_proj", "gate_proj", "up_proj")
+COLUMN_PARALLEL = ("linear_y", "linear_x", "q_proj", "gate_proj", "up_proj")
 """Linear layers of which each process has some outputs."""
 
-FROM_PARTS = ("linear_out", "o_proj", "down_proj")
+ROW_PARALLEL = ("linear_out", "o_proj", "down_proj")
 """Linear layers of which each process has some inputs."""
 
-BY_CHANNEL = ("conv_1d", "rg_lru")
+HEAD_PARALLEL = ("conv_1d", "rg_lru")
 """Modules all of whose parameters begin with the axis of channels or heads."""
 
 
-def cut_axis(name: str) -> int | None:
+def shard_axis(name: str) -> int | None:
     """The axis along which a tensor is cut, by its name; None where every process has all of it."""
     module, _, parameter = name.rpartition(".")
     module = module.rpartition(".")[2]
-    if module in INTO_PARTS or module in BY_CHANNEL:
+    if module in COLUMN_PARALLEL or module in HEAD_PARALLEL:
         return 0
-    if module in FROM_PARTS and parameter != "bias":
+    if module in ROW_PARALLEL and parameter != "bias":
         return 1
     return None
 
 
-def span(length: int, rank: int, size: int) -> slice:
+def shard_slice(length: int, rank: int, size: int) -> slice:
     """The part of an axis that a process keeps.
 
     Raises:
@@ -55,17 +55,17 @@ def span(length: int, rank: int, size: int) -> slice:
     return slice(rank * each, (rank + 1) * each)
 
 
-def own_part(name: str, value: mx.array, rank: int, size: int) -> mx.array:
+def local_shard(name: str, value: mx.array, rank: int, size: int) -> mx.array:
     """What a process keeps of a tensor."""
-    axis = cut_axis(name)
+    axis = shard_axis(name)
     if axis is None:
         return value
     place: list[Any] = [slice(None)] * value.ndim
-    place[axis] = span(value.shape[axis], rank, size)
+    place[axis] = shard_slice(value.shape[axis], rank, size)
     return mx.contiguous(value[tuple(place)])
 
 
-def possible_sizes(model: Model) -> list[int]:
+def valid_world_sizes(model: Model) -> list[int]:
     """The numbers of processes that can share a model.
 
     They divide its heads and the MLP's inner width, and cut no group of quantized weights.
@@ -74,7 +74,7 @@ def possible_sizes(model: Model) -> list[int]:
     units = [c.num_attention_heads, c.intermediate_size // 2]
     for layer in model.layers:
         for block in (layer.temporal_block, layer.mlp_block):
-            for name in FROM_PARTS:
+            for name in ROW_PARALLEL:
                 linear = block.get(name)
                 if isinstance(linear, nn.QuantizedLinear):
                     units.append(linear["scales"].shape[1])
@@ -93,7 +93,7 @@ def shard_model(model: Model, group: mx.distributed.Group) -> None:
         UserError: If the processes do not divide the model; the message says which numbers do.
     """
     size = group.size()
-    possible = possible_sizes(model)
+    possible = valid_world_sizes(model)
     if size not in possible:
         numbers = ", ".join(str(n) for n in possible if n > 1) or "none but 1"
         quantized = " as it is quantized" if model.args.quantization is not None else ""
@@ -108,14 +108,14 @@ def shard_model(model: Model, group: mx.distributed.Group) -> None:
 
 
 def _shard_block(block: Any, group: mx.distributed.Group) -> None:
-    for name in INTO_PARTS:
+    for name in COLUMN_PARALLEL:
         if name in block:
             # In place: what is computed is a linear layer still, and may be fused as one.
             shard_inplace(block[name], "all-to-sharded", group=group)
-    for name in FROM_PARTS:
+    for name in ROW_PARALLEL:
         if name in block:
             block[name] = shard_linear(block[name], "sharded-to-all", group=group)
-    for name in BY_CHANNEL:
+    for name in HEAD_PARALLEL:
         if name in block:
             shard_inplace(block[name], lambda path, weight: 0, group=group)
     if "q_proj" in block:
@@ -138,7 +138,7 @@ def split_state(cache: Sequence[GriffinCache], rank: int, size: int) -> list[Gri
     """A process's part of a state that `gather_state` or a single process made."""
 
     def part(array: mx.array) -> mx.array:
-        return mx.contiguous(array[..., span(array.shape[-1], rank, size)])
+        return mx.contiguous(array[..., shard_slice(array.shape[-1], rank, size)])
 
     if size == 1:
         return list(cache)

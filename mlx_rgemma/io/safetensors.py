@@ -56,7 +56,7 @@ MAX_TENSORS = 100_000
 
 MAX_DIMENSIONS = 16
 METADATA = "__metadata__"
-MEND = "download or copy it again"
+RECOVERY_HINT = "download or copy it again"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
                 )
             if size < 8 or length > size - 8:
                 raise CheckpointError(
-                    f"{path}: truncated: {size} bytes, shorter than its own header; {MEND}."
+                    f"{path}: truncated: {size} bytes, shorter than its own header;"
+                    f" {RECOVERY_HINT}."
                 )
             if length > MAX_HEADER_BYTES:
                 raise _damaged(
@@ -143,7 +144,7 @@ def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: not a sound safetensors file: {what}; {MEND}.")
+    return CheckpointError(f"{path}: not a sound safetensors file: {what}; {RECOVERY_HINT}.")
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def _tensors(path: Path, header: dict[str, Any], data: int, size: int) -> dict[s
         tensors[info.name] = TensorInfo(info.name, info.dtype, info.shape, path, data + begin)
     if data + at > size:
         raise CheckpointError(
-            f"{path}: truncated: {size} bytes, its header promises {data + at}; {MEND}."
+            f"{path}: truncated: {size} bytes, its header promises {data + at}; {RECOVERY_HINT}."
         )
     if data + at < size:
         raise _damaged(path, f"{size - data - at} bytes after the last tensor")

@@ -16,7 +16,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.streams import settle
+from mlx_rgemma.generation.streams import synchronize_streams
 from mlx_rgemma.measurement.engines import LEARNING_RATE, Generated, Loaded, Unsupported
 from mlx_rgemma.measurement.shapes import SHAPES, UNQUANTIZED, quantize, random_model
 
@@ -86,7 +86,7 @@ class _MlxEngine(ABC):
             count += 1
             last = time.perf_counter() - begin
             first = first or last
-        settle()  # of the token, too, that a loop has begun and nobody asks for
+        synchronize_streams()  # of the token, too, that a loop has begun and nobody asks for
         return Generated(first, last, count, sum(layer.nbytes for layer in cache))
 
     def _generate_batch(self, prompts: list[list[int]], tokens: int, step_size: int) -> Generated:
@@ -112,7 +112,7 @@ class _MlxEngine(ABC):
                         state += sum(layer.nbytes for layer in response.prompt_cache)
         finally:
             generator.close()
-        settle()  # of the token, too, that a loop has begun and nobody asks for
+        synchronize_streams()  # of the token, too, that a loop has begun and nobody asks for
         return Generated(first, last, count // len(prompts), state)
 
     @abstractmethod

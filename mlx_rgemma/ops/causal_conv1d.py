@@ -242,7 +242,7 @@ def _backward_reference(x, weight, bias, state, segment_pos, lengths, dy, d_new_
 
 
 _SAMPLE = (8, 150, 35)
-"""More tokens than a threadgroup takes, and neither length nor width a whole number of anything."""
+"""More tokens than a threadgroup takes, and neither length nor width an integer of anything."""
 _MODEL = (1, 2048, 2560)
 
 

@@ -66,10 +66,12 @@ def prefill_attention(
     Raises:
         ValueError: If the shapes do not agree.
     """
-    options = {"window": window, "cached_len": cached_len}
     if q.shape[2] == 1 and ring is not None:
         out, appended = decode_attention(
-            q, k, v, cos, sin, ring, max_lookback=max_lookback, **options
+            *(q, k, v, cos, sin, ring),
+            window=window,
+            max_lookback=max_lookback,
+            cached_len=cached_len,
         )
         return out, appended.kv[:, :, ring.write_pos : ring.write_pos + 1]
     check("prefill_attention", q, k, v, cos, sin, max_lookback, ring)
@@ -80,7 +82,8 @@ def prefill_attention(
         max_lookback = None if max_lookback is None else max_lookback[:, -1:]
     else:
         q, kv = rotate_heads(q, k, v, cos, sin)
-    return PREFILL_ATTENTION(q, kv, past, max_lookback, write_pos=write_pos, **options), kv
+    options = {"write_pos": write_pos, "window": window, "cached_len": cached_len}
+    return PREFILL_ATTENTION(q, kv, past, max_lookback, **options), kv
 
 
 def reference(

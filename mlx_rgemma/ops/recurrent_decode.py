@@ -84,7 +84,7 @@ def recurrent_decode(
 
 
 def reference(
-    y_branch: mx.array, x_branch: mx.array, *rest: mx.array | None, gate: Any = block_diagonal
+    y_branch: mx.array, x_branch: mx.array, *rest: Any, gate: Any = block_diagonal
 ) -> tuple[mx.array, mx.array, mx.array]:
     """`recurrent_decode` out of the operations that it joins; `gate` multiplies with the gates."""
     weights, (conv_state, h0, token_type) = RecurrentWeights(*rest[:7]), rest[7:]

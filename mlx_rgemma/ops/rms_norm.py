@@ -174,7 +174,7 @@ def _sample_inputs_add(x_dtype, delta_dtype, weight_dtype, dtype):
     return x, sample((2, _WIDTH), delta_dtype, 3), weight, *rest
 
 
-NORM = MetalKernel(
+NORM: MetalKernel = MetalKernel(
     "rms_norm",
     inputs=("x", "weight", "eps"),
     outputs=("normalized",),
@@ -184,7 +184,7 @@ NORM = MetalKernel(
     variants=[(mx.float32, dtype, dtype) for dtype in metal.FLOATS],
 )
 
-ADD_NORM = MetalKernel(
+ADD_NORM: MetalKernel = MetalKernel(
     "add_rms_norm",
     inputs=("x", "delta", "weight", "eps"),
     outputs=("sum", "normalized"),

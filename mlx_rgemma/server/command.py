@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         " with a state of fixed size for each conversation.",
         ["--model google/recurrentgemma-2b-it", "--port 8081 --temp 0.7 --max-tokens 1024"],
     )
-    number = cli.number
+    number = cli.float_between
     add = parser.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
     add("--adapter-path", help="Folder with trained adapter weights and config.")

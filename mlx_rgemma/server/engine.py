@@ -28,13 +28,13 @@ from mlx_rgemma.checkpoints.load import load
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.api import stream_generate
 from mlx_rgemma.generation.speculative import check_vocabulary
-from mlx_rgemma.generation.streams import settle
+from mlx_rgemma.generation.streams import synchronize_streams
 from mlx_rgemma.griffin.cache import state_nbytes
 from mlx_rgemma.server.access import KEYS_VARIABLE, Access, api_keys
 from mlx_rgemma.server.handler import Handler, RequestAborted
 from mlx_rgemma.server.http_server import Server
 from mlx_rgemma.server.mlx_lm_api import check_mlx_lm
-from mlx_rgemma.server.states import Prompt, States
+from mlx_rgemma.server.states import Prompt, PromptCacheStore
 from mlx_rgemma.server.validation import DEFAULT_MODEL
 
 STOP = "stop"
@@ -133,7 +133,7 @@ class Generator(mlx_lm_server.ResponseGenerator):
 
     model_provider: Any
 
-    def __init__(self, provider: Provider, states: States, max_requests: int) -> None:
+    def __init__(self, provider: Provider, states: PromptCacheStore, max_requests: int) -> None:
         self.slots = threading.BoundedSemaphore(max_requests)
         self.threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # that hold a slot
         self.ready = threading.Event()
@@ -258,10 +258,10 @@ def serve(args: Namespace) -> None:
     mlx_lm_server.stream_generate = _stream_generate  # type: ignore[assignment]
     if distributed.group() is not None:
         make_sampler = mlx_lm_server._make_sampler
-        mlx_lm_server._make_sampler = lambda *a: distributed.agreed(make_sampler(*a))
+        mlx_lm_server._make_sampler = lambda *a: distributed.synchronized_sampler(make_sampler(*a))
     provider = Provider(args)
     limit = 1 << 63 if args.prompt_cache_bytes is None else args.prompt_cache_bytes
-    states = States(args.prompt_cache_size, limit)
+    states = PromptCacheStore(args.prompt_cache_size, limit)
     if not first:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it for all
         generator = Generator(provider, states, args.max_requests)
@@ -348,7 +348,7 @@ def _stream_generate(
             yield from responses
     finally:
         if distributed.group() is not None:
-            settle()
+            synchronize_streams()
 
 
 _OPTIONS = (

@@ -21,7 +21,7 @@ class Prompt(list[int]):
         return Prompt(found, self.client) if isinstance(index, slice) else found
 
 
-class States(LRUPromptCache):
+class PromptCacheStore(LRUPromptCache):
     """States of conversations, the least recently used ones dropped first.
 
     A state is found only by the client whose prompt it was made from: `cached_tokens` and the time

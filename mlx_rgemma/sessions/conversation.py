@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.response import GenerationResponse
-from mlx_rgemma.sessions.session import Mark, Session
+from mlx_rgemma.sessions.session import Session, Snapshot
 
 TURN = "turn"
 OPEN = "open"
@@ -67,7 +67,7 @@ class Conversation:
             UserError: If the template refuses the message, or `Session.stream` does.
         """
         text = self.turn(message)
-        before: Mark | None = self.session.mark()
+        before: Snapshot | None = self.session.mark()
         for key in (TURN, MLX_LM):
             self.session.metadata.pop(key, None)
         try:

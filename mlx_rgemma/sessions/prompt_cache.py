@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_rgemma import distributed
 from mlx_rgemma.errors import CheckpointError, UserError, shown
-from mlx_rgemma.generation.streams import settle
+from mlx_rgemma.generation.streams import synchronize_streams
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.griffin.process import refuse_forked_process
@@ -90,10 +90,10 @@ def save_prompt_cache(
     refuse_forked_process()
     if model.group is None:
         return _write(Path(path), model, cache, metadata)
-    settle()
+    synchronize_streams()
     whole = gather_state(cache, model.group)
     mx.eval([layer.state for layer in whole])
-    distributed.outcome(lambda: _write(Path(path), model, whole, metadata), model.group)
+    distributed.run_on_rank0(lambda: _write(Path(path), model, whole, metadata), model.group)
 
 
 def _write(
@@ -159,8 +159,8 @@ def read_prompt_cache(path: str | Path, model: Model) -> tuple[list[GriffinCache
         whole.extend(cache)
         return metadata
 
-    metadata = distributed.outcome(read, group)
-    arrays = distributed.share_arrays([a for layer in whole for a in layer.state], group)
+    metadata = distributed.run_on_rank0(read, group)
+    arrays = distributed.broadcast([a for layer in whole for a in layer.state], group)
     states = [arrays[i : i + 3] for i in range(0, len(arrays), 3)]
     kinds = [type(layer) for layer in model.make_cache()]
     cache = [kind.from_state(state) for kind, state in zip(kinds, states, strict=True)]

@@ -34,14 +34,14 @@ from mlx_rgemma.sessions.prompt_cache import (
     save_prompt_cache,
 )
 from mlx_rgemma.sessions.state import TextState
-from mlx_rgemma.tokenizers.chunked import TextFile, TextPieces
+from mlx_rgemma.tokenizers.chunked import ChunkedTokenizer, TextFile
 
 Source = str | Sequence[int] | mx.array | TextFile
 TOKENS_SEEN = "tokens_seen"
 
 
 @dataclass(frozen=True)
-class Reading:
+class PrefillProgress:
     """How far a text has been read.
 
     Attributes:
@@ -58,7 +58,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Mark:
+class Snapshot:
     """A place in a session that `rewind` goes back to; it holds one state."""
 
     model: Model
@@ -94,7 +94,7 @@ class Session:
         self.tokenizer = tokenizer
         self.prefill_step_size = prefill_step_size
         self.metadata: dict[str, str] = {}
-        self._pieces = TextPieces(tokenizer)
+        self._pieces = ChunkedTokenizer(tokenizer)
         self._state = TextState(model.make_cache())
 
     def __repr__(self) -> str:
@@ -120,8 +120,8 @@ class Session:
         return [token for tokens in self._tokens(text) for token in tokens]
 
     def feed(
-        self, source: Source, *, progress: Callable[[Reading], object] | None = None
-    ) -> Reading:
+        self, source: Source, *, progress: Callable[[PrefillProgress], object] | None = None
+    ) -> PrefillProgress:
         """Read a text.
 
         Args:
@@ -141,8 +141,8 @@ class Session:
         before = self.tokens_seen
         for _ in self._read(self._tokens(source)):
             if progress is not None:
-                progress(Reading(self.tokens_seen - before, seconds_since(started)))
-        return Reading(self.tokens_seen - before, seconds_since(started))
+                progress(PrefillProgress(self.tokens_seen - before, seconds_since(started)))
+        return PrefillProgress(self.tokens_seen - before, seconds_since(started))
 
     def stream(
         self,
@@ -152,7 +152,7 @@ class Session:
         stop: str | Sequence[str] = (),
         sampler: Sampler | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
-        progress: Callable[[Reading], object] | None = None,
+        progress: Callable[[PrefillProgress], object] | None = None,
     ) -> Iterator[GenerationResponse]:
         """Read a prompt and write on, piece by piece.
 
@@ -186,7 +186,7 @@ class Session:
             for chunk in self._read(self._tokens(() if prompt is None else prompt)):
                 recent = (recent + chunk)[-CONTEXT_LIMIT:]
                 if progress is not None:
-                    progress(Reading(self.tokens_seen - before, seconds_since(tic)))
+                    progress(PrefillProgress(self.tokens_seen - before, seconds_since(tic)))
             read = self.tokens_seen - before
             if self.last_token is None:
                 raise UserError("there is nothing to go on from: give a prompt.")
@@ -217,11 +217,11 @@ class Session:
         other.metadata = dict(self.metadata)
         return other
 
-    def mark(self) -> Mark:
+    def mark(self) -> Snapshot:
         """A place to `rewind` to, any number of times."""
-        return Mark(self.model, self._state.copy(), dict(self.metadata))
+        return Snapshot(self.model, self._state.copy(), dict(self.metadata))
 
-    def rewind(self, mark: Mark) -> None:
+    def rewind(self, mark: Snapshot) -> None:
         """Go back (or over) to a place that was marked in a session of the same model.
 
         Raises:
@@ -229,7 +229,7 @@ class Session:
         """
         if mark.model is not self.model:
             raise UserError("the mark was made with another model.")
-        self._state.become(mark.state)
+        self._state.restore(mark.state)
         self.metadata = dict(mark.metadata)
 
     def save(self, path: str | Path) -> None:

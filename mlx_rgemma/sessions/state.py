@@ -29,7 +29,7 @@ class TextState:
     """
 
     def __init__(self, cache: Iterable[GriffinCache], pending: int | None = None) -> None:
-        self.cache = handles(cache)
+        self.cache = shallow_copies(cache)
         self.pending: int | mx.array | None = pending
         self.evaluate()
 
@@ -53,15 +53,15 @@ class TextState:
         """A state that goes on by itself; arrays are shared until one of the two does."""
         return TextState(self.cache, self.last_token)
 
-    def become(self, other: TextState) -> None:
+    def restore(self, other: TextState) -> None:
         """Go to where another state is, which stays there."""
-        self.cache, self.pending = handles(other.cache), other.last_token
+        self.cache, self.pending = shallow_copies(other.cache), other.last_token
 
     def advance(self, model: Model, tokens: Sequence[int]) -> None:
         """Read all but the last of some tokens, which is then the last seen."""
         cache = self.cache
         if len(tokens) > 1:
-            cache = handles(cache)
+            cache = shallow_copies(cache)
             model.prefill(mx.array([tokens[:-1]]), cache)
             mx.eval(_arrays(cache))
             if len(tokens) > 2:
@@ -96,7 +96,7 @@ class TextState:
             logprobs = log_softmax(logits)
             return choose(logprobs), logprobs.squeeze(0)
 
-        ahead = handles(self.cache)
+        ahead = shallow_copies(self.cache)
         token, logprobs = step(ahead, mx.array([self.last_token]))
         mx.async_eval(token, logprobs, _arrays(ahead))
         n = 0
@@ -104,11 +104,11 @@ class TextState:
             n += 1
             behind = self.cache = ahead
             self.pending = token
-            processors.see(token)
+            processors.append(token)
             if n == 1:
                 mx.eval(token)  # before the next one is begun, which would delay it
             if n != max_tokens:
-                ahead = handles(behind)
+                ahead = shallow_copies(behind)
                 next_token, next_logprobs = step(ahead, token)
                 _share_rings(behind, ahead)
                 mx.async_eval(next_token, next_logprobs, processors.recent, _arrays(ahead))
@@ -124,7 +124,7 @@ class TextState:
                 mx.clear_cache()
 
 
-def handles(cache: Iterable[GriffinCache]) -> tuple[GriffinCache, ...]:
+def shallow_copies(cache: Iterable[GriffinCache]) -> tuple[GriffinCache, ...]:
     """Caches of their own over the same arrays: what one of them reads reaches no other."""
     return tuple(copy.copy(layer) for layer in cache)
 

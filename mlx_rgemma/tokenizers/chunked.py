@@ -24,7 +24,7 @@ LONGEST = 1 << 20
 """Characters after which a text is cut even where its tokens may then differ."""
 
 SPACE = "▁"
-ANCHORS = ("\n", "a", ".", " ")
+CONTEXT_CHARS = ("\n", "a", ".", " ")
 """What a text that goes on may be read behind; the first that no token joins to its beginning."""
 
 
@@ -34,7 +34,7 @@ class TextFile(Protocol):
     def read(self, size: int, /) -> str: ...
 
 
-class TextPieces:
+class ChunkedTokenizer:
     """A tokenizer that reads texts of any size in bounded memory.
 
     Args:
@@ -46,7 +46,7 @@ class TextPieces:
     def __init__(self, tokenizer: Any, piece: int = PIECE, longest: int = LONGEST) -> None:
         self.tokenizer = tokenizer
         self.piece, self.longest = piece, longest
-        self.joined = _joined_pairs(tokenizer)
+        self.joined = _merge_pairs(tokenizer)
         self.special: dict[str, int] = tokenizer.get_added_vocab()
 
     def tokens(
@@ -71,7 +71,9 @@ class TextPieces:
                 special = bos is None or not text.startswith(bos)
                 yield list(self.tokenizer.encode(text, add_special_tokens=special))
             else:
-                yield self._behind(before, text.removeprefix(bos or "") if first else text)
+                yield self._encode_continuation(
+                    before, text.removeprefix(bos or "") if first else text
+                )
             begin = first = False
             before = text[-1]
 
@@ -114,22 +116,22 @@ class TextPieces:
     def _last_cut(self, text: str) -> int:
         """The last place where a text can be cut; 0 where there is none."""
         for at in range(len(text) - 1, 0, -1):
-            if text[at] not in " \n" or not self._apart(text[at - 1], text[at]):
+            if text[at] not in " \n" or not self._is_safe_boundary(text[at - 1], text[at]):
                 continue
             if not text.endswith(tuple(self.special), 0, at):
                 return at
         return 0
 
-    def _apart(self, left: str, right: str) -> bool:
+    def _is_safe_boundary(self, left: str, right: str) -> bool:
         """Whether no token joins two characters."""
         return (left.replace(" ", SPACE), right.replace(" ", SPACE)) not in self.joined
 
-    def _behind(self, before: str, text: str) -> list[int]:
+    def _encode_continuation(self, before: str, text: str) -> list[int]:
         """Tokens of a text that goes on, without BOS and without a space in front of it."""
         if not text:
             return []
-        for anchor in (before, *ANCHORS):
-            if anchor and self._apart(anchor[-1], text[0]):
+        for anchor in (before, *CONTEXT_CHARS):
+            if anchor and self._is_safe_boundary(anchor[-1], text[0]):
                 head = list(self.tokenizer.encode(anchor, add_special_tokens=False))
                 tokens = list(self.tokenizer.encode(anchor + text, add_special_tokens=False))
                 if tokens[: len(head)] == head:
@@ -140,7 +142,7 @@ class TextPieces:
 _PAIRS: WeakKeyDictionary[Any, frozenset[tuple[str, str]]] = WeakKeyDictionary()
 
 
-def _joined_pairs(tokenizer: Any) -> frozenset[tuple[str, str]]:
+def _merge_pairs(tokenizer: Any) -> frozenset[tuple[str, str]]:
     """The pairs of neighbouring characters that some entry of the vocabulary holds.
 
     Only those where a text may be cut, or be read behind an anchor: others are not asked for.
@@ -148,7 +150,7 @@ def _joined_pairs(tokenizer: Any) -> frozenset[tuple[str, str]]:
     pairs = _PAIRS.get(tokenizer)
     if pairs is None:
         found: set[tuple[str, str]] = set()
-        anchors = {anchor.replace(" ", SPACE) for anchor in ANCHORS}
+        anchors = {anchor.replace(" ", SPACE) for anchor in CONTEXT_CHARS}
         for entry in tokenizer.get_vocab():
             neighbours = pairwise(entry.replace(" ", SPACE))
             found.update((a, b) for a, b in neighbours if b in (SPACE, "\n") or a in anchors)

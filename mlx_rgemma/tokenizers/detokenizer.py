@@ -9,7 +9,7 @@ TEXT_LIMIT = 4096
 """Characters of finished text, and tokens, that a detokenizer keeps."""
 
 
-class TextStream:
+class StreamingDetokenizer:
     """mlx-lm's streaming detokenizer, forgetting what has been handed out.
 
     Args:
@@ -21,7 +21,7 @@ class TextStream:
     def __init__(self, tokenizer: Any, after: int | None = None) -> None:
         self.skip = 0
         if after is not None:
-            before = TextStream(tokenizer)
+            before = StreamingDetokenizer(tokenizer)
             text = before.add(after) + before.finish()
             # Half a character is completed by what follows, and shown then.
             self.skip = 0 if "\ufffd" in text else len(text)
@@ -56,7 +56,7 @@ class TextStream:
         return segment[skipped:]
 
 
-class StopMatcher:
+class StopSequences:
     """Holds back text that may turn out to be a stop text."""
 
     def __init__(self, stops: Sequence[str]) -> None:

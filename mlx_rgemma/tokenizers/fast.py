@@ -41,7 +41,7 @@ _DECODERS = [
 _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
-class PlainTokenizer:
+class FastTokenizer:
     """What generating asks of mlx-lm's `TokenizerWrapper`; what else is asked for, that answers.
 
     Args:
@@ -158,7 +158,7 @@ class Detokenizer:
 
 def plain_tokenizer(
     folder: Path, eos_token_ids: Iterable[int], wrapper: Callable[[], Any]
-) -> PlainTokenizer | None:
+) -> FastTokenizer | None:
     """The tokenizer of a folder, if it is plain; None where only the wrapper can tell.
 
     Args:
@@ -178,7 +178,7 @@ def plain_tokenizer(
         if tokenizer.encode("a").ids[:1] != [tokenizer.token_to_id(special["bos_token"])]:
             return None
         strip = content["decoder"]["decoders"][-1] == _STRIP
-        return PlainTokenizer(tokenizer, special, eos_token_ids, strip, wrapper)
+        return FastTokenizer(tokenizer, special, eos_token_ids, strip, wrapper)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # a damaged file, or a panic of Rust's: loading the wrapper says which

@@ -28,7 +28,7 @@ MAX_TOKENS = 1 << 24
 """Of a row, or of a batch of full rows."""
 
 
-def complete(
+def merge_config(
     parser: argparse.ArgumentParser,
     given: Mapping[str, Any],
     defaults: Mapping[str, Any],

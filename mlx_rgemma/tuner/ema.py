@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 
-class WeightAverage:
+class EMA:
     """``average = d average + (1 - d) weights`` with ``d = min(decay, (1 + n) / (10 + n))``.
 
     The smaller `d` of the first updates lets the average forget where it began.

@@ -28,15 +28,15 @@ from mlx_rgemma.adapters.files import (
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.tuner.data.batch import Batch
-from mlx_rgemma.tuner.data.batches import Batches, PaddedBatches, RowBatches, WholeRows
+from mlx_rgemma.tuner.data.batches import Batches, DataLoader, PackedDataset, PaddedBatches
 from mlx_rgemma.tuner.data.corpus import digest
-from mlx_rgemma.tuner.data.packing import Documents, Piece, lay_row, stack_documents
-from mlx_rgemma.tuner.data.tbptt import CarriedBatches, CarriedLoss
+from mlx_rgemma.tuner.data.packing import Documents, Span, build_row, stack_documents
+from mlx_rgemma.tuner.data.tbptt import StatefulBatches, StatefulLoss
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.memory_estimate import check_memory
 from mlx_rgemma.tuner.optimizers import make_optimizer
-from mlx_rgemma.tuner.parallel import begin_alike, check_rows
+from mlx_rgemma.tuner.parallel import broadcast_initial_state, check_rows
 from mlx_rgemma.tuner.train_state import TrainingState, load_state, save_state
 from mlx_rgemma.tuner.trainer import LoopSettings, TrainingCallback, fit
 
@@ -138,7 +138,7 @@ def train(
     state = TrainingState(model, make_optimizer(args))
     loss: Any = batch_loss
     if args.carry_state:
-        loss = state.carried = CarriedLoss(model, args.batch_size)
+        loss = state.carried = StatefulLoss(model, args.batch_size)
     folder = Path(args.adapter_path)
     fingerprint = {
         **{key: getattr(args, key) for key in FINGERPRINT},
@@ -148,9 +148,9 @@ def train(
         ),
     }
     checkpoint = folder / STATE_FILE
-    resume = distributed.share(args.resume and checkpoint.exists(), group)
+    resume = distributed.broadcast_object(args.resume and checkpoint.exists(), group)
     load = partial(load_state, checkpoint, state, fingerprint)
-    begin_alike(state, fingerprint, load if resume else None, group)
+    broadcast_initial_state(state, fingerprint, load if resume else None, group)
     if resume:
         show(f"Resuming after iteration {state.progress.iteration}")
     elif args.resume:
@@ -228,9 +228,9 @@ def training_batches(documents: Documents, args: SimpleNamespace) -> Batches:
     """What each iteration reads: padded rows, packed rows, or chunks with carried state."""
     length, rows = args.max_seq_length, args.batch_size
     if args.carry_state:
-        return CarriedBatches(documents, rows, length, args.seed)
+        return StatefulBatches(documents, rows, length, args.seed)
     if args.pack:
-        return RowBatches(WholeRows(documents, length, args.seed), rows)
+        return DataLoader(PackedDataset(documents, length, args.seed), rows)
     return PaddedBatches(documents, rows, length, args.seed)
 
 
@@ -250,8 +250,8 @@ def evaluate(model: Model, documents: Documents, args: SimpleNamespace, most: in
     batches: Iterator[Batch]
     if args.carry_state:
         rows = min(args.batch_size, int((documents.steps > 0).sum()))
-        chunks = CarriedBatches(documents, rows, args.max_seq_length, None)
-        loss, batches = CarriedLoss(model, rows), (chunks[i] for i in range(len(chunks)))
+        chunks = StatefulBatches(documents, rows, args.max_seq_length, None)
+        loss, batches = StatefulLoss(model, rows), (chunks[i] for i in range(len(chunks)))
     else:
         batches = _in_order(documents, args.batch_size, args.max_seq_length)
     total = count = 0.0
@@ -295,5 +295,5 @@ def _in_order(documents: Documents, batch_size: int, max_length: int) -> Iterato
         rows = order[start : start + batch_size]
         length = max(int(steps[rows].max()), 1)
         yield stack_documents(
-            [lay_row(documents, [Piece(int(d), 0, int(steps[d]))], length) for d in rows]
+            [build_row(documents, [Span(int(d), 0, int(steps[d]))], length) for d in rows]
         )

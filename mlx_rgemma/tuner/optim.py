@@ -1,4 +1,4 @@
-"""The optimizer's rules: what decays, and how the learning rate rises and falls."""
+"""The optimizer's rules: what use_weight_decay, and how the learning rate rises and falls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_rgemma.ops import backend
 DECAYS = ("cosine", "linear", "constant")
 
 
-def decays(name: str, value: mx.array) -> bool:
+def use_weight_decay(name: str, value: mx.array) -> bool:
     """Whether weight decay applies to a parameter.
 
     It does to matrices: projections, the embedding and adapters. It does not to the parameters of
@@ -66,7 +66,7 @@ def learning_rate_schedule(
 def adamw(
     learning_rate: Any, *, weight_decay: float, betas: tuple[float, float] = (0.9, 0.99)
 ) -> optim.Optimizer:
-    """AdamW with bias correction, whose weight decay keeps to `decays`.
+    """AdamW with bias correction, whose weight decay keeps to `use_weight_decay`.
 
     Args:
         learning_rate: A number, or a function of the update's number.
@@ -79,4 +79,6 @@ def adamw(
             learning_rate, betas=list(betas), weight_decay=decay, bias_correction=True
         )
 
-    return backend.optimizer(optim.MultiOptimizer([group(weight_decay), group(0.0)], [decays]))
+    return backend.optimizer(
+        optim.MultiOptimizer([group(weight_decay), group(0.0)], [use_weight_decay])
+    )

@@ -14,7 +14,7 @@ from mlx_rgemma.adapters.files import is_number, is_whole
 from mlx_rgemma.errors import UserError, shown
 from mlx_rgemma.ops import backend
 from mlx_rgemma.tuner.config import MAX_COUNT, MAX_RATE, check_keys
-from mlx_rgemma.tuner.optim import decays
+from mlx_rgemma.tuner.optim import use_weight_decay
 
 OPTIMIZERS = {
     "adam": "Adam",
@@ -49,7 +49,9 @@ def make_optimizer(args: SimpleNamespace) -> optim.Optimizer:
             found: optim.Optimizer = kind(learning_rate=rate, **options)
             return found
         undecayed = {**options, "weight_decay": 0.0}
-        return optim.MultiOptimizer([kind(rate, **options), kind(rate, **undecayed)], [decays])
+        return optim.MultiOptimizer(
+            [kind(rate, **options), kind(rate, **undecayed)], [use_weight_decay]
+        )
 
     try:
         # Some values are not looked at before an update.

@@ -25,7 +25,7 @@ def check_rows(batch_size: int, group: mx.distributed.Group | None) -> None:
         )
 
 
-def begin_alike(
+def broadcast_initial_state(
     state: TrainingState,
     fingerprint: Mapping[str, Any],
     load: Callable[[], None] | None,
@@ -46,7 +46,7 @@ def begin_alike(
         if load is not None:
             load()
         return
-    expected = distributed.share(dict(fingerprint), group)
+    expected = distributed.broadcast_object(dict(fingerprint), group)
     other = [
         key for key in sorted({*expected, *fingerprint}) if not _same(key, expected, fingerprint)
     ]
@@ -56,10 +56,10 @@ def begin_alike(
             " the same data and settings."
         )
     if load is not None:
-        distributed.outcome(load, group)
+        distributed.run_on_rank0(load, group)
     arrays = state.arrays()
-    names, state.progress = distributed.share((list(arrays), state.progress), group)
-    values = distributed.share_arrays(list(arrays.values()), group)
+    names, state.progress = distributed.broadcast_object((list(arrays), state.progress), group)
+    values = distributed.broadcast(list(arrays.values()), group)
     state.restore(dict(zip(names, values, strict=True)))
 
 

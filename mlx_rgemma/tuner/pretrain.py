@@ -25,17 +25,17 @@ from mlx_rgemma.ops import backend
 from mlx_rgemma.tokenizers.load import SENTENCEPIECE, load_tokenizer
 from mlx_rgemma.tokenizers.train import DEFAULT_VOCAB_SIZE, train_tokenizer
 from mlx_rgemma.tuner.data.batch import Batch
-from mlx_rgemma.tuner.data.batches import MixedRows, RowBatches, StreamedRows
-from mlx_rgemma.tuner.data.corpus import Source, digest, hold_out, read_source
-from mlx_rgemma.tuner.data.packing import Documents, fit_pieces, lay_row, stack_rows
+from mlx_rgemma.tuner.data.batches import ConcatDataset, DataLoader, MixtureDataset
+from mlx_rgemma.tuner.data.corpus import Source, digest, read_source, split_validation
+from mlx_rgemma.tuner.data.packing import Documents, best_fit_pack, build_row, stack_rows
 from mlx_rgemma.tuner.data.reading import read_limited
 from mlx_rgemma.tuner.dropout import add_dropout
-from mlx_rgemma.tuner.ema import WeightAverage
+from mlx_rgemma.tuner.ema import EMA
 from mlx_rgemma.tuner.init import initialize
 from mlx_rgemma.tuner.memory_estimate import check_memory, pretraining_bytes
 from mlx_rgemma.tuner.optim import adamw, learning_rate_schedule
-from mlx_rgemma.tuner.parallel import begin_alike, check_rows
-from mlx_rgemma.tuner.pretrain_config import Recipe
+from mlx_rgemma.tuner.parallel import broadcast_initial_state, check_rows
+from mlx_rgemma.tuner.pretrain_config import TrainConfig
 from mlx_rgemma.tuner.train_state import TrainingState, load_state, save_state
 from mlx_rgemma.tuner.trainer import LoopSettings, TrainingCallback, fit
 
@@ -62,7 +62,7 @@ PLACES = (
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationSet:
     """Text to measure a model on while it is trained.
 
     Attributes:
@@ -100,7 +100,7 @@ class Pretraining:
     """
 
     def __init__(
-        self, recipe: Recipe, folder: Path, group: mx.distributed.Group | None = None
+        self, recipe: TrainConfig, folder: Path, group: mx.distributed.Group | None = None
     ) -> None:
         self.recipe, self.folder, self.group = recipe, folder, group
         self.first = group is None or group.rank() == 0
@@ -123,7 +123,7 @@ class Pretraining:
         self.tokenizer = load_tokenizer(folder)
         self.model = self._model()
         rows = [
-            StreamedRows(
+            ConcatDataset(
                 encode(self.tokenizer, source.documents),
                 recipe.context_length,
                 _seed(recipe.seed, number),
@@ -135,9 +135,9 @@ class Pretraining:
             (source.name, int(row.documents.steps.sum()), source.weight / sum(weights))
             for source, row in zip(sources, rows, strict=True)
         ]
-        mixed = MixedRows(rows, weights, recipe.seed)
-        self.batches = RowBatches(mixed, recipe.batch_size)
-        self.held_out = hold(self.tokenizer, held, recipe) if held else None
+        mixed = MixtureDataset(rows, weights, recipe.seed)
+        self.batches = DataLoader(mixed, recipe.batch_size)
+        self.held_out = validation_set(self.tokenizer, held, recipe) if held else None
         self.state = self._state()
         settings = {k: v for k, v in recipe.as_dict().items() if k not in PLACES}
         self.fingerprint = {
@@ -147,9 +147,9 @@ class Pretraining:
             "tokenizer": digest([(folder / SENTENCEPIECE).read_bytes()]),
         }
         checkpoint = folder / CHECKPOINT
-        self.resumed = distributed.share(checkpoint.exists(), group)
+        self.resumed = distributed.broadcast_object(checkpoint.exists(), group)
         load = functools.partial(load_state, checkpoint, self.state, self.fingerprint)
-        begin_alike(self.state, self.fingerprint, load if self.resumed else None, group)
+        broadcast_initial_state(self.state, self.fingerprint, load if self.resumed else None, group)
 
     def description(self) -> list[str]:
         """What is going to happen, in lines for the terminal."""
@@ -268,7 +268,7 @@ class Pretraining:
     def _share_tokenizer(self, group: mx.distributed.Group) -> None:
         """Give the others the first one's tokenizer, which may have been trained just now."""
         path = self.folder / SENTENCEPIECE
-        data = distributed.share(path.read_bytes() if self.first else None, group)
+        data = distributed.broadcast_object(path.read_bytes() if self.first else None, group)
         if not self.first and not (path.exists() and path.read_bytes() == data):
             _write(path, data)
 
@@ -312,7 +312,7 @@ class Pretraining:
             end=recipe.min_learning_rate,
         )
         optimizer = adamw(schedule, weight_decay=recipe.weight_decay)
-        average = WeightAverage(self.model, recipe.average_decay) if recipe.average_decay else None
+        average = EMA(self.model, recipe.average_decay) if recipe.average_decay else None
         return TrainingState(self.model, optimizer, average)
 
 
@@ -322,13 +322,13 @@ def encode(tokenizer: Any, documents: Sequence[str]) -> Documents:
     return Documents.of([[*tokenizer.encode(text), eos] for text in documents])
 
 
-def hold(tokenizer: Any, documents: Sequence[str], recipe: Recipe) -> HeldOut:
+def validation_set(tokenizer: Any, documents: Sequence[str], recipe: TrainConfig) -> ValidationSet:
     """Lay held-out texts into batches."""
     encoded = encode(tokenizer, documents)
     length, size = recipe.context_length, recipe.batch_size
-    rows = [lay_row(encoded, pieces, length) for pieces in fit_pieces(encoded.steps, length)]
+    rows = [build_row(encoded, pieces, length) for pieces in best_fit_pack(encoded.steps, length)]
     batches = [stack_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
-    return HeldOut(batches, sum(len(d.encode()) + 1 for d in documents))
+    return ValidationSet(batches, sum(len(d.encode()) + 1 for d in documents))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -336,7 +336,7 @@ def _write(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
-def _texts(recipe: Recipe) -> tuple[list[Source], list[str]]:
+def _texts(recipe: TrainConfig) -> tuple[list[Source], list[str]]:
     """What is read, and what is held out."""
     if not recipe.data:
         raise UserError("there is no text to train on; name it with --data.")
@@ -345,7 +345,7 @@ def _texts(recipe: Recipe) -> tuple[list[Source], list[str]]:
     for place in recipe.data:
         source = read_source(place, whole_files=recipe.whole_files)
         if not recipe.valid_data and recipe.valid_fraction:
-            source, part = hold_out(source, recipe.valid_fraction)
+            source, part = split_validation(source, recipe.valid_fraction)
             held.extend(part)
         sources.append(source)
     for place in recipe.valid_data:

@@ -28,7 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """How a model is trained; the names are those of the command's options and of a YAML recipe.
 
     Attributes:

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_rgemma.adapters.files import is_number, is_whole
 from mlx_rgemma.errors import CheckpointError, UserError, shown
 from mlx_rgemma.io.arrays import load_arrays, save_arrays
-from mlx_rgemma.tuner.ema import WeightAverage
+from mlx_rgemma.tuner.ema import EMA
 
 FORMAT = "mlx_rgemma training state 1"
 
@@ -80,7 +80,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: optim.Optimizer
-    average: WeightAverage | None = None
+    average: EMA | None = None
     progress: Progress = field(default_factory=Progress)
     carried: Carried | None = None
 

@@ -26,7 +26,7 @@ from google_files import torch_entry, torch_pickle, torch_zip
 
 from mlx_rgemma.checkpoints.formats.google import Place, place
 from mlx_rgemma.checkpoints.save import split_shards
-from mlx_rgemma.checkpoints.schema import Expected, expected_tensors
+from mlx_rgemma.checkpoints.schema import TensorSpec, expected_tensors
 from mlx_rgemma.griffin.config import PRESETS, GriffinConfig
 from mlx_rgemma.io.safetensors import TensorInfo, write_file
 
@@ -70,7 +70,7 @@ def huggingface(folder: Path, config: GriffinConfig, noise: Noise) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
 
 
-def shape_there(wanted: Expected) -> tuple[int, ...]:
+def shape_there(wanted: TensorSpec) -> tuple[int, ...]:
     if wanted.name.endswith("conv_1d.weight"):
         channels, taps, one = wanted.shape
         return channels, one, taps
@@ -109,7 +109,7 @@ def flax(folder: Path, config: GriffinConfig, noise: Noise) -> None:
         array.write(values.reshape(shape)).result()
 
 
-def flax_place(wanted: Expected) -> Place:
+def flax_place(wanted: TensorSpec) -> Place:
     return place(wanted, True)
 
 

@@ -75,7 +75,7 @@ WRONG = {
         {CONV: mx.zeros((4, 80, 1))},
         r"conv_1d.weight \(\[4, 80, 1\], expected \[80, 4, 1\]\)",
     ),
-    "whole numbers": (
+    "integers": (
         {NORM: mx.zeros(80, mx.int32)},
         r"of the wrong dtype: model.final_norm.weight \(I32, expected F32 or BF16 or F16\)",
     ),

@@ -32,7 +32,7 @@ from measure_large import Noise
 
 from mlx_rgemma import GriffinConfig, convert, load, load_model
 from mlx_rgemma.checkpoints.formats import google
-from mlx_rgemma.checkpoints.formats.google import Unsaid, open_google, place
+from mlx_rgemma.checkpoints.formats.google import ConfigOverrides, open_google, place
 from mlx_rgemma.checkpoints.schema import expected_tensors
 from mlx_rgemma.convert import main
 from mlx_rgemma.errors import CheckpointError, UserError
@@ -118,14 +118,14 @@ class Shapes:
 @pytest.mark.parametrize("name", ["2b", "9b"])
 def test_released_shapes_are_recognised(tmp_path, name, flax):
     preset = GriffinConfig.preset(name)
-    folder, released, said = open_google(Shapes(preset, tmp_path, flax), Unsaid())
+    folder, released, said = open_google(Shapes(preset, tmp_path, flax), ConfigOverrides())
     assert folder.config == preset and released == name
     title = name.upper()
     assert said == (
         "Attention window 2048, soft cap 30, embeddings scaled: the shape is that of the released"
         f" {title}."
     )
-    folder, _, said = open_google(Shapes(preset, tmp_path, flax), Unsaid(4096, 0.0))
+    folder, _, said = open_google(Shapes(preset, tmp_path, flax), ConfigOverrides(4096, 0.0))
     assert folder.config == replace(preset, attention_window_size=4096, logits_soft_cap=0.0)
     assert said.endswith(f"{title}, but for --attention-window-size, --logits-soft-cap.")
 
@@ -146,7 +146,7 @@ def test_other_shapes(tmp_path, changes, flax):
     sizes = {"vocab_size": 97, "hidden_size": 80, "intermediate_size": 192, "lru_width": 80}
     sizes |= {"num_hidden_layers": 5, "num_attention_heads": 5, "head_dim": 16}
     config = GriffinConfig(**{**sizes, "attention_window_size": 7, **changes}, dtype="bfloat16")
-    found = open_google(Shapes(config, tmp_path, flax), Unsaid(7, 30.0, True))[0].config
+    found = open_google(Shapes(config, tmp_path, flax), ConfigOverrides(7, 30.0, True))[0].config
     assert found.layer_types == config.layer_types
     assert replace(found, block_types=config.block_types) == config
 
@@ -216,7 +216,7 @@ def test_incomplete_trees(tmp_path, change, message):
     store = Shapes(config, tmp_path)
     change(store.tensors)
     with pytest.raises(CheckpointError, match=message):
-        open_google(store, Unsaid(16, 30.0, True))
+        open_google(store, ConfigOverrides(16, 30.0, True))
 
 
 @pytest.mark.parametrize("kind", ["pytorch", pytest.param("flax", marks=needs_tensorstore)])

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_rgemma.checkpoints import sharded_reader as parts
 from mlx_rgemma.errors import CheckpointError
-from mlx_rgemma.griffin.sharding import own_part
+from mlx_rgemma.griffin.sharding import local_shard
 from mlx_rgemma.io.safetensors import read_header
 
 ROWS = "model.layers.0.mlp_block.gate_proj.weight"
@@ -42,7 +42,7 @@ def test_a_part_is_that_of_the_whole(file, name, size):
     whole = mx.load(str(file))
     for rank in range(size):
         got = parts.read_parts({name: whole[name]}, read_header(file), rank, size)[name]
-        expected = own_part(name, whole[name], rank, size)
+        expected = local_shard(name, whole[name], rank, size)
         assert got.dtype == expected.dtype and mx.array_equal(got, expected)
 
 

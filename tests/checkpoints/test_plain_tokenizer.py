@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from mlx_rgemma import load
 from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.io.text import DEFAULT_TEXT
-from mlx_rgemma.tokenizers.detokenizer import TextStream
-from mlx_rgemma.tokenizers.fast import PlainTokenizer, plain_tokenizer
+from mlx_rgemma.tokenizers.detokenizer import StreamingDetokenizer
+from mlx_rgemma.tokenizers.fast import FastTokenizer, plain_tokenizer
 from mlx_rgemma.tokenizers.load import load_tokenizer
 
 EOS = (7,)
@@ -26,7 +26,7 @@ def no_wrapper():
 
 
 @pytest.fixture(scope="module")
-def plain() -> PlainTokenizer:
+def plain() -> FastTokenizer:
     return plain_tokenizer(EMBEDDED, EOS, no_wrapper)
 
 
@@ -108,13 +108,16 @@ def test_texts(plain, wrapper, with_bytes, strips):
         assert plain.encode("猫") == wrapper.encode("猫")
     rng = np.random.default_rng(0)
     for _ in range(100):
-        one, other = TextStream(plain), TextStream(wrapper)
+        one, other = StreamingDetokenizer(plain), StreamingDetokenizer(wrapper)
         low = 0 if strips or rng.random() < 0.3 else 2048  # bytes, whole characters among them
         tokens = [int(t) for t in rng.integers(low, len(plain), 30)]
         tokens += plain.encode(" 猫 é", add_special_tokens=False)
         assert [one.add(t) for t in tokens] == [other.add(t) for t in tokens]
         assert one.finish() == other.finish()
-        one, other = TextStream(plain, after=tokens[0]), TextStream(wrapper, after=tokens[0])
+        one, other = (
+            StreamingDetokenizer(plain, after=tokens[0]),
+            StreamingDetokenizer(wrapper, after=tokens[0]),
+        )
         assert [one.add(t) for t in tokens[1:]] == [other.add(t) for t in tokens[1:]]
 
 
@@ -202,5 +205,5 @@ def test_damaged_files_are_left_to_the_wrapper(folder, name, damage):
 
 
 def test_loading_with_a_plain_tokenizer():
-    assert type(load(plain=True)[1]) is PlainTokenizer
+    assert type(load(plain=True)[1]) is FastTokenizer
     assert type(load()[1]).__name__ == "TokenizerWrapper"

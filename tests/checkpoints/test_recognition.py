@@ -11,23 +11,29 @@ from conftest import GOLDEN
 from google_files import FLAX, TORCH, flax_copy, tar_of
 
 from mlx_rgemma import convert, load
-from mlx_rgemma.checkpoints.formats.detect import Found, Kind, recognise
+from mlx_rgemma.checkpoints.formats.detect import CheckpointFormat, Detected, detect_format
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io.hub import EMBEDDED
 
 
 def test_kinds(tmp_path):
-    assert recognise(EMBEDDED) == Found(Kind.FOLDER, EMBEDDED)
-    assert recognise(GOLDEN / "tiny-2b") == Found(Kind.FOLDER, GOLDEN / "tiny-2b")
-    assert recognise(TORCH) == recognise(TORCH.parent) == Found(Kind.PYTORCH, TORCH)
+    assert detect_format(EMBEDDED) == Detected(CheckpointFormat.FOLDER, EMBEDDED)
+    assert detect_format(GOLDEN / "tiny-2b") == Detected(
+        CheckpointFormat.FOLDER, GOLDEN / "tiny-2b"
+    )
+    assert (
+        detect_format(TORCH)
+        == detect_format(TORCH.parent)
+        == Detected(CheckpointFormat.PYTORCH, TORCH)
+    )
     for folder in FLAX.values():
-        assert recognise(folder) == Found(Kind.FLAX, folder)
+        assert detect_format(folder) == Detected(CheckpointFormat.FLAX, folder)
     for name, mode in (("a.tar", "w"), ("b.tar.gz", "w:gz"), ("c", "w:gz"), ("d.pt", "w")):
         archive = tar_of(tmp_path / name, TORCH, mode=mode)
-        assert recognise(archive) == Found(Kind.ARCHIVE, archive)
+        assert detect_format(archive) == Detected(CheckpointFormat.ARCHIVE, archive)
     for name in ("weights", "weights.bin", "archive.tar.gz"):
         shutil.copyfile(TORCH, tmp_path / name)
-        assert recognise(tmp_path / name) == Found(Kind.PYTORCH, tmp_path / name)
+        assert detect_format(tmp_path / name) == Detected(CheckpointFormat.PYTORCH, tmp_path / name)
 
 
 @pytest.mark.parametrize("keep", ["_METADATA", ".zarray", "manifest.ocdbt"])
@@ -36,23 +42,25 @@ def test_flax_folders_without_their_other_files(tmp_path, keep):
     for name in ("_METADATA", "_sharding", "checkpoint", "manifest.ocdbt"):
         if name != keep:
             (folder / name).unlink(missing_ok=True)
-    assert recognise(folder) == recognise(tmp_path) == Found(Kind.FLAX, folder)
+    assert (
+        detect_format(folder) == detect_format(tmp_path) == Detected(CheckpointFormat.FLAX, folder)
+    )
 
 
 def test_a_hugging_face_folder_that_holds_other_things_too(tmp_path):
     folder = golden_copy("tiny-2b", tmp_path)
     shutil.copyfile(TORCH, folder / "original.pt")
-    assert recognise(folder) == Found(Kind.FOLDER, folder)
+    assert detect_format(folder) == Detected(CheckpointFormat.FOLDER, folder)
 
 
 def test_several(tmp_path):
     shutil.copyfile(TORCH, tmp_path / "2b.pt")
     (tmp_path / "._2b.pt").write_bytes(b"a Mac's own")
     tar_of(tmp_path / "2b.tar.gz", TORCH)
-    assert recognise(tmp_path) == Found(Kind.PYTORCH, tmp_path / "2b.pt")
+    assert detect_format(tmp_path) == Detected(CheckpointFormat.PYTORCH, tmp_path / "2b.pt")
     flax_copy("orbax-0.5.9-zarr", tmp_path / "2b-it")
     with pytest.raises(CheckpointError, match=r"more than one checkpoint: 2b-it, 2b\.pt; name one"):
-        recognise(tmp_path)
+        detect_format(tmp_path)
 
 
 OTHERS = {

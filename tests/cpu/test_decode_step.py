@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_rgemma import Model
 from mlx_rgemma.cpu import decode_step, dequantize, numba_runtime, thread_pool
-from mlx_rgemma.generation.decode import plain_steps
+from mlx_rgemma.generation.decode import generate_step
 from mlx_rgemma.generation.speculative import SpeculationStats, speculative_steps
 from mlx_rgemma.griffin.cache import RecurrentCache
 from mlx_rgemma.ops import backend
@@ -167,7 +167,7 @@ def test_tokens_that_are_taken_back(steps, monkeypatch, kept):
 def test_a_text_written_with_drafts(steps):
     """What was drafted is checked by loops, several tokens at once; the text is the model's own."""
     model, prompt = evaluated("tiny-2b"), mx.array([1, 2, 3, 1, 2, 3, 1, 2])
-    own = plain_steps(prompt, model, prompt_cache=model.make_cache(1), max_tokens=60)
+    own = generate_step(prompt, model, prompt_cache=model.make_cache(1), max_tokens=60)
     own = [token for token, *_ in own]
     steps.clear()
     stats = SpeculationStats()

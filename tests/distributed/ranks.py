@@ -41,7 +41,7 @@ def golden_logits_and_text(group) -> None:
         logits = model(tokens, cache=cache)[:, -1]
         tokens = mx.argmax(logits, axis=-1)[:, None]
         assert tokens[:, 0].tolist() == expected.tolist()
-    bits = distributed.share(np.array(logits).tobytes())
+    bits = distributed.broadcast_object(np.array(logits).tobytes())
     assert bits == np.array(logits).tobytes(), "logits differ between processes"
 
 
@@ -98,16 +98,18 @@ def in_mlx_lm(group) -> None:
 
 def words_and_arrays(group) -> None:
     value = {"rank": group.rank(), "text": "é" * 1000}
-    assert distributed.share(value)["rank"] == 0
+    assert distributed.broadcast_object(value)["rank"] == 0
     arrays = [mx.array([1.5, -0.0, 3e38]).astype(mx.bfloat16), mx.array(7), mx.array([True])]
-    shared = distributed.share_arrays(arrays if group.rank() == 0 else None, group)
+    shared = distributed.broadcast(arrays if group.rank() == 0 else None, group)
     assert [np.array(a.astype(mx.float32)).tobytes() for a in shared] == [
         np.array(a.astype(mx.float32)).tobytes() for a in arrays
     ]
-    sampler = distributed.agreed(lambda logprobs: mx.array([group.rank() + 5]))
+    sampler = distributed.synchronized_sampler(lambda logprobs: mx.array([group.rank() + 5]))
     assert sampler(mx.zeros((1, 3))).item() == 5
     numbers = mx.random.uniform(shape=(3,)).tolist()
-    assert distributed.share(numbers) == numbers, "random numbers differ between processes"
+    assert distributed.broadcast_object(numbers) == numbers, (
+        "random numbers differ between processes"
+    )
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ CONNECT = """
 import ctypes, sys
 import mlx.core as mx
 from mlx_rgemma.distributed import group as membership
-from mlx_rgemma.distributed.rank_info import Place
+from mlx_rgemma.distributed.rank_info import RankInfo
 
 def init(strict):
     if sys.argv[2] == "waits":
@@ -26,7 +26,7 @@ class Group:
     size = staticmethod(lambda: 3)
 
 mx.distributed.init = init
-membership._connect(Place(int(sys.argv[1]), 3, None, frozenset(), {}))
+membership._connect(RankInfo(int(sys.argv[1]), 3, None, frozenset(), {}))
 print("connected")
 """
 

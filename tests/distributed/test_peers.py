@@ -11,12 +11,12 @@ import time
 import pytest
 from launching import free_ports
 
-from mlx_rgemma.distributed.rank_info import Place
-from mlx_rgemma.distributed.watchdog import Peers, _Line, timeout_seconds
+from mlx_rgemma.distributed.rank_info import RankInfo
+from mlx_rgemma.distributed.watchdog import Connection, Peers, timeout_seconds
 from mlx_rgemma.errors import UserError
 
 
-def places(tmp_path, size: int, kind: str) -> list[Place]:
+def places(tmp_path, size: int, kind: str) -> list[RankInfo]:
     """The places of all processes, from what mlx.launch sets."""
     ports = free_ports(size)
     hosts, devices = tmp_path / "hosts.json", tmp_path / "devices.json"
@@ -34,7 +34,9 @@ def places(tmp_path, size: int, kind: str) -> list[Place]:
             "MLX_WORLD_SIZE": str(size),
         },
     }[kind]
-    found = [Place.from_environment({"MLX_RANK": str(rank), **variables}) for rank in range(size)]
+    found = [
+        RankInfo.from_environment({"MLX_RANK": str(rank), **variables}) for rank in range(size)
+    ]
     assert [(place.rank, place.size) for place in found] == [(r, size) for r in range(size)]
     return found
 
@@ -42,7 +44,7 @@ def places(tmp_path, size: int, kind: str) -> list[Place]:
 class Process:
     """A thread that stands for a process."""
 
-    def __init__(self, place: Place, timeout: float = 5.0) -> None:
+    def __init__(self, place: RankInfo, timeout: float = 5.0) -> None:
         self.ended: list[str] = []
         self.problem: UserError | None = None
         self.peers = Peers(place, timeout, self.ended.append)
@@ -51,7 +53,7 @@ class Process:
 
     def _meet(self) -> None:
         try:
-            self.peers.meet()
+            self.peers.rendezvous()
         except UserError as error:
             self.problem = error
 
@@ -63,7 +65,7 @@ class Process:
         return self.ended[0]
 
 
-def started(places: list[Place], timeout: float = 5.0) -> list[Process]:
+def started(places: list[RankInfo], timeout: float = 5.0) -> list[Process]:
     processes = [Process(place, timeout) for place in places]
     for process in processes:
         process.thread.join()
@@ -97,8 +99,8 @@ def test_addresses_are_free_for_mlx_once_all_have_met(tmp_path):
 @pytest.mark.parametrize("kind", ["ring", "jaccl"])
 def test_whoever_has_met_all_has_passed_on_all(tmp_path, kind, monkeypatch):
     """MLX, which comes next, lets no thread run that could do it later."""
-    passed_on: dict[_Line, set[int]] = {}
-    send = _Line.send
+    passed_on: dict[Connection, set[int]] = {}
+    send = Connection.send
 
     def slowly(line, message):
         if "ready" in message:
@@ -107,7 +109,7 @@ def test_whoever_has_met_all_has_passed_on_all(tmp_path, kind, monkeypatch):
         if "ready" in message:
             passed_on.setdefault(line, set()).add(message["ready"])
 
-    monkeypatch.setattr(_Line, "send", slowly)
+    monkeypatch.setattr(Connection, "send", slowly)
     seen: dict[int, list[set[int]]] = {}
 
     class Watched(Process):
@@ -216,7 +218,7 @@ def test_a_stranger_who_answers_is_told(tmp_path, answer):
 def test_an_address_of_another_machine_is_told(tmp_path):
     (tmp_path / "hosts.json").write_text('[["192.0.2.1:3000"], ["127.0.0.1:3001"]]')
     variables = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
-    (first,) = started([Place.from_environment(variables)], timeout=1.0)
+    (first,) = started([RankInfo.from_environment(variables)], timeout=1.0)
     assert "cannot listen on 192.0.2.1:3000" in str(first.problem)
     assert "an address of this machine" in str(first.problem)
 
@@ -234,9 +236,9 @@ def test_a_taken_address_is_told(tmp_path):
 def test_processes_by_themselves_have_no_place(tmp_path):
     empty = tmp_path / "hosts.json"
     empty.write_text("\n")  # what mlx.launch -n 1 leaves
-    assert Place.from_environment({}) is None
-    assert Place.from_environment({"MLX_RANK": "0"}) is None
-    assert Place.from_environment({"MLX_RANK": "0", "MLX_HOSTFILE": str(empty)}) is None
+    assert RankInfo.from_environment({}) is None
+    assert RankInfo.from_environment({"MLX_RANK": "0"}) is None
+    assert RankInfo.from_environment({"MLX_RANK": "0", "MLX_HOSTFILE": str(empty)}) is None
 
 
 TWO_HOSTS = [["127.0.0.1:3"], ["127.0.0.1:4"]]
@@ -265,7 +267,7 @@ def test_hostfiles_that_cannot_be_are_told(tmp_path, rank, hosts):
     if hosts is not None:
         path.write_text(json.dumps(hosts))
     with pytest.raises(UserError, match=r"mlx\.launch sets do not fit together"):
-        Place.from_environment({"MLX_RANK": rank, "MLX_HOSTFILE": str(path)})
+        RankInfo.from_environment({"MLX_RANK": rank, "MLX_HOSTFILE": str(path)})
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,7 @@ def test_hostfiles_that_cannot_be_are_told(tmp_path, rank, hosts):
 )
 def test_variables_that_cannot_be_are_told(variables):
     with pytest.raises(UserError, match=r"mlx\.launch sets do not fit together"):
-        Place.from_environment({"MLX_RANK": "0", **variables})
+        RankInfo.from_environment({"MLX_RANK": "0", **variables})
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])

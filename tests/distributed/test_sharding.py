@@ -19,12 +19,12 @@ from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.sharded_reader import read_parts
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.sharding import (
-    cut_axis,
     gather_state,
-    own_part,
-    possible_sizes,
+    local_shard,
+    shard_axis,
     shard_model,
     split_state,
+    valid_world_sizes,
 )
 from mlx_rgemma.sessions.prompt_cache import load_prompt_cache, save_prompt_cache
 
@@ -106,7 +106,7 @@ def test_each_process_keeps_its_share():
     shared = {
         name: value.nbytes
         for name, value in tree_flatten(random_model().parameters())
-        if cut_axis(name) is None
+        if shard_axis(name) is None
     }
     assert {name.split(".")[-2] for name in shared} == {
         "embed_tokens", "final_norm", "temporal_pre_norm", "channel_pre_norm",
@@ -163,15 +163,15 @@ def test_bytes_sent_for_a_token():
 def test_sizes_that_share_the_released_models(preset, sizes):
     """The numbers of the documentation, of shapes only: nothing is computed."""
     model = Model(GriffinConfig.preset(preset))
-    assert possible_sizes(model) == sizes
+    assert valid_world_sizes(model) == sizes
     nn.quantize(model, group_size=64, bits=4, class_predicate=model.quant_predicate)
-    assert possible_sizes(model) == sizes
+    assert valid_world_sizes(model) == sizes
 
 
 def test_groups_of_quantized_weights_are_not_cut():
-    assert possible_sizes(random_model()) == [1, 2, 4]
-    assert possible_sizes(random_model({"group_size": 64, "bits": 4})) == [1, 2]
-    assert possible_sizes(random_model({"group_size": 128, "bits": 4})) == [1]
+    assert valid_world_sizes(random_model()) == [1, 2, 4]
+    assert valid_world_sizes(random_model({"group_size": 64, "bits": 4})) == [1, 2]
+    assert valid_world_sizes(random_model({"group_size": 128, "bits": 4})) == [1]
 
 
 @pytest.mark.parametrize("size", [3, 8])
@@ -247,7 +247,7 @@ def test_parts_are_read_from_the_files_as_they_would_be_cut(rank):
     parts = read_parts(whole.sanitize(weights), folder.tensors, rank, 2)
     cut = 0
     for name, value in tree_flatten(whole.parameters()):
-        expected = own_part(name, value, rank, 2)
+        expected = local_shard(name, value, rank, 2)
         assert parts[name].shape == expected.shape and parts[name].dtype == mx.bfloat16, name
         assert mx.array_equal(parts[name], expected).item(), name
         cut += expected.size < value.size

@@ -15,12 +15,12 @@ from mlx_rgemma.errors import UserError
 from mlx_rgemma.evaluation import perplexity as measures
 from mlx_rgemma.evaluation.perplexity import Reference, Rows, encode_rows, measure
 from mlx_rgemma.evaluation.report import (
-    Entry,
+    Result,
     Size,
     measure_folder,
     reference_of,
     state_bytes,
-    survey,
+    sweep,
     table,
 )
 from mlx_rgemma.griffin.cache import state_nbytes
@@ -176,7 +176,7 @@ def surveyed(tmp_path_factory):
         "groups of 128": {"quantize": True, "q_group_size": 128},
     }
     work = tmp_path_factory.mktemp("survey")
-    entries, skipped = survey(Source(EMBEDDED), settings, rows, work)
+    entries, skipped = sweep(Source(EMBEDDED), settings, rows, work)
     assert list(work.iterdir()) == []
     return {entry.name: entry for entry in entries}, skipped
 
@@ -208,7 +208,7 @@ def test_our_recipe_beats_equal_bits_of_its_size(surveyed):
 def test_table():
     size = Size(3_400_000_000, 3_300_000_000, 17_000_000, 2_700_000_000)
     found = measure(golden_model("tiny-9b"), Rows([[1, 2, 3]], 9))
-    text = table([Entry("a model", size, found)])
+    text = table([Result("a model", size, found)])
     assert [line.count("|") for line in text.splitlines()] == [6, 6, 6]
     assert "3.40 GB" in text and "9.78" in text and "mean KL" not in text
 

@@ -13,7 +13,7 @@ from mlx_rgemma.cpu.layers import Linear
 from mlx_rgemma.generation import decode as decoding
 from mlx_rgemma.generation import speculative as speculation
 from mlx_rgemma.generation.api import stream_generate
-from mlx_rgemma.generation.decode import Processors, plain_steps
+from mlx_rgemma.generation.decode import Processors, generate_step
 from mlx_rgemma.griffin.layers import LocalAttentionBlock, RecurrentBlock
 from mlx_rgemma.sessions import session
 
@@ -46,7 +46,7 @@ class Counted:
 )
 def test_the_first_token_comes_with_the_last_chunk(embedded, size, chunks):
     counted, calls = Counted(embedded[0]), []
-    steps = plain_steps(
+    steps = generate_step(
         PROMPT,
         counted,
         prompt_cache=embedded[0].make_cache(),
@@ -67,13 +67,15 @@ def test_the_state_has_read_what_was_handed_out(embedded, handed_out, closed):
     model, _ = embedded
     cache = model.make_cache()
     most = 20 if closed else handed_out
-    steps = plain_steps(PROMPT, model, prompt_cache=cache, max_tokens=most)
+    steps = generate_step(PROMPT, model, prompt_cache=cache, max_tokens=most)
     tokens = [next(steps)[0] for _ in range(handed_out)]
     steps.close() if closed else list(steps)
     assert {layer.offset for layer in cache} == {PROMPT.size + handed_out}
-    going_on = [t for t, *_ in plain_steps(mx.array([5]), model, prompt_cache=cache, max_tokens=6)]
+    going_on = [
+        t for t, *_ in generate_step(mx.array([5]), model, prompt_cache=cache, max_tokens=6)
+    ]
     again = mx.concatenate([PROMPT, mx.array([*tokens, 5])])
-    at_once = plain_steps(again, model, prompt_cache=model.make_cache(), max_tokens=6)
+    at_once = generate_step(again, model, prompt_cache=model.make_cache(), max_tokens=6)
     assert going_on == [t for t, *_ in at_once]
 
 
@@ -83,7 +85,7 @@ def test_tokens_and_probabilities_are_mlx_lms(embedded):
     model, _ = embedded
     theirs = list(generate_step(PROMPT, model, max_tokens=30, prefill_step_size=16))
     ours = list(
-        plain_steps(
+        generate_step(
             PROMPT, model, prompt_cache=model.make_cache(), max_tokens=30, prefill_step_size=16
         )
     )

@@ -13,7 +13,7 @@ from mlx_rgemma import batch_generate, generate, load, stream_generate
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.prompts import encode
 from mlx_rgemma.generation.response import GenerationResponse
-from mlx_rgemma.tokenizers.detokenizer import TEXT_LIMIT, StopMatcher, TextStream
+from mlx_rgemma.tokenizers.detokenizer import TEXT_LIMIT, StopSequences, StreamingDetokenizer
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_stop_text_ends_the_generation(embedded):
 @pytest.mark.parametrize("cut", range(1, 9))
 def test_stop_texts_are_found_across_pieces(cut):
     text, stop = "one two stop three", "stop"
-    matcher, shown, stopped = StopMatcher([stop, "zzz"]), "", False
+    matcher, shown, stopped = StopSequences([stop, "zzz"]), "", False
     for at in range(0, len(text), cut):
         piece, stopped = matcher.feed(text[at : at + cut], last=False)
         shown += piece
@@ -102,7 +102,7 @@ def test_stop_texts_are_found_across_pieces(cut):
 
 
 def test_what_was_held_back_comes_at_the_end():
-    matcher = StopMatcher(["stop"])
+    matcher = StopSequences(["stop"])
     assert matcher.feed("a st", last=False) == ("a ", False)
     assert matcher.feed("o", last=True) == ("sto", False)
 
@@ -210,7 +210,7 @@ def test_a_state_is_continued(embedded):
 def test_generating_keeps_neither_text_nor_tokens(embedded):
     """No Python list and no array grows with the number of tokens."""
     _, tokenizer = embedded
-    stream = TextStream(tokenizer)
+    stream = StreamingDetokenizer(tokenizer)
     ids = tokenizer.encode("The little girl was very happy.\n", add_special_tokens=False)
     expected, found = tokenizer.decode(ids * 2000), ""
     longest = 0

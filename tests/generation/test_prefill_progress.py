@@ -10,7 +10,7 @@ import pytest
 from mlx_rgemma import generate, load
 from mlx_rgemma.generation import progress
 from mlx_rgemma.generation.progress import CLEAR, reading_line
-from mlx_rgemma.sessions.session import Reading
+from mlx_rgemma.sessions.session import PrefillProgress
 
 
 class Terminal(io.StringIO):
@@ -94,7 +94,7 @@ def test_the_tokens_of_a_file_are_estimated_from_its_size(terminal, tmp_path):
         while text := source.read(piece):
             for _ in range(0, len(text) // letters_per_token, 2048):
                 tokens += 2048
-                show(Reading(tokens, 1.0))
+                show(PrefillProgress(tokens, 1.0))
     lines = terminal.lines()
     assert " of " not in lines[0]  # nothing is known yet
     guesses = [int(line.split("~")[1].split()[0].replace(",", "")) for line in lines if "~" in line]
@@ -104,5 +104,5 @@ def test_the_tokens_of_a_file_are_estimated_from_its_size(terminal, tmp_path):
 
 def test_a_text_has_no_size(terminal):
     show = progress.source_progress("A text.")
-    show(Reading(100, 1.0))
+    show(PrefillProgress(100, 1.0))
     assert terminal.lines() == ["Reading 100 tokens, 100 tok/s"]

@@ -163,7 +163,7 @@ def test_mistakes_are_one_line(capsys, command, message):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("-p 1,x", "invalid whole number value"),
+        ("-p 1,x", "invalid integer value"),
         ("-p 0", "0 is not at least 1"),
         ("--compare llama", "'llama' is none of mlx-lm, transformers"),
         ("--dtype int8", "'int8' is none of float32"),

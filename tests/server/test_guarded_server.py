@@ -17,7 +17,7 @@ from helpers.running_server import CHAT, COMPLETIONS, STORY, Running
 
 from mlx_rgemma.server.access import Access
 from mlx_rgemma.server.engine import MAX_STATE_MACHINES, Generator, Provider, _warn
-from mlx_rgemma.server.states import Prompt, States
+from mlx_rgemma.server.states import Prompt, PromptCacheStore
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -148,7 +148,7 @@ def test_states_without_a_client_are_neither_kept_nor_found():
     from mlx_rgemma import load
 
     model = load(dtype="float32")[0]
-    states = States(4)
+    states = PromptCacheStore(4)
     for tokens in ([1, 2, 3], Prompt([1, 2, 3], None)):
         states.insert_cache("model", tokens, model.make_cache())
         assert len(states) == 0

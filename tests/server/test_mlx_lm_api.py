@@ -12,7 +12,7 @@ from mlx_rgemma.server.command import build_parser
 from mlx_rgemma.server.engine import Generator, Provider, serve
 from mlx_rgemma.server.handler import Handler
 from mlx_rgemma.server.mlx_lm_api import EXPECTED, check_mlx_lm
-from mlx_rgemma.server.states import States
+from mlx_rgemma.server.states import PromptCacheStore
 
 FUNCTIONS = [(owner, name) for owner, functions in EXPECTED.items() for name in functions]
 
@@ -24,7 +24,7 @@ def test_the_installed_mlx_lm_has_it(owner, name):
     assert ", ".join(inspect.signature(getattr(owner, name)).parameters) == EXPECTED[owner][name]
 
 
-@pytest.mark.parametrize("own", [Provider, Generator, States, Handler])
+@pytest.mark.parametrize("own", [Provider, Generator, PromptCacheStore, Handler])
 def test_every_override_is_listed(own):
     (parent,) = own.__bases__
     overridden = {name for name in vars(own) if inspect.isfunction(getattr(parent, name, None))}

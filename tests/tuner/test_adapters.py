@@ -136,7 +136,7 @@ def lora(**parameters):
     [
         ({"fine_tune_type": "lore"}, "fine_tune_type is 'lore', expected one of lora, dora, full"),
         ({"num_layers": 77}, "num_layers is 77, but the model has 5 layers; the adapters were"),
-        ({"num_layers": "all"}, "num_layers is 'all', expected a whole number"),
+        ({"num_layers": "all"}, "num_layers is 'all', expected an integer"),
         ({"num_layers": 1}, "holds .* unknown here"),
         ({"lora_parameters": lora(rank=8)}, "has shape .* the model needs"),
         ({"lora_parameters": lora(rank=0)}, "rank is 0, expected"),
@@ -148,7 +148,7 @@ def lora(**parameters):
         ({"lora_gates": "yes"}, "lora_gates is 'yes', expected true or false"),
         ({"fine_tune_type": "dora"}, "lacks .*; the adapters were trained on another model"),
         ({"fine_tune_type": "full", "lora_gates": False}, "unknown here"),
-        ({"num_layers": 1 << 40}, "num_layers is 1099511627776, expected a whole number of layers"),
+        ({"num_layers": 1 << 40}, "num_layers is 1099511627776, expected an integer of layers"),
         ({"lora_parameters": lora(rank=99999999999)}, "rank is 99999999999, expected a whole"),
         ({"lora_parameters": lora(rank=60000)}, "rank is 60000, more than any matrix of the model"),
         ({"lora_parameters": lora(rank=10**4000)}, "rank is 1000"),

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.tuner.data.packing import Documents
-from mlx_rgemma.tuner.data.tbptt import CarriedBatches, CarriedLoss
+from mlx_rgemma.tuner.data.tbptt import StatefulBatches, StatefulLoss
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 
 LENGTHS = (130, 7, 55, 90, 2, 61, 1)
@@ -49,7 +49,7 @@ def test_forward_loss_is_that_of_the_full_pass(documents, rows, length, checkpoi
     model.train()
     if checkpointing:
         checkpoint_layers(model)
-    batches, loss = CarriedBatches(documents, rows, length, None), CarriedLoss(model, rows)
+    batches, loss = StatefulBatches(documents, rows, length, None), StatefulLoss(model, rows)
     total = count = 0
     for step in range(len(batches)):
         batch = batches[step]
@@ -65,9 +65,9 @@ def test_forward_loss_is_that_of_the_full_pass(documents, rows, length, checkpoi
 def test_gradients_are_those_of_the_chunk_on_a_given_state(documents):
     model = golden_model("tiny-9b")
     tokens = document(documents, 0)
-    batches = CarriedBatches(Documents.of([tokens[0].tolist()]), 1, 40, None)
+    batches = StatefulBatches(Documents.of([tokens[0].tolist()]), 1, 40, None)
     model.train()
-    loss = CarriedLoss(model, 1)
+    loss = StatefulLoss(model, 1)
     for step in range(2):
         batch = batches[step]
         gradients = nn.value_and_grad(model, lambda m, b=batch: loss(m, b)[0])(model)[1]
@@ -88,7 +88,7 @@ def held_after_steps(documents: Documents) -> list[int]:
     """Bytes that MLX holds after each of many steps."""
     model = golden_model("tiny-9b")
     model.train()
-    batches, loss = CarriedBatches(documents, 1, 16, 0), CarriedLoss(model, 1)
+    batches, loss = StatefulBatches(documents, 1, 16, 0), StatefulLoss(model, 1)
     held = []
     for step in range(60):
         batch = batches[step]
@@ -109,7 +109,7 @@ def test_memory_does_not_grow_with_the_document(documents):
 
 def test_order(documents):
     """Each row reads whole documents one behind the other; the order follows from seed and step."""
-    batches = CarriedBatches(documents, 2, 16, 5)
+    batches = StatefulBatches(documents, 2, 16, 5)
     streams = np.concatenate([np.array(batches[i].tokens) for i in range(60)], axis=1)
     positions = np.concatenate([np.array(batches[i].segment_pos) for i in range(60)], axis=1)
     texts = {tuple(document(documents, n)[0, :-1].tolist()) for n in range(len(LENGTHS))}
@@ -118,10 +118,10 @@ def test_order(documents):
         for start, stop in pairwise(starts):
             assert tuple(row[start:stop].tolist()) in texts
             assert np.array_equal(at[start:stop], np.arange(stop - start))
-    again = CarriedBatches(documents, 2, 16, 5)[37]
+    again = StatefulBatches(documents, 2, 16, 5)[37]
     assert mx.array_equal(again.tokens, batches[37].tokens)
 
 
 def test_too_few_documents(documents):
     with pytest.raises(UserError, match="--batch-size of at most 6"):
-        CarriedBatches(documents, 7, 16, 0)
+        StatefulBatches(documents, 7, 16, 0)

@@ -20,7 +20,7 @@ import mlx_rgemma.lora as lora
 from mlx_rgemma import load
 from mlx_rgemma.adapters.files import AdapterConfig, add_adapters
 from mlx_rgemma.ops.backend import Backend, active
-from mlx_rgemma.tuner.data.batches import RowBatches, WholeRows
+from mlx_rgemma.tuner.data.batches import DataLoader, PackedDataset
 from mlx_rgemma.tuner.data.packing import Documents
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.loss import batch_loss
@@ -211,7 +211,7 @@ def test_200_steps_are_finite(base):
     rng = np.random.default_rng(0)
     documents = Documents.of([rng.integers(3, 90, n) for n in rng.integers(2, 24, 20)])
     state = TrainingState(model, lora_optimizer())
-    batches = RowBatches(WholeRows(documents, 24, 0), 1)
+    batches = DataLoader(PackedDataset(documents, 24, 0), 1)
     seen = []
 
     class Callback:

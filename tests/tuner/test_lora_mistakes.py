@@ -30,7 +30,7 @@ def test_command_line_wins_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("iters: many\n", "iters is 'many', expected a whole number"),
+        ("iters: many\n", "iters is 'many', expected an integer"),
         ("iters: 0\n", "0 is not at least 1"),
         ("optimizer: adamax\n", "expected one of adam, adamw, muon, sgd, adafactor"),
         ("train: 1\n", "train is 1, expected true or false"),

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.tuner.data.batches import (
-    MixedRows,
+    ConcatDataset,
+    DataLoader,
+    MixtureDataset,
+    PackedDataset,
     PaddedBatches,
-    RowBatches,
-    StreamedRows,
-    WholeRows,
 )
-from mlx_rgemma.tuner.data.packing import Documents, fit_pieces, lay_row
+from mlx_rgemma.tuner.data.packing import Documents, best_fit_pack, build_row
 
 TEXTS = st.lists(st.lists(st.integers(4, 99), min_size=0, max_size=40), min_size=1, max_size=12)
 
@@ -56,7 +56,7 @@ def is_part(piece, document) -> bool:
 @given(TEXTS, st.integers(1, 25))
 def test_whole_rows_hold_each_step_once(texts, row_length):
     documents = Documents.of(texts)
-    rows = [lay_row(documents, p, row_length) for p in fit_pieces(documents.steps, row_length)]
+    rows = [build_row(documents, p, row_length) for p in best_fit_pack(documents.steps, row_length)]
     assert steps_in(rows) == steps_of(texts)
     for row in rows:
         for piece in pieces_in(row):
@@ -73,9 +73,9 @@ def test_streamed_rows_are_full_and_hold_each_step_once_an_epoch(texts, row_leng
     total = int(documents.steps.sum())
     if total < row_length:
         with pytest.raises(UserError, match=f"{total} tokens, fewer than one row of {row_length}"):
-            StreamedRows(documents, row_length, seed)
+            ConcatDataset(documents, row_length, seed)
         return
-    rows = StreamedRows(documents, row_length, seed)
+    rows = ConcatDataset(documents, row_length, seed)
     for epoch in (0, 1):
         first = epoch * rows.rows_per_epoch
         read = [rows[first + i] for i in range(rows.rows_per_epoch)]
@@ -90,18 +90,18 @@ def test_streamed_rows_are_full_and_hold_each_step_once_an_epoch(texts, row_leng
 
 def test_prompts_are_read_and_not_predicted():
     documents = Documents.of([[5, 6, 7, 8], [9, 10, 11]], first_targets=[3, 1])
-    (pieces,) = fit_pieces(documents.steps, 8)
-    tokens, targets, mask, positions = lay_row(documents, pieces, 8)
+    (pieces,) = best_fit_pack(documents.steps, 8)
+    tokens, targets, mask, positions = build_row(documents, pieces, 8)
     assert tokens.tolist() == [5, 6, 7, 9, 10, 0, 0, 0]
     assert targets.tolist() == [6, 7, 8, 10, 11, 0, 0, 0]
     assert mask.tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
     assert positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
 
 
-def sources() -> list[StreamedRows]:
+def sources() -> list[ConcatDataset]:
     rng = np.random.default_rng(0)
     return [
-        StreamedRows(
+        ConcatDataset(
             Documents.of([rng.integers(lo, lo + 9, 15).tolist() for _ in range(20)]), 10, lo
         )
         for lo in (10, 20, 30)
@@ -110,7 +110,7 @@ def sources() -> list[StreamedRows]:
 
 def test_the_order_is_a_function_of_the_step_alone():
     def batches():
-        return RowBatches(MixedRows(sources(), [1, 2, 3], seed=4), batch_size=3)
+        return DataLoader(MixtureDataset(sources(), [1, 2, 3], seed=4), batch_size=3)
 
     forwards = [np.array(batches().rows[i]) for i in range(300)]
     one = batches()
@@ -121,7 +121,7 @@ def test_the_order_is_a_function_of_the_step_alone():
 
 
 def test_sources_get_their_shares():
-    rows = MixedRows(sources(), [60, 30, 10], seed=1)
+    rows = MixtureDataset(sources(), [60, 30, 10], seed=1)
     counts = np.bincount([int(rows[i][0].min()) // 10 for i in range(2000)], minlength=4)
     assert counts.tolist() == [0, 1200, 600, 200]
     # ... and each source's rows come in its own order, none left out.
@@ -130,7 +130,7 @@ def test_sources_get_their_shares():
 
 
 def test_processes_share_rows():
-    batch = RowBatches(sources()[0], batch_size=5)[3]
+    batch = DataLoader(sources()[0], batch_size=5)[3]
     shares = [batch.share(rank, 2) for rank in (0, 1)]
     assert [share.shape for share in shares] == [(3, 10), (2, 10)]
     joined = mx.concatenate([share.targets for share in shares])
@@ -141,7 +141,7 @@ def test_processes_share_rows():
 
 def test_whole_rows_are_shuffled_anew_in_each_epoch():
     documents = Documents.of([[i] * 7 for i in range(4, 40)])
-    rows = WholeRows(documents, 6, seed=0)
+    rows = PackedDataset(documents, 6, seed=0)
     epochs = [
         [int(rows[e * rows.rows_per_epoch + i][0, 0]) for i in range(rows.rows_per_epoch)]
         for e in (0, 1)

@@ -211,7 +211,7 @@ def test_mistakes(text, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("iters: many", "iters is 'many', expected a whole number"),
+        ("iters: many", "iters is 'many', expected an integer"),
         ("iters: 0", "iters is 0: 0 is not at least 1"),
         ("itres: 5", "no such setting: itres; did you mean iters?"),
         ("shape: huge", "shape is 'huge', expected one of tiny, small, 2b, 9b"),

@@ -16,14 +16,14 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.tuner.data.batches import RowBatches, StreamedRows, WholeRows
+from mlx_rgemma.tuner.data.batches import ConcatDataset, DataLoader, PackedDataset
 from mlx_rgemma.tuner.data.packing import Documents
 from mlx_rgemma.tuner.dropout import add_dropout
-from mlx_rgemma.tuner.ema import WeightAverage
+from mlx_rgemma.tuner.ema import EMA
 from mlx_rgemma.tuner.init import initial_a_param, initialize
 from mlx_rgemma.tuner.loss import batch_loss
-from mlx_rgemma.tuner.optim import adamw, decays, learning_rate_schedule
-from mlx_rgemma.tuner.pretrain_config import Recipe
+from mlx_rgemma.tuner.optim import adamw, learning_rate_schedule, use_weight_decay
+from mlx_rgemma.tuner.pretrain_config import TrainConfig
 from mlx_rgemma.tuner.train_state import TrainingState, load_state, save_state
 from mlx_rgemma.tuner.trainer import Loop, LoopSettings, TrainingCallback, fit
 
@@ -35,8 +35,8 @@ def documents(count: int = 12) -> Documents:
     )
 
 
-def batches(batch_size: int = 2) -> RowBatches:
-    return RowBatches(StreamedRows(documents(), 16, seed=3), batch_size)
+def batches(batch_size: int = 2) -> DataLoader:
+    return DataLoader(ConcatDataset(documents(), 16, seed=3), batch_size)
 
 
 def new_state(*, dropout: float = 0.1, average: bool = True, steps: int = 12) -> TrainingState:
@@ -45,7 +45,7 @@ def new_state(*, dropout: float = 0.1, average: bool = True, steps: int = 12) ->
     if dropout:
         add_dropout(model, dropout)
     optimizer = adamw(learning_rate_schedule(3e-3, steps, warmup=2), weight_decay=0.1)
-    return TrainingState(model, optimizer, WeightAverage(model, 0.9) if average else None)
+    return TrainingState(model, optimizer, EMA(model, 0.9) if average else None)
 
 
 def arrays(state: TrainingState) -> dict[str, np.ndarray]:
@@ -120,15 +120,15 @@ def test_an_interrupted_run_saves_after_its_update(uninterrupted, number, tmp_pa
 
 def test_accumulated_rows_are_one_larger_batch():
     """Unequal numbers of counted targets: the mean is over all of them."""
-    rows = WholeRows(documents(), 40, seed=1)
+    rows = PackedDataset(documents(), 40, seed=1)
     weights = []
     for size, accumulation in ((4, 1), (1, 4)):
         model = golden_model("tiny-2b", fuse=False)
         state = TrainingState(model, optim.SGD(0.1))
         settings = LoopSettings(iters=accumulation, grad_accumulation_steps=accumulation)
-        fit(state, RowBatches(rows, size), settings, batch_loss)
+        fit(state, DataLoader(rows, size), settings, batch_loss)
         weights.append(dict(tree_flatten(model.parameters())))
-        counts = {int(RowBatches(rows, 1)[i].mask.sum().item()) for i in range(4)}
+        counts = {int(DataLoader(rows, 1)[i].mask.sum().item()) for i in range(4)}
         assert len(counts) > 1
     start = dict(tree_flatten(golden_model("tiny-2b").parameters()))
     for name in weights[0]:
@@ -139,12 +139,12 @@ def test_accumulated_rows_are_one_larger_batch():
 def test_a_row_costs_what_its_documents_cost_alone():
     model = golden_model("tiny-2b")
     docs = documents()
-    packed, alone = WholeRows(docs, 64, seed=0), WholeRows(docs, 64, seed=0)
+    packed, alone = PackedDataset(docs, 64, seed=0), PackedDataset(docs, 64, seed=0)
     alone.pieces = [[piece] for row in packed.pieces for piece in row]
     assert len(alone.pieces) > len(packed.pieces)
 
     def total(rows) -> float:
-        losses = [batch_loss(model, RowBatches(rows, 1)[i])[0] for i in range(len(rows.pieces))]
+        losses = [batch_loss(model, DataLoader(rows, 1)[i])[0] for i in range(len(rows.pieces))]
         return float(sum(losses).item())
 
     assert total(packed) == pytest.approx(total(alone), rel=2e-6)
@@ -162,7 +162,7 @@ def test_a_tiny_text_is_learned():
 
     settings = LoopSettings(iters=30, max_grad_norm=1.0, steps_per_report=1)
     state = TrainingState(model, adamw(3e-3, weight_decay=0.1))
-    fit(state, RowBatches(WholeRows(text, 38, 0), 1), settings, batch_loss, callback=Note())
+    fit(state, DataLoader(PackedDataset(text, 38, 0), 1), settings, batch_loss, callback=Note())
     assert losses[0] > 3.5 and losses[-1] < 0.3
 
 
@@ -206,7 +206,7 @@ def test_what_decays():
     chosen = {
         n.rsplit(".", 2)[-2] + "." + n.rsplit(".", 1)[-1]
         for n, v in tree_flatten(model.parameters())
-        if decays(n, v)
+        if use_weight_decay(n, v)
     }
     assert chosen == {
         f"{name}.weight"
@@ -225,7 +225,7 @@ def test_weight_decay_reaches_nothing_else():
     optimizer = adamw(1.0, weight_decay=0.25)
     optimizer.update(model, tree_map(mx.zeros_like, model.parameters()))
     for name, value in tree_flatten(model.parameters()):
-        factor = 0.75 if decays(name, value) else 1.0
+        factor = 0.75 if use_weight_decay(name, value) else 1.0
         assert mx.allclose(value, factor * before[name], rtol=1e-6, atol=0), name
 
 
@@ -248,7 +248,7 @@ def test_the_recurrence_begins_between_its_bounds():
 
 
 def test_initial_weights_have_their_scales():
-    model = Model(Recipe(shape="small").config(vocab_size=1000))
+    model = Model(TrainConfig(shape="small").config(vocab_size=1000))
     initialize(model, seed=0)
     spread = {
         name: math.sqrt(float(mx.square(value).mean().item()))
@@ -299,7 +299,7 @@ def test_dropout_drops_its_share_and_keeps_names():
 
 def test_the_average_forgets_its_beginning():
     model = golden_model("tiny-2b")
-    average = WeightAverage(model, 0.99)
+    average = EMA(model, 0.99)
     start = {name: np.array(value) for name, value in average.weights.items()}
     expected = dict(start)
     for n in range(1, 6):
@@ -330,7 +330,7 @@ def test_a_checkpoint_of_other_settings_is_refused(checkpoint):
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint):
     model = golden_model("tiny-9b", fuse=False)
-    state = TrainingState(model, adamw(1e-3, weight_decay=0.1), WeightAverage(model, 0.9))
+    state = TrainingState(model, adamw(1e-3, weight_decay=0.1), EMA(model, 0.9))
     with pytest.raises(CheckpointError, match="here"):
         load_state(checkpoint, state, {"texts": ["abc"], "seed": 1})
 

@@ -14,7 +14,7 @@ from mlx_rgemma.checkpoints.formats.huggingface import shortened
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io.atomic import check_room, gigabytes
 from mlx_rgemma.io.reading import open_regular, reason
-from mlx_rgemma.io.safetensors import MEND
+from mlx_rgemma.io.safetensors import RECOVERY_HINT
 
 MAX_MEMBERS = 20_000
 MAX_HEADER_BYTES = 100_000
@@ -128,7 +128,7 @@ def _refused(archive: Path, member: tarfile.TarInfo, why: str) -> CheckpointErro
 
 
 def _damaged(archive: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{archive}: not a sound archive: {what}; {MEND}.")
+    return CheckpointError(f"{archive}: not a sound archive: {what}; {RECOVERY_HINT}.")
 
 
 def _too_large(archive: Path, what: str) -> CheckpointError:

@@ -22,7 +22,7 @@ ARCHIVE_NAMES = ("*.tar", "*.tar.gz", "*.tgz")
 ARRAY = ".zarray"
 
 
-class Kind(Enum):
+class CheckpointFormat(Enum):
     """The formats that this package tells apart; the values are their names in messages."""
 
     FOLDER = "a folder in Hugging Face's layout"
@@ -32,7 +32,7 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class Found:
+class Detected:
     """What is there.
 
     Attributes:
@@ -40,11 +40,11 @@ class Found:
         path: The folder, the `.pt` file, the folder that Orbax wrote, or the archive.
     """
 
-    kind: Kind
+    kind: CheckpointFormat
     path: Path
 
 
-def recognise(path: Path) -> Found:
+def detect_format(path: Path) -> Detected:
     """Find out what a file or folder holds.
 
     A folder that is no checkpoint itself may hold one: a `.pt` file or an archive as it was
@@ -54,24 +54,24 @@ def recognise(path: Path) -> Found:
         CheckpointError: If there is nothing known, or more than one thing.
     """
     if path.is_file():
-        return Found(_kind_of_file(path), path)
+        return Detected(_kind_of_file(path), path)
     if not path.is_dir() or (path / CONFIG).exists():
-        return Found(Kind.FOLDER, path)  # opening it says what is wrong
+        return Detected(CheckpointFormat.FOLDER, path)  # opening it says what is wrong
     if _is_orbax(path):
-        return Found(Kind.FLAX, path)
+        return Detected(CheckpointFormat.FLAX, path)
     if any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
-        return Found(Kind.FOLDER, path)
+        return Detected(CheckpointFormat.FOLDER, path)
     inside = [
-        *(Found(Kind.PYTORCH, p) for p in _files(path, TORCH_NAMES)),
-        *(Found(Kind.FLAX, p) for p in _orbax_folders(path)),
-    ] or [Found(Kind.ARCHIVE, p) for p in _files(path, ARCHIVE_NAMES)]
+        *(Detected(CheckpointFormat.PYTORCH, p) for p in _files(path, TORCH_NAMES)),
+        *(Detected(CheckpointFormat.FLAX, p) for p in _orbax_folders(path)),
+    ] or [Detected(CheckpointFormat.ARCHIVE, p) for p in _files(path, ARCHIVE_NAMES)]
     if len(inside) > 1:
         names = shortened(sorted(str(found.path.relative_to(path)) for found in inside))
         raise CheckpointError(f"{path}: more than one checkpoint: {names}; name one of them.")
     if not inside:
-        return Found(Kind.FOLDER, path)
+        return Detected(CheckpointFormat.FOLDER, path)
     found = inside[0]
-    return recognise(found.path) if found.path.is_file() else found
+    return detect_format(found.path) if found.path.is_file() else found
 
 
 def refuse_unconverted(path: Path) -> None:
@@ -80,8 +80,8 @@ def refuse_unconverted(path: Path) -> None:
     Raises:
         CheckpointError: If it is in one of Google's formats, or an archive.
     """
-    found = recognise(path)
-    if found.kind is not Kind.FOLDER:
+    found = detect_format(path)
+    if found.kind is not CheckpointFormat.FOLDER:
         raise CheckpointError(
             f"{path}: {found.kind.value}; convert it first: mlx_rgemma.convert --hf-path {path}"
             " --mlx-path <new folder>."
@@ -115,7 +115,7 @@ def _is_orbax(path: Path) -> bool:
     return next(path.glob(f"*/{ARRAY}"), None) is not None
 
 
-def _kind_of_file(path: Path) -> Kind:
+def _kind_of_file(path: Path) -> CheckpointFormat:
     try:
         with open_regular(path) as file:
             start = file.read(512)
@@ -127,13 +127,13 @@ def _kind_of_file(path: Path) -> Kind:
             " it with torch and save it again with torch.save."
         )
     if start.startswith(b"\x1f\x8b") or start[257:262] == b"ustar":
-        return Kind.ARCHIVE
+        return CheckpointFormat.ARCHIVE
     if start.startswith(b"PK"):
-        return Kind.PYTORCH if _is_torch_zip(path) else _refuse_zip(path)
+        return CheckpointFormat.PYTORCH if _is_torch_zip(path) else _refuse_zip(path)
     if path.suffix == ".tar":
-        return Kind.ARCHIVE
+        return CheckpointFormat.ARCHIVE
     if any(path.match(name) for name in TORCH_NAMES):
-        return Kind.PYTORCH  # damaged, which reading it says
+        return CheckpointFormat.PYTORCH  # damaged, which reading it says
     raise CheckpointError(
         f"{path}: a file of no known format; give the folder that holds the model, Google's .pt"
         " file, or a .tar.gz archive as it was downloaded."
@@ -148,5 +148,5 @@ def _is_torch_zip(path: Path) -> bool:
         return any(path.match(name) for name in TORCH_NAMES)
 
 
-def _refuse_zip(path: Path) -> Kind:
+def _refuse_zip(path: Path) -> CheckpointFormat:
     raise CheckpointError(f"{path}: a zip archive; unpack it, and give the folder.")

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder, shortened
-from mlx_rgemma.checkpoints.schema import FLOATS, Expected, expected_tensors
+from mlx_rgemma.checkpoints.schema import FLOATS, TensorSpec, expected_tensors
 from mlx_rgemma.errors import CheckpointError, ConfigError
 from mlx_rgemma.griffin.config import ATTENTION, PRESETS, RECURRENT, GriffinConfig
 from mlx_rgemma.io.safetensors import MLX_NAME, TensorInfo
@@ -55,7 +55,7 @@ OPTION = {
 
 
 @dataclass(frozen=True)
-class Unsaid:
+class ConfigOverrides:
     """What Google's formats do not say of a model; None where the user does not say it either.
 
     Attributes:
@@ -108,7 +108,7 @@ class Place:
     transposed: bool = False
 
 
-def place(wanted: Expected, transposed_kernels: bool) -> Place:
+def place(wanted: TensorSpec, transposed_kernels: bool) -> Place:
     """Where Google keeps one of the model's tensors."""
     name, shape = wanted.name, wanted.shape
     if name in NAMES:
@@ -134,7 +134,7 @@ def place(wanted: Expected, transposed_kernels: bool) -> Place:
     return Place(f"{linear}.weight", shape)
 
 
-def open_google(store: Store, unsaid: Unsaid) -> tuple[CheckpointFolder, str | None, str]:
+def open_google(store: Store, unsaid: ConfigOverrides) -> tuple[CheckpointFolder, str | None, str]:
     """A checkpoint of Google's as one of Hugging Face's: names, shapes, a configuration.
 
     Returns:
@@ -278,7 +278,7 @@ def _cycle(types: list[str]) -> tuple[str, ...]:
 
 
 def _complete(
-    store: Store, shape: GriffinConfig, unsaid: Unsaid
+    store: Store, shape: GriffinConfig, unsaid: ConfigOverrides
 ) -> tuple[GriffinConfig, str | None, str]:
     """Add what the shapes do not tell: from the released model of that shape, or the user."""
     stated = unsaid.stated

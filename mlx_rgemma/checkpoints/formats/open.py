@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_rgemma.checkpoints.formats.archive import unpack
-from mlx_rgemma.checkpoints.formats.detect import Found, Kind, recognise
-from mlx_rgemma.checkpoints.formats.google import OPTION, Unsaid, open_google
+from mlx_rgemma.checkpoints.formats.detect import CheckpointFormat, Detected, detect_format
+from mlx_rgemma.checkpoints.formats.google import OPTION, ConfigOverrides, open_google
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.formats.orbax import OrbaxFolder
 from mlx_rgemma.checkpoints.formats.pytorch import TorchFile
@@ -21,7 +21,7 @@ from mlx_rgemma.tokenizers.load import SENTENCEPIECE
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenCheckpoint:
     """A checkpoint that is ready to be read.
 
     Attributes:
@@ -36,14 +36,14 @@ class Opened:
 
 
 @contextmanager
-def open_source(
+def open_checkpoint(
     path_or_repo: str | os.PathLike[str],
     revision: str | None,
     target: Path,
-    unsaid: Unsaid | None = None,
+    unsaid: ConfigOverrides | None = None,
     *,
     progress: bool = False,
-) -> Iterator[Opened]:
+) -> Iterator[OpenCheckpoint]:
     """Find a checkpoint, see what format it has, and open it.
 
     Args:
@@ -58,17 +58,17 @@ def open_source(
         UserError: If `unsaid` says something of a checkpoint that says it itself.
         CheckpointError: If there is none, or it is damaged.
     """
-    unsaid = unsaid or Unsaid()
+    unsaid = unsaid or ConfigOverrides()
     source = locate(path_or_repo, revision)
-    found = recognise(source.folder)
-    if found.kind is not Kind.ARCHIVE:
+    found = detect_format(source.folder)
+    if found.kind is not CheckpointFormat.ARCHIVE:
         yield _open(found, source, unsaid)
         return
     with scratch_directory(target) as scratch:
         try:
             _unpack(found.path, scratch, progress)
-            inside = recognise(_only_folder(scratch))
-            if inside.kind is Kind.ARCHIVE:
+            inside = detect_format(_only_folder(scratch))
+            if inside.kind is CheckpointFormat.ARCHIVE:
                 raise CheckpointError(f"{inside.path}: an archive in an archive.")
             name = found.path.name.split(".tar")[0].removesuffix(".tgz")
             yield _open(inside, Source(inside.path, title=name), unsaid)
@@ -87,7 +87,7 @@ def _unpack(archive: Path, scratch: Path, progress: bool) -> None:
 
 def _only_folder(folder: Path) -> Path:
     """The folder itself, or, as long as a folder is all that it holds, that one."""
-    while recognise(folder).kind is Kind.FOLDER:
+    while detect_format(folder).kind is CheckpointFormat.FOLDER:
         children = [path for path in folder.iterdir() if not path.name.startswith(".")]
         if len(children) != 1 or not children[0].is_dir():
             break
@@ -95,8 +95,8 @@ def _only_folder(folder: Path) -> Path:
     return folder
 
 
-def _open(found: Found, source: Source, unsaid: Unsaid) -> Opened:
-    if found.kind is Kind.FOLDER:
+def _open(found: Detected, source: Source, unsaid: ConfigOverrides) -> OpenCheckpoint:
+    if found.kind is CheckpointFormat.FOLDER:
         checkpoint = CheckpointFolder.open(found.path)
         if unsaid.stated:
             options = ", ".join(OPTION[name].split(" ")[0] for name in unsaid.stated)
@@ -104,12 +104,14 @@ def _open(found: Found, source: Source, unsaid: Unsaid) -> Opened:
                 f"{options}: only for Google's formats; {found.path} has a config.json that says"
                 " this itself."
             )
-        return Opened(source, checkpoint)
-    store = TorchFile(found.path) if found.kind is Kind.PYTORCH else OrbaxFolder(found.path)
+        return OpenCheckpoint(source, checkpoint)
+    store = (
+        TorchFile(found.path) if found.kind is CheckpointFormat.PYTORCH else OrbaxFolder(found.path)
+    )
     checkpoint, released, said = open_google(store, unsaid)
     title = _title(found, source, released)
     notes = (f"This is {found.kind.value}.", said)
-    return Opened(Source(_beside(found.path), title=title), checkpoint, notes)
+    return OpenCheckpoint(Source(_beside(found.path), title=title), checkpoint, notes)
 
 
 def _beside(path: Path) -> Path:
@@ -119,10 +121,10 @@ def _beside(path: Path) -> Path:
     return Path(os.path.abspath(path)).parent
 
 
-def _title(found: Found, source: Source, released: str | None) -> str:
+def _title(found: Detected, source: Source, released: str | None) -> str:
     """What the model is called: Google's archives are called 2b, 2b-it and so on."""
     stem = found.path.resolve().name
-    stem = stem.rpartition(".")[0] if found.kind is Kind.PYTORCH else stem
+    stem = stem.rpartition(".")[0] if found.kind is CheckpointFormat.PYTORCH else stem
     if released is None:
         return stem
     chat = any("it" in name.lower().replace("_", "-").split("-") for name in (stem, source.name))

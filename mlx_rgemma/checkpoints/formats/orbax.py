@@ -18,7 +18,7 @@ from mlx_rgemma.checkpoints.formats.huggingface import read_json, shortened
 from mlx_rgemma.checkpoints.formats.pytorch import BITS
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io.reading import reason
-from mlx_rgemma.io.safetensors import MEND, TensorInfo
+from mlx_rgemma.io.safetensors import RECOVERY_HINT, TensorInfo
 
 MANIFEST = "manifest.ocdbt"
 METADATA = "_METADATA"
@@ -56,7 +56,7 @@ class OrbaxFolder:
         _check_files(path)
         names = self._names()
         if not names:
-            raise CheckpointError(f"{path}: no arrays in it; {MEND}.")
+            raise CheckpointError(f"{path}: no arrays in it; {RECOVERY_HINT}.")
         self._compare_with_list(names)
         outer = OUTER if all(name.startswith(OUTER) for name in names) else ""
         self._stored = {name.removeprefix(outer): name for name in names}
@@ -66,7 +66,7 @@ class OrbaxFolder:
         """The bits of an array, or of one of its parts along the first axis.
 
         Returns:
-            An array of whole numbers of the size of the dtype.
+            An array of integers of the size of the dtype.
 
         Raises:
             CheckpointError: If a chunk is missing or damaged.
@@ -116,12 +116,12 @@ class OrbaxFolder:
                 for entry in dict(tree).values()  # type: ignore[arg-type]
             }
         except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a list of parameters; {MEND}.") from error
+            raise CheckpointError(f"{path}: not a list of parameters; {RECOVERY_HINT}.") from error
         absent = sorted(listed - set(names))
         if absent:
             raise CheckpointError(
                 f"{self.path}: {len(absent)} of {len(listed)} arrays missing: {shortened(absent)};"
-                f" {MEND}."
+                f" {RECOVERY_HINT}."
             )
 
     def _describe(self, name: str) -> TensorInfo:
@@ -133,8 +133,8 @@ class OrbaxFolder:
         if any(n % chunk for n, chunk in zip(array.shape, chunks, strict=True)):
             # What Orbax writes are shards, all of one size.
             raise CheckpointError(
-                f"{self.path}: {name} is {list(array.shape)}, no whole number of its chunks"
-                f" {list(chunks)}; {MEND}."
+                f"{self.path}: {name} is {list(array.shape)}, no integer of its chunks"
+                f" {list(chunks)}; {RECOVERY_HINT}."
             )
         dtype = DTYPES.get(array.dtype.name, array.dtype.name)
         return TensorInfo(name, dtype, tuple(array.shape), self.path)
@@ -161,7 +161,7 @@ class OrbaxFolder:
 
     def _damaged(self, what: str, error: Exception) -> CheckpointError:
         why = reason(ValueError(DETAILS.sub("", str(error)) or type(error).__name__))
-        return CheckpointError(f"{self.path}: {what} ({why}); {MEND}.")
+        return CheckpointError(f"{self.path}: {what} ({why}); {RECOVERY_HINT}.")
 
 
 def _check_files(path: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from mlx_rgemma.checkpoints.formats.torch_pickle import ForbiddenName, Storage, Tensor, read_pickle
 from mlx_rgemma.errors import CheckpointError, shown
 from mlx_rgemma.io.reading import open_regular, reason
-from mlx_rgemma.io.safetensors import ITEM_SIZE, MAX_DIMENSIONS, MEND, TensorInfo
+from mlx_rgemma.io.safetensors import ITEM_SIZE, MAX_DIMENSIONS, RECOVERY_HINT, TensorInfo
 
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 """Whole numbers of the size of each dtype that weights have."""
@@ -96,7 +96,7 @@ class TorchFile:
         """The bits of a tensor, or of one of its parts along the first axis.
 
         Returns:
-            An array of whole numbers of the size of the dtype, which reads the file where it is
+            An array of integers of the size of the dtype, which reads the file where it is
             looked at.
 
         Raises:
@@ -123,7 +123,7 @@ class TorchFile:
             raise self._damaged(reason(error)) from error
 
     def _damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a sound PyTorch file: {what}; {MEND}.")
+        return CheckpointError(f"{self.path}: not a sound PyTorch file: {what}; {RECOVERY_HINT}.")
 
     def _open(self) -> None:
         with open_zip(self.path) as archive:

@@ -33,7 +33,7 @@ _SLOPE, _CUBE = f32(2.0 * math.sqrt(2.0 / math.pi)), f32(0.044715)
 
 @kernel
 def exponent_and_fraction(x):
-    """The nearest whole number of x, as bits of an exponent, and ``2^(the rest) - 1``."""
+    """The nearest integer of x, as bits of an exponent, and ``2^(the rest) - 1``."""
     whole = x + _WHOLE
     f = x - (whole - _WHOLE)
     q = ((((_Q0 * f + _Q1) * f + _Q2) * f + _Q3) * f + _Q4) * f + _Q5

@@ -15,10 +15,10 @@ from mlx_rgemma.errors import UserError
 from mlx_rgemma.tuner.data.batch import Batch
 from mlx_rgemma.tuner.data.packing import (
     Documents,
-    Piece,
+    Span,
+    best_fit_pack,
+    build_row,
     cut_row,
-    fit_pieces,
-    lay_row,
     stack_documents,
     stack_rows,
 )
@@ -31,12 +31,12 @@ class Batches(Protocol):
 
 
 class Rows(Protocol):
-    """Rows without end: `rows[number]` is (4, row_length), see `lay_row`."""
+    """Rows without end: `rows[number]` is (4, row_length), see `build_row`."""
 
     def __getitem__(self, number: int) -> np.ndarray: ...
 
 
-class StreamedRows:
+class ConcatDataset:
     """Full rows: in each epoch the documents are shuffled, laid end to end and cut.
 
     Args:
@@ -64,7 +64,7 @@ class StreamedRows:
         if epoch != self._epoch:
             self._begin(epoch)
         pieces = cut_row(self._order, self._ends, row, self.row_length)
-        return lay_row(self.documents, pieces, self.row_length)
+        return build_row(self.documents, pieces, self.row_length)
 
     def _begin(self, epoch: int) -> None:
         rng = np.random.default_rng([self.seed, epoch])
@@ -73,12 +73,12 @@ class StreamedRows:
         self._epoch = epoch
 
 
-class WholeRows:
+class PackedDataset:
     """Rows that keep documents whole where they fit; in each epoch the rows are shuffled."""
 
     def __init__(self, documents: Documents, row_length: int, seed: int) -> None:
         self.documents, self.row_length, self.seed = documents, row_length, seed
-        self.pieces: list[list[Piece]] = fit_pieces(documents.steps, row_length)
+        self.pieces: list[list[Span]] = best_fit_pack(documents.steps, row_length)
         if not self.pieces:
             raise UserError("the training text has no token to predict.")
         self._epoch = -1
@@ -93,10 +93,10 @@ class WholeRows:
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pieces))
             self._epoch = epoch
-        return lay_row(self.documents, self.pieces[int(self._order[row])], self.row_length)
+        return build_row(self.documents, self.pieces[int(self._order[row])], self.row_length)
 
 
-class MixedRows:
+class MixtureDataset:
     """Rows of several sources in given shares.
 
     Args:
@@ -126,7 +126,7 @@ class MixedRows:
         return self.sources[source][period * int(self._counts[source]) + int(self._before[place])]
 
 
-class RowBatches:
+class DataLoader:
     """Batches of `batch_size` rows, in the order of the rows."""
 
     def __init__(self, rows: Rows, batch_size: int) -> None:
@@ -179,5 +179,5 @@ class PaddedBatches:
         chosen = self.batches[int(order[place])]
         steps = np.minimum(self.documents.steps[chosen], self.max_steps)
         length = min(self.PAD_TO * -(-int(steps.max()) // self.PAD_TO), self.max_steps)
-        pieces = [Piece(int(d), 0, int(n)) for d, n in zip(chosen, steps, strict=True)]
-        return stack_documents([lay_row(self.documents, [piece], length) for piece in pieces])
+        pieces = [Span(int(d), 0, int(n)) for d, n in zip(chosen, steps, strict=True)]
+        return stack_documents([build_row(self.documents, [piece], length) for piece in pieces])

@@ -59,7 +59,7 @@ def read_source(place: str, *, whole_files: bool = False) -> Source:
     return found if weight is not None else Source(name, float(found.nbytes), documents)
 
 
-def hold_out(source: Source, fraction: float) -> tuple[Source, tuple[str, ...]]:
+def split_validation(source: Source, fraction: float) -> tuple[Source, tuple[str, ...]]:
     """Set documents aside, chosen by their text alone: the same ones in every run.
 
     Args:

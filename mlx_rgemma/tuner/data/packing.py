@@ -54,7 +54,7 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """Steps `start` to `stop` of a document."""
 
     document: int
@@ -65,7 +65,7 @@ class Piece:
         return self.stop - self.start
 
 
-def fit_pieces(steps: Sequence[int] | np.ndarray, row_length: int) -> list[list[Piece]]:
+def best_fit_pack(steps: Sequence[int] | np.ndarray, row_length: int) -> list[list[Span]]:
     """Rows that keep documents whole: longer ones are cut, the pieces packed by best fit.
 
     Args:
@@ -76,12 +76,12 @@ def fit_pieces(steps: Sequence[int] | np.ndarray, row_length: int) -> list[list[
         The pieces of each row. Rows are nearly full; what is left over is padding.
     """
     pieces = [
-        Piece(document, start, min(start + row_length, int(count)))
+        Span(document, start, min(start + row_length, int(count)))
         for document, count in enumerate(steps)
         for start in range(0, int(count), row_length)
     ]
     pieces.sort(key=len, reverse=True)  # stable: equal lengths stay in order
-    rows: list[list[Piece]] = []
+    rows: list[list[Span]] = []
     by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
     for piece in pieces:
         room = next((r for r in range(len(piece), row_length + 1) if by_room[r]), None)
@@ -95,7 +95,7 @@ def fit_pieces(steps: Sequence[int] | np.ndarray, row_length: int) -> list[list[
     return rows
 
 
-def cut_row(order: np.ndarray, ends: np.ndarray, number: int, row_length: int) -> list[Piece]:
+def cut_row(order: np.ndarray, ends: np.ndarray, number: int, row_length: int) -> list[Span]:
     """One row of documents laid end to end and cut wherever a row is full.
 
     Args:
@@ -104,10 +104,10 @@ def cut_row(order: np.ndarray, ends: np.ndarray, number: int, row_length: int) -
         number: Which row; every row but the last is full.
         row_length: Steps of a row.
     """
-    return cut_line(order, ends, number * row_length, (number + 1) * row_length)
+    return slice_spans(order, ends, number * row_length, (number + 1) * row_length)
 
 
-def cut_line(order: np.ndarray, ends: np.ndarray, at: int, stop: int) -> list[Piece]:
+def slice_spans(order: np.ndarray, ends: np.ndarray, at: int, stop: int) -> list[Span]:
     """Steps `at` to `stop` of documents laid end to end; `order` and `ends` as for `cut_row`."""
     pieces = []
     place = int(np.searchsorted(ends, at, side="right"))
@@ -115,12 +115,12 @@ def cut_line(order: np.ndarray, ends: np.ndarray, at: int, stop: int) -> list[Pi
         begins = int(ends[place - 1]) if place else 0
         until = min(stop, int(ends[place]))
         if until > at:
-            pieces.append(Piece(int(order[place]), at - begins, until - begins))
+            pieces.append(Span(int(order[place]), at - begins, until - begins))
         at, place = until, place + 1
     return pieces
 
 
-def lay_row(documents: Documents, pieces: Sequence[Piece], row_length: int) -> np.ndarray:
+def build_row(documents: Documents, pieces: Sequence[Span], row_length: int) -> np.ndarray:
     """A row's arrays.
 
     Returns:

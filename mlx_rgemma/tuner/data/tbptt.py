@@ -16,11 +16,11 @@ from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.tuner.data.batch import Batch
-from mlx_rgemma.tuner.data.packing import Documents, Piece, cut_line, lay_row, stack_rows
+from mlx_rgemma.tuner.data.packing import Documents, Span, build_row, slice_spans, stack_rows
 from mlx_rgemma.tuner.loss import batch_loss
 
 
-class CarriedBatches:
+class StatefulBatches:
     """Batches whose rows go on where those of the batch before ended.
 
     Each document belongs to one row, such that the rows have about as much to read. In each epoch
@@ -66,29 +66,29 @@ class CarriedBatches:
 
     def _row(self, row: int, step: int) -> np.ndarray:
         at, stop, total = step * self.row_length, (step + 1) * self.row_length, self.totals[row]
-        pieces: list[Piece] = []
+        pieces: list[Span] = []
         while at < stop and (self.seed is not None or at < total):
             epoch, begin = divmod(at, total)
             length = min(stop - at, total - begin)
             pieces += self._pieces(row, epoch, begin, length)
             at += length
-        laid = lay_row(self.documents, pieces, self.row_length)
+        laid = build_row(self.documents, pieces, self.row_length)
         at = 0
         for piece in pieces:
             laid[3, at : at + len(piece)] += piece.start
             at += len(piece)
         return laid
 
-    def _pieces(self, row: int, epoch: int, begin: int, length: int) -> list[Piece]:
+    def _pieces(self, row: int, epoch: int, begin: int, length: int) -> list[Span]:
         """What a row reads from `begin` on in one of its epochs."""
         order = np.array(self.streams[row])
         if self.seed is not None:
             order = np.random.default_rng([self.seed, row, epoch]).permutation(order)
         ends = np.cumsum(self.documents.steps[order])
-        return cut_line(order, ends, begin, begin + length)
+        return slice_spans(order, ends, begin, begin + length)
 
 
-class CarriedLoss:
+class StatefulLoss:
     """A loss of batches that remembers where the last one ended; part of a run's checkpoints.
 
     Args:
