@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_rgemma.errors import UserError
+from mlx_rgemma.errors import UserError, shown
 from mlx_rgemma.ops.autograd import is_inference, with_reference_gradient
 
 VARIABLE = "MLX_RGEMMA_BACKEND"
@@ -78,10 +78,10 @@ def use(backend: Backend) -> Iterator[None]:
 def _named(value: str) -> Backend:
     names = [backend.value for backend in Backend]
     if value not in names:
-        raise UserError(f"{VARIABLE}: found '{value}', expected one of {', '.join(names)}.")
+        raise UserError(f"{VARIABLE}: found {shown(value)}, expected one of {', '.join(names)}.")
     backend = Backend(value)
     if backend is Backend.CPU and _cpu() is None:
-        raise UserError(f"{VARIABLE}: the cpu backend needs Linux and the package numba.")
+        raise UserError(f"{VARIABLE}: found 'cpu', which is for Linux only; use mlx instead.")
     return backend
 
 
