@@ -66,7 +66,13 @@ def active() -> Backend:
 
 @contextlib.contextmanager
 def use(backend: Backend) -> Iterator[None]:
-    """Run the operations of this thread on one backend."""
+    """Run the operations of this thread on one backend.
+
+    Raises:
+        UserError: If it is the CPU backend, and this is not Linux.
+    """
+    if backend is Backend.CPU:
+        _require_cpu("backend.use")
     before, _local.override = _local.override, backend
     try:
         yield
@@ -79,10 +85,14 @@ def _named(value: str) -> Backend:
     names = [backend.value for backend in Backend]
     if value not in names:
         raise UserError(f"{VARIABLE}: found {shown(value)}, expected one of {', '.join(names)}.")
-    backend = Backend(value)
-    if backend is Backend.CPU and _cpu() is None:
-        raise UserError(f"{VARIABLE}: found 'cpu', which is for Linux only; use mlx instead.")
-    return backend
+    if value == Backend.CPU.value:
+        _require_cpu(VARIABLE)
+    return Backend(value)
+
+
+def _require_cpu(place: str) -> None:
+    if _cpu() is None:
+        raise UserError(f"{place}: found 'cpu', which is for Linux only; use 'mlx' instead.")
 
 
 @cache

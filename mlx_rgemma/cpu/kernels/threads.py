@@ -6,8 +6,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba import int64, types
-from numba.extending import intrinsic
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 from mlx_rgemma.cpu.kernels.compiler import kernel
 

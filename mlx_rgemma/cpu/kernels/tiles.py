@@ -15,8 +15,8 @@ from typing import Any
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import config, types
-from numba.extending import intrinsic
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 
 def _has_avx512() -> bool:
