@@ -55,7 +55,9 @@ class _Failed(BaseException):
     def __init__(self, error: Exception) -> None:
         broken = isinstance(error, RuntimeError | MemoryError)
         self.status = 503 if broken and not isinstance(error, RecursionError) else 400
-        self.message = str(error) or type(error).__name__
+        template = type(error).__module__.startswith("jinja2")
+        self.message = "the chat template refuses the messages: " if template else ""
+        self.message += str(error) or type(error).__name__
 
 
 class _DisconnectAware:
@@ -305,7 +307,7 @@ class Handler(APIHandler):
             raise BadRequest("Content-Length must be an integer")
         if len(length) > 15 or int(length) > limit:
             raise BadRequest(
-                f"a request may have at most {limit} bytes, not {shown(length)};"
+                f"a request may have at most {limit} bytes, not {length[:15]};"
                 " --max-request-bytes sets the limit",
                 413,
             )

@@ -88,7 +88,9 @@ def test_messages_that_the_template_refuses(server):
     for stream in (False, True):
         status, answer = server.post(CHAT, "one", messages=system, stream=stream)
         assert status == 400
-        assert answer["error"]["message"] == "System role not supported"
+        assert answer["error"]["message"] == (
+            "the chat template refuses the messages: System role not supported"
+        )
         assert answer["error"]["type"] == "invalid_request_error"
 
 
