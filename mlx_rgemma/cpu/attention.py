@@ -127,7 +127,7 @@ def _is_large(
 @DECODE_ATTENTION.implementation(Backend.CPU, supports=_is_large, gradient="own")
 @appending
 def decode(
-    *arrays: mx.array | None, write_pos: int, window: int, cached_len: int | None
+    *arrays: Any, write_pos: int, window: int, cached_len: int | None
 ) -> tuple[mx.array, mx.array]:
     """Attend to the ring as it is and to the token beside it.
 

@@ -110,7 +110,7 @@ def token_reference(*arrays: mx.array | None, **options: int | None) -> tuple[mx
     """`reference` that returns the token's keys and values, (B, 2, 1, head_dim), not the ring."""
     _, k, v, cos, sin = arrays[:5]
     out, _ = reference(*arrays, **options)  # type: ignore[arg-type]
-    return out, mx.concatenate([apply_rotary(k, cos, sin), v], axis=1)  # type: ignore[arg-type]
+    return out, mx.concatenate([apply_rotary(k, cos, sin), v], axis=1)  # type: ignore[list-item]
 
 
 def appending(attend: Callable[..., Any]) -> Callable[..., tuple[mx.array, mx.array]]:
