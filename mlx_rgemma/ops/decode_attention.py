@@ -106,11 +106,11 @@ def reference(
 DECODE_ATTENTION = Operation(reference)
 
 
-def token_reference(*arrays: mx.array | None, **options: int | None) -> tuple[mx.array, mx.array]:
+def token_reference(*arrays: Any, **options: Any) -> tuple[mx.array, mx.array]:
     """`reference` that returns the token's keys and values, (B, 2, 1, head_dim), not the ring."""
     _, k, v, cos, sin = arrays[:5]
-    out, _ = reference(*arrays, **options)  # type: ignore[arg-type]
-    return out, mx.concatenate([apply_rotary(k, cos, sin), v], axis=1)  # type: ignore[list-item]
+    out, _ = reference(*arrays, **options)
+    return out, mx.concatenate([apply_rotary(k, cos, sin), v], axis=1)
 
 
 def appending(attend: Callable[..., Any]) -> Callable[..., tuple[mx.array, mx.array]]:
