@@ -14,8 +14,9 @@
 // Reads x (B, T, D), K - 1 of each STEPS + K - 1 a second time; writes y once, new_state
 // (B, K-1, D). No threadgroup memory, no barrier.
 //
-// dims: T, D, step of `bias` from channel to channel, steps of `segment_pos` from sequence to sequence and
-// from token to token, step of `lengths` from sequence to sequence: 0 where one value holds for all.
+// dims: T, D, step of `bias` from channel to channel, steps of `segment_pos` from sequence to
+// sequence and from token to token, step of `lengths` from sequence to sequence: 0 where one value
+// holds for all.
 
 const int length = dims[0];
 const uint width = uint(dims[1]);

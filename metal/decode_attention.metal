@@ -1,4 +1,4 @@
-// One decode step of attention: one query per sequence over the ring and its own token, in one launch.
+// A decode step of attention: one query per sequence over the ring and its own token, one launch.
 //
 //   q, k = rotated(q), rotated(k)
 //   o = sum_d p_d v_d / sum_d p_d,   p_d = exp(q . k_d / sqrt(D)),   0 <= d <= max_lookback

@@ -1,6 +1,6 @@
 // Attention of a chunk of queries over the last `window` tokens, one key/value head for all heads.
 //
-//   o_i = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp(q_i . k_j / sqrt(D)),   0 <= i - j <= lookback_i
+//   o_i = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp(q_i . k_j / sqrt(D)),  0 <= i - j <= lookback_i
 //
 // i and j count tokens from the chunk's start. Keys j >= 0 lie in the chunk, keys j < 0 in the
 // ring, in slot (write_pos + j) mod slots: they are read where they lie, wherever the ring wraps.

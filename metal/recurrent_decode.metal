@@ -8,8 +8,8 @@
 //   h_t   = a h_{t-1} + sqrt(1 - a^2) i x_t
 //   out_t = gelu(y_branch_t) h_t
 //
-// The gates' matrices have one block of BLOCK x BLOCK per head. A token's type: 0 as above; 1 at the
-// start of a document, where a = 0, the input's multiplier is 1 and no tap reaches back; 2 on
+// The gates' matrices have one block of BLOCK x BLOCK per head. A token's type: 0 as above; 1 at
+// the start of a document, where a = 0, the input's multiplier is 1 and no tap reaches back; 2 on
 // padding, where the states pass through.
 //
 // reads   y_branch, x_branch (B, steps, D); conv_weight (D, TAPS); conv_bias, a_param (D);

@@ -20,8 +20,8 @@
 // writes h_last (B, D) and chunk_states (B, ceil(T / CHUNK), D): the states before every CHUNK
 // steps, from which the backward pass starts over (4 / CHUNK bytes per element more).
 //
-// dims: T, D, then the step of `token_type` from sequence to sequence and from token to token and of the
-// biases from channel to channel: all 0 where one value holds for all.
+// dims: T, D, then the step of `token_type` from sequence to sequence and from token to token, and
+// of the biases from channel to channel: all 0 where one value holds for all.
 
 const int length = dims[0];
 const uint width = uint(dims[1]);

@@ -1,6 +1,6 @@
 """Long sums that keep float32's accuracy on any machine.
 
-On a CPU, MLX adds up a row in sequence: of the 256,000 powers of a vocabulary, the sum is off by
+On a CPU, MLX adds up a row in sequence: of 256,000 exponentials, the sum is off by
 4e-4 of itself, of 2,560 squares by 4e-7. Groups of a bounded size are added up here, then their
 sums, and so on: every level adds one rounding of a short sum. A GPU reduces as a tree anyway, and
 loses one small launch.
