@@ -6,7 +6,8 @@ import numpy as np
 
 from mlx_rgemma.cpu.kernels.compiler import exact_kernel
 
-# Adam's update (arXiv:1412.6980, algorithm 1), every operation rounded as in MLX. Work items: elements.
+# Adam's update (arXiv:1412.6980, algorithm 1), every operation rounded as in MLX.
+# Work items: elements.
 
 
 @exact_kernel

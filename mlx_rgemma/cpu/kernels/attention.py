@@ -88,8 +88,8 @@ def sliding_window_attention(first, last, q, kv, low, scale, out):
     """Softmax attention of queries that are the last of the keys' tokens.
 
     q: (B, H, L, N), N a multiple of COLUMNS; kv: (B, 2, K, N); low: (B, L) int32, the oldest key
-    that a query sees; scale: of scores in base 2; out: (B, L, H, N). Work items: blocks of queries of a
-    head, early ones, which see less, by turns with late ones.
+    that a query sees; scale: of scores in base 2; out: (B, L, H, N). Work
+    items: blocks of queries of a head, early ones (which see less) alternating with late ones.
     """
     heads, length, dim = q.shape[1:]
     blocks, past = (length + QUERIES - 1) // QUERIES, kv.shape[2] - length
