@@ -75,7 +75,7 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(read_limited(path, MAX_TOKENIZER_BYTES).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a tokenizer that can be read: not JSON.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a tokenizer that can be read: not a JSON object.")

@@ -203,6 +203,15 @@ def _stored_tokenizer(values: dict[str, object]) -> Callable[[Box, Random], Job]
     return make
 
 
+def _many_digits(box: Box, rng: Random) -> Job:
+    """Return a tokenizer.json with a number that Python refuses to read."""
+    model = box.copy("tiny")
+    path = model / "tokenizer.json"
+    text = path.read_text()
+    path.write_text(text.rstrip()[:-1] + ', "x": ' + "9" * 5000 + "}")
+    return generate(box, model, "5,000 digits")
+
+
 def _bytes_piece(box: Box, rng: Random) -> Job:
     """Return a SentencePiece model with a piece that is no UTF-8."""
     model = _bare(box)
@@ -213,20 +222,35 @@ def _bytes_piece(box: Box, rng: Random) -> Job:
     return generate(box, model, "a piece is no UTF-8")
 
 
+def _few_pieces(box: Box, rng: Random) -> Job:
+    """Return a SentencePiece model of fewer pieces than the model has tokens."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = _bare(box)
+    path = model / "tokenizer.model"
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    del proto.pieces[274:]
+    path.write_bytes(proto.SerializeToString())
+    return generate(box, model, "274 pieces", "-m", "20")
+
+
 FAMILIES = (
     Family(
         "tokenizer",
         "command",
         {"sound": lambda box, rng: generate(box, box.copy("tiny"), "")},
         _tokenizer,
-        {name: _stored_tokenizer(values) for name, values in overlays("tokenizer").items()},
+        {
+            "5,000 digits": _many_digits,
+            **{name: _stored_tokenizer(values) for name, values in overlays("tokenizer").items()},
+        },
     ),
     Family(
         "sentencepiece",
         "command",
         {"sound": lambda box, rng: generate(box, _bare(box), "")},
         _sentencepiece,
-        {"no utf-8": _bytes_piece},
+        {"no utf-8": _bytes_piece, "too few pieces": _few_pieces},
     ),
     Family(
         "template",
