@@ -125,7 +125,8 @@ def read_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
     name = str(dtype).removeprefix("mlx.core.")
     if name not in DTYPES:
         raise UserError(f"dtype is {shown(name)}, expected one of {', '.join(DTYPES)}.")
-    return getattr(mx, name)
+    found: mx.Dtype = getattr(mx, name)
+    return found
 
 
 def read_tensors(folder: CheckpointFolder, contents: ValidatedCheckpoint) -> dict[str, mx.array]:

@@ -129,7 +129,8 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> st
         UserError: If the template refuses them.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
     except Exception as error:  # templates raise errors of their own making
         raise UserError(
             f"the model's chat template refuses the message: {reason(error)}."
