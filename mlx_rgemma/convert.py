@@ -6,8 +6,7 @@ import argparse
 import sys
 
 from mlx_rgemma import cli
-from mlx_rgemma.checkpoints.quantization import MODES
-from mlx_rgemma.checkpoints.recipes import RECIPES, RGEMMA
+from mlx_rgemma.checkpoints.quantization import MODES, RECIPES, RGEMMA
 from mlx_rgemma.griffin.config import DTYPES
 
 STORIES = ""
@@ -98,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     from mlx_rgemma.checkpoints.convert import convert
-    from mlx_rgemma.checkpoints.formats.huggingface import shortened
     from mlx_rgemma.checkpoints.upload import check_repository, upload
+    from mlx_rgemma.errors import shortened
     from mlx_rgemma.evaluation.conversion_report import (
         check_reportable,
         report_conversion,

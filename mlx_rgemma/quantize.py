@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rgemma import cli
-from mlx_rgemma.checkpoints.quantization import MODES
-from mlx_rgemma.checkpoints.recipes import RECIPES, RGEMMA
+from mlx_rgemma.checkpoints.quantization import MODES, RECIPES, RGEMMA
 from mlx_rgemma.convert import build_parser as convert_parser
 from mlx_rgemma.perplexity import add_reading
 

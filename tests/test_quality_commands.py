@@ -185,8 +185,7 @@ def test_compare(tmp_path, capsys):
 
 def test_compare_knows_every_setting():
     """All modes, bits, group sizes and recipes that convert offers are among its defaults."""
-    from mlx_rgemma.checkpoints.quantization import MODES
-    from mlx_rgemma.checkpoints.recipes import RECIPES
+    from mlx_rgemma.checkpoints.quantization import MODES, RECIPES
     from mlx_rgemma.quantize import _options
 
     tried = [_options(flags) for flags in ALL_SETTINGS]

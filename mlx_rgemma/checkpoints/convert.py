@@ -13,10 +13,8 @@ import mlx.core as mx
 from mlx_rgemma.checkpoints.formats.google import ConfigOverrides
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.formats.open import OpenCheckpoint, open_checkpoint
-from mlx_rgemma.checkpoints.load import read_dtype
 from mlx_rgemma.checkpoints.model_card import ignored_by_mlx_lm
-from mlx_rgemma.checkpoints.quantization import Quantization
-from mlx_rgemma.checkpoints.recipes import Recipe
+from mlx_rgemma.checkpoints.quantization import Quantization, Recipe
 from mlx_rgemma.checkpoints.save import (
     CheckpointSpec,
     dtype_name,
@@ -25,7 +23,7 @@ from mlx_rgemma.checkpoints.save import (
     write_checkpoint,
 )
 from mlx_rgemma.checkpoints.schema import EMBEDDING, PACKED, ValidatedCheckpoint, check_contents
-from mlx_rgemma.checkpoints.tensors import ConvertedWeights
+from mlx_rgemma.checkpoints.tensors import ConvertedWeights, read_dtype
 from mlx_rgemma.checkpoints.upload import check_repository, upload
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import GriffinConfig
@@ -264,7 +262,7 @@ def _notes(
         yield "lm_head.weight says again what the embedding says and was left out."
     if recipe is not None and contents.quantized:
         yield "The source was quantized already; converting the original gives a better model."
-    if weights.not_finite:
+    if weights.nonfinite:
         yield f"NaN or infinite values in: {weights.nonfinite_summary}."
     if not has_tokenizer(source.folder):
         yield f"There is no tokenizer in {source.folder}."

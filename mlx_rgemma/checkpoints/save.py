@@ -16,7 +16,6 @@ from mlx_rgemma.checkpoints.formats.huggingface import (
     GENERATION_CONFIG,
     INDEX,
     SINGLE_FILE,
-    read_json,
 )
 from mlx_rgemma.checkpoints.model_card import write_model_card
 from mlx_rgemma.checkpoints.quantization import Quantization
@@ -24,6 +23,7 @@ from mlx_rgemma.checkpoints.schema import expected_tensors
 from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.io.atomic import atomic_directory
 from mlx_rgemma.io.hub import Source
+from mlx_rgemma.io.reading import read_json
 from mlx_rgemma.io.safetensors import MLX_NAME, TensorInfo, write_file
 from mlx_rgemma.tokenizers.load import (
     SENTENCEPIECE,

@@ -14,8 +14,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import distributed
-from mlx_rgemma.checkpoints.load import load_model, read_dtype
+from mlx_rgemma.checkpoints.load import load_model
 from mlx_rgemma.checkpoints.save import save_model
+from mlx_rgemma.checkpoints.tensors import read_dtype
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.griffin.model import Model

@@ -31,7 +31,7 @@ from mlx_rgemma.checkpoints import save as writing
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.save import save_model
 from mlx_rgemma.checkpoints.schema import check_contents
-from mlx_rgemma.checkpoints.tensors import count_not_finite
+from mlx_rgemma.checkpoints.tensors import count_nonfinite
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.tokenizers.load import load_tokenizer
@@ -224,14 +224,14 @@ def test_what_a_new_dtype_makes_infinite_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_count_not_finite(dtype):
+def test_count_nonfinite(dtype):
     largest = 65504.0 if dtype == mx.float16 else 3e38
     value = mx.array([[0.0, -largest, 1e-30], [largest, 1.0, -0.0]]).astype(dtype)
-    assert count_not_finite(value) == count_not_finite(value.T) == (0, 0)
+    assert count_nonfinite(value) == count_nonfinite(value.T) == (0, 0)
     value[1, 2] = -mx.inf
-    assert count_not_finite(value) == (0, 1)
+    assert count_nonfinite(value) == (0, 1)
     value[0, 0] = mx.nan
-    assert count_not_finite(value.T) == (1, 1)
+    assert count_nonfinite(value.T) == (1, 1)
 
 
 def test_notes(tmp_path):

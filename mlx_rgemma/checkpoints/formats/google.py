@@ -11,41 +11,24 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder, shortened
+from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.schema import FLOATS, TensorSpec, expected_tensors
-from mlx_rgemma.errors import CheckpointError, ConfigError
+from mlx_rgemma.errors import CheckpointError, ConfigError, shortened
 from mlx_rgemma.griffin.config import ATTENTION, PRESETS, RECURRENT, GriffinConfig
+from mlx_rgemma.griffin.parameters import A_PARAM, MODULES, Role
 from mlx_rgemma.io.safetensors import MLX_NAME, TensorInfo
 
-NAMES = {
-    "model.embed_tokens.weight": "embedder.input_embedding",
-    "model.final_norm.weight": "final_norm.scale",
+RG_LRU_NAMES = {
+    A_PARAM: "a_param",
+    "input_gate_weight": "input_gate.w",
+    "input_gate_bias": "input_gate.b",
+    "recurrent_gate_weight": "a_gate.w",
+    "recurrent_gate_bias": "a_gate.b",
 }
-BLOCK_NAMES = {
-    "temporal_pre_norm.weight": "temporal_pre_norm.scale",
-    "channel_pre_norm.weight": "channel_pre_norm.scale",
-    "temporal_block.linear_x": "recurrent_block.linear_x",
-    "temporal_block.linear_y": "recurrent_block.linear_y",
-    "temporal_block.linear_out": "recurrent_block.linear_out",
-    "temporal_block.conv_1d.weight": "recurrent_block.conv_1d.w",
-    "temporal_block.conv_1d.bias": "recurrent_block.conv_1d.b",
-    "temporal_block.rg_lru.recurrent_param": "recurrent_block.rg_lru.a_param",
-    "temporal_block.rg_lru.input_gate_weight": "recurrent_block.rg_lru.input_gate.w",
-    "temporal_block.rg_lru.input_gate_bias": "recurrent_block.rg_lru.input_gate.b",
-    "temporal_block.rg_lru.recurrent_gate_weight": "recurrent_block.rg_lru.a_gate.w",
-    "temporal_block.rg_lru.recurrent_gate_bias": "recurrent_block.rg_lru.a_gate.b",
-    "temporal_block.q_proj": "attention_block.proj_q",
-    "temporal_block.k_proj": "attention_block.proj_k",
-    "temporal_block.v_proj": "attention_block.proj_v",
-    "temporal_block.o_proj": "attention_block.proj_final",
-    "mlp_block.down_proj": "mlp_block.ffw_down",
-}
-"""Google's names of the tensors and, where there is no ending, of the linear layers."""
-
-BRANCHES = {"mlp_block.gate_proj": 0, "mlp_block.up_proj": 1}
-"""Parts of `mlp_block.ffw_up`, in which Google keeps both branches together."""
+"""Google's names of the RG-LRU's parameters."""
 
 BLOCK = re.compile(r"blocks\.(\d{1,6})\.")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 OPTION = {
     "attention_window_size": "--attention-window-size",
     "logits_soft_cap": "--logits-soft-cap",
@@ -109,29 +92,31 @@ class Place:
 
 
 def place(wanted: TensorSpec, transposed_kernels: bool) -> Place:
-    """Where Google keeps one of the model's tensors."""
-    name, shape = wanted.name, wanted.shape
-    if name in NAMES:
-        return Place(NAMES[name], shape)
-    _, _, number, rest = name.split(".", 3)
-    block = f"blocks.{number}."
-    layer, _, kind = rest.rpartition(".")
-    if layer in BRANCHES:
+    """Return the place of a parameter in Google's formats."""
+    path, _, kind = wanted.name.rpartition(".")
+    layer = LAYER.match(path)
+    block = f"blocks.{layer[1]}." if layer is not None else ""
+    shape, module = wanted.shape, MODULES[path.rpartition(".")[2]]
+    name = block + module.google
+    if module.role is Role.EMBEDDING:
+        return Place(name, shape)
+    if module.role is Role.NORM:
+        return Place(f"{name}.scale", shape)
+    if module.role is Role.RG_LRU:
+        return Place(f"{name}.{RG_LRU_NAMES[kind]}", shape)
+    if module.role is Role.CONV:
+        return (
+            Place(f"{name}.b", shape)
+            if kind == "bias"
+            else Place(f"{name}.w", shape[1::-1], None, True)
+        )
+    if module.google_index is not None:
         if kind == "bias":
-            return Place(f"{block}mlp_block.ffw_up.b", (2, 1, 1, *shape), BRANCHES[layer])
-        inner, width = shape
-        return Place(f"{block}mlp_block.ffw_up.w", (2, width, inner), BRANCHES[layer], True)
-    if rest in BLOCK_NAMES:
-        if rest.endswith("conv_1d.weight"):
-            channels, taps, _ = shape
-            return Place(block + BLOCK_NAMES[rest], (taps, channels), None, True)
-        return Place(block + BLOCK_NAMES[rest], shape)
-    linear = block + BLOCK_NAMES[layer]
-    if kind == "bias":
-        return Place(f"{linear}.bias", shape)
-    if transposed_kernels:
-        return Place(f"{linear}.kernel", shape[::-1], None, True)
-    return Place(f"{linear}.weight", shape)
+            return Place(f"{name}.b", (2, 1, 1, *shape), module.google_index)
+        return Place(f"{name}.w", (2, *shape[::-1]), module.google_index, True)
+    if kind == "weight" and transposed_kernels:
+        return Place(f"{name}.kernel", shape[::-1], None, True)
+    return Place(f"{name}.{kind}", shape)
 
 
 def open_google(store: Store, unsaid: ConfigOverrides) -> tuple[CheckpointFolder, str | None, str]:
@@ -147,7 +132,7 @@ def open_google(store: Store, unsaid: ConfigOverrides) -> tuple[CheckpointFolder
     """
     shape = _Shape(store).config()
     config, released, said = _complete(store, shape, unsaid)
-    expected = tuple(expected_tensors(config))
+    expected = expected_tensors(config)
     places = {wanted.name: place(wanted, store.transposed_kernels) for wanted in expected}
     _check(store, places)
     tensors = {

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_rgemma.checkpoints.formats.huggingface import shortened
-from mlx_rgemma.errors import UserError, shown
+from mlx_rgemma.errors import UserError, shortened, shown
 from mlx_rgemma.io.hub import REPOSITORY
 from mlx_rgemma.tuner.config import check_keys
 from mlx_rgemma.tuner.data.packing import Documents
