@@ -45,7 +45,7 @@ def test_perplexity_beside_a_reference(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "mean KL" in printed.splitlines()[0] and printed.splitlines()[2].startswith("| q4 ")
     tokens = len(load()[1].encode(TEXT))  # and end-of-text, but the first is not predicted
-    assert f"{tokens} tokens in 1 rows" in printed and "peak memory" in printed
+    assert f"{tokens} tokens in 1 sequence," in printed and "peak memory" in printed
 
 
 def test_the_text_may_come_from_anywhere(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from mlx_rgemma.io.reading import read_limited
 MODEL_CARD = "README.md"
 MAX_CARD_BYTES = 1_000_000
 MAX_FRONT_MATTER = 50_000
-MAX_BRACKETS = 500
+
 THIS_FOLDER = "<this folder>"
 """How a card calls the model, until it is uploaded and has a name."""
 
@@ -118,15 +118,6 @@ def _stated(source: Source | None) -> dict[str, Any]:
 
 
 def _front_matter(text: str) -> dict[str, Any]:
-    """Return metadata that can be written again in bounded time and memory; else nothing."""
-    import yaml
+    from mlx_rgemma.io.yaml import parse_yaml
 
-    # PyYAML takes time by the square of the brackets that are open.
-    if len(text) > MAX_FRONT_MATTER or text.count("[") + text.count("{") > MAX_BRACKETS:
-        return {}
-    # A few aliases of aliases are larger than the memory when they are written.
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        return {}
-    values = yaml.safe_load(text)
-    yaml.safe_dump(values)
-    return values if isinstance(values, dict) else {}
+    return parse_yaml(text, MODEL_CARD) if len(text) <= MAX_FRONT_MATTER else {}

@@ -299,22 +299,38 @@ def _validate_products(c: GriffinConfig) -> None:
             raise ConfigError(f"{what} is {elements}, expected at most {MAX_INT32} (int32).")
 
 
-def _released(hidden_size: int, heads: int, layers: int, intermediate_size: int) -> GriffinConfig:
+def _shape(
+    hidden_size: int,
+    heads: int,
+    layers: int,
+    *,
+    window: int = 2048,
+    vocab_size: int = 256000,
+    dtype: str = "bfloat16",
+) -> GriffinConfig:
     return GriffinConfig(
-        vocab_size=256000,
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+        intermediate_size=6 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         head_dim=hidden_size // heads,
         lru_width=hidden_size,
-        attention_window_size=2048,
-        dtype="bfloat16",
+        attention_window_size=window,
+        dtype=dtype,
     )
 
 
-PRESETS = {
-    "2b": _released(2560, 10, 26, 15360),
-    "9b": _released(4096, 16, 38, 24576),
+PRESETS = {"2b": _shape(2560, 10, 26), "9b": _shape(4096, 16, 38)}
+"""Shapes of the released models."""
+
+SHAPES = {
+    "micro": _shape(64, 2, 3, vocab_size=512, dtype="float32"),
+    "tiny": _shape(192, 4, 6, window=128, vocab_size=2048, dtype="float32"),
+    "small": _shape(512, 8, 12, window=512, vocab_size=2048, dtype="float32"),
+    "40m": _shape(512, 8, 12, vocab_size=4096, dtype="float32"),
+    **PRESETS,
 }
-"""The released shapes."""
+"""All shapes that commands know. The embedded model is a `tiny`; training chooses the vocabulary.
+`micro` (tests) and `40m` (39.7 million parameters) are for benchmarks: they have the released
+models' attention window."""

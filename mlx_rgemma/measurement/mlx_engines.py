@@ -187,7 +187,7 @@ class Ours(_MlxEngine):
             yield answer.token
 
     def _loss(self, model: Any, rows: mx.array) -> mx.array:
-        from mlx_rgemma.tuner.data.batch import Batch
+        from mlx_rgemma.tuner.data.packing import Batch
         from mlx_rgemma.tuner.loss import batch_loss
 
         tokens, targets = rows[:, :-1], rows[:, 1:]

@@ -214,7 +214,7 @@ def test_chain_of_headers(tmp_path):
     header.type, header.size = tarfile.XGLTYPE, 512
     record = header.tobuf() + b"8 a=bc\n".ljust(512, b"\0")
     (tmp_path / "x.tar").write_bytes(record * 5000 + bytes(1024))
-    with pytest.raises(CheckpointError, match=r"x\.tar: not a sound archive"):
+    with pytest.raises(CheckpointError, match=r"x\.tar: not a valid archive"):
         convert(tmp_path / "x.tar", tmp_path / "out")
 
 
@@ -241,7 +241,7 @@ def test_cut_at_every_block(tmp_path, mode):
         shutil.rmtree(folder)
         folder.mkdir()
         archive.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match=r"x\.tar: not a sound archive"):
+        with pytest.raises(CheckpointError, match=r"x\.tar: not a valid archive"):
             unpack(archive, folder)
 
 
@@ -274,5 +274,5 @@ def test_messages_name_the_archive(tmp_path):
     archive = tar_of(tmp_path / "x.tar", broken, mode="w")
     with pytest.raises(CheckpointError) as error:
         convert(archive, tmp_path / "out", **SAID)
-    assert str(error.value).startswith(f"{archive}/x.pt: not a sound PyTorch file")
+    assert str(error.value).startswith(f"{archive}/x.pt: not a valid PyTorch file")
     assert "partial" not in str(error.value)

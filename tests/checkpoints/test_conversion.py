@@ -332,7 +332,7 @@ def test_broken_tokenizer_stops_the_conversion(tmp_path):
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
 def test_save_model(tmp_path, quantized, monkeypatch):
-    monkeypatch.setenv("MLX_RGEMMA_EXPAND", "off")  # float32 copies round less than bfloat16
+    monkeypatch.setenv("MLX_RGEMMA_DEQUANTIZE", "off")  # float32 copies round less than bfloat16
     model, _ = load_model(EMBEDDED, dtype="bfloat16")
     if quantized:
         nn.quantize(

@@ -67,10 +67,10 @@ OTHERS = {
     "text": (b"hello", "x.txt", "a file of no known format; give the folder"),
     "empty": (b"", "x", "a file of no known format"),
     "safetensors": (b"\x10\0\0\0\0\0\0\0{}", "model.safetensors", "give the folder that holds"),
-    "empty .pt": (b"", "x.pt", "not a sound PyTorch file"),
-    "damaged .pt": (b"PK\3\4", "x.pt", "not a sound PyTorch file"),
-    "empty .tar": (b"", "x.tar", "not a sound archive"),
-    "damaged .gz": (b"\x1f\x8bxxxxxxxxxxxxx", "x.gz", "not a sound archive"),
+    "empty .pt": (b"", "x.pt", "not a valid PyTorch file"),
+    "damaged .pt": (b"PK\3\4", "x.pt", "not a valid PyTorch file"),
+    "empty .tar": (b"", "x.tar", "not a valid archive"),
+    "damaged .gz": (b"\x1f\x8bxxxxxxxxxxxxx", "x.gz", "not a valid archive"),
 }
 
 

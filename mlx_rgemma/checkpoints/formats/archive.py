@@ -127,7 +127,7 @@ def _refused(archive: Path, member: tarfile.TarInfo, why: str) -> CheckpointErro
 
 
 def _damaged(archive: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{archive}: not a sound archive: {what}; {RECOVERY_HINT}.")
+    return CheckpointError(f"{archive}: not a valid archive: {what}; {RECOVERY_HINT}.")
 
 
 def _too_large(archive: Path, what: str) -> CheckpointError:

@@ -123,7 +123,7 @@ class TorchFile:
             raise self._damaged(reason(error)) from error
 
     def _damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a sound PyTorch file: {what}; {RECOVERY_HINT}.")
+        return CheckpointError(f"{self.path}: not a valid PyTorch file: {what}; {RECOVERY_HINT}.")
 
     def _open(self) -> None:
         with open_zip(self.path) as archive:
