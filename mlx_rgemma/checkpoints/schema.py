@@ -74,14 +74,11 @@ def expected_tensors(config: GriffinConfig) -> tuple[TensorSpec, ...]:
 
 
 def check_contents(folder: CheckpointFolder) -> ValidatedCheckpoint:
-    """Compare a checkpoint's tensors with its configuration.
-
-    Returns:
-        What was found, once everything that should be there is, and nothing else.
+    """Validate the tensors of a checkpoint against its configuration.
 
     Raises:
-        CheckpointError: Listing the tensors that are missing, surplus, misshapen or of a dtype
-            that no weight can have, or naming a head that differs from the embedding.
+        CheckpointError: Listing tensors that are missing, surplus, misshapen or of a wrong dtype;
+            or naming an LM head that differs from the embedding.
     """
     config, tensors = folder.config, folder.tensors
     if config.num_hidden_layers > len(tensors):
@@ -112,7 +109,7 @@ def check_contents(folder: CheckpointFolder) -> ValidatedCheckpoint:
 
 
 class _Problems:
-    """All that does not fit, for one message."""
+    """Problems of a checkpoint, for one message."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
@@ -159,7 +156,7 @@ def _quantization(
     packed: list[TensorInfo | None],
     problems: _Problems,
 ) -> Quantization | None:
-    """How a matrix is quantized, if its tensors and `config.json` agree on that."""
+    """Return the quantization of a matrix, if its tensors and `config.json` agree."""
     weight, scales, biases = packed
     assert weight is not None and scales is not None
     found = Quantization.of_tensors(wanted.shape, weight, scales)
@@ -169,32 +166,32 @@ def _quantization(
             f" {list(scales.shape)}, for {list(wanted.shape)})"
         )
         return None
-    there = tuple((t.name, t.dtype, t.shape) for t in (weight, scales, biases) if t is not None)
-    right = found.packed(wanted.path, wanted.shape, scales.dtype)
-    if there != tuple((t.name, t.dtype, t.shape) for t in right):
+    actual = tuple((t.name, t.dtype, t.shape) for t in (weight, scales, biases) if t is not None)
+    expected = found.packed(wanted.path, wanted.shape, scales.dtype)
+    if actual != tuple((t.name, t.dtype, t.shape) for t in expected):
         problems.unpackable.append(f"{wanted.path} (its biases do not fit {found.mode})")
     section = folder.config.quantization
     if section is None:
         problems.unpackable.append(f"{wanted.path} ({CONFIG} has no 'quantization')")
     elif not agrees(found, section.get(wanted.path)):
-        problems.unpackable.append(f"{wanted.path} (not as {CONFIG} says)")
+        problems.unpackable.append(f"{wanted.path} (differs from {CONFIG})")
     return found
 
 
 def _check_head(tensors: dict[str, TensorInfo], redundant: tuple[str, ...]) -> None:
-    """A head on file must be the embedding, to the bit: it is tied."""
+    """Check that an LM head in the file is bit-identical to the embedding: they are tied."""
     for name in redundant:
         head = tensors[name]
         embedding = tensors.get(name.replace(HEAD, EMBEDDING, 1))
         if embedding is None or not same_bytes(head, embedding):
             raise CheckpointError(
-                f"{head.file}: {name} differs from {EMBEDDING}.weight; RecurrentGemma's head is"
-                " its embedding, a model with another head is not supported."
+                f"{head.file}: {name} differs from {EMBEDDING}.weight; RecurrentGemma's LM head is"
+                " its embedding, another head is not supported."
             )
 
 
 def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
-    """Whether two tensors are equal in dtype, shape and every bit."""
+    """Return whether two tensors have the same dtype, shape and bytes."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     with a.file.open("rb") as left, b.file.open("rb") as right:

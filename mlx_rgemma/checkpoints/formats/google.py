@@ -1,4 +1,4 @@
-"""Google's own checkpoints: their names and layouts, and what they do not say of the model."""
+"""Google's checkpoints: names, layouts, and settings that are missing in them."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ OPTION = {
     "logits_soft_cap": "--logits-soft-cap",
     "embeddings_scale_by_sqrt_dim": "--embeddings-scale or --no-embeddings-scale",
 }
-"""The options of `convert` for what Google's formats do not hold."""
+"""Options of `convert` for settings that are missing in Google's formats."""
 
 
 @dataclass(frozen=True)
 class ConfigOverrides:
-    """What Google's formats do not say of a model; None where the user does not say it either.
+    """Settings that are missing in Google's formats, from the user; None if not given.
 
     Attributes:
         attention_window_size: W, the past keys that a query sees.
-        logits_soft_cap: Cap of the logits; 0 for none.
+        logits_soft_cap: Soft cap of the logits; 0 for none.
         embeddings_scale_by_sqrt_dim: Whether embeddings are multiplied by sqrt(hidden_size).
     """
 
@@ -52,19 +52,19 @@ class ConfigOverrides:
     embeddings_scale_by_sqrt_dim: bool | None = None
 
     @property
-    def stated(self) -> dict[str, Any]:
-        """What the user says."""
+    def provided(self) -> dict[str, Any]:
+        """The settings that are given."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
 
 class Store(Protocol):
-    """Google's tensors by Google's names: a `TorchFile` or an `OrbaxFolder`.
+    """Tensors by Google's names: a `TorchFile` or an `OrbaxFolder`.
 
     Attributes:
         path: The file or folder.
         tensors: Name, dtype and shape of each.
-        transposed_kernels: Whether linear layers are (in, out), and called `kernel`.
+        transposed_kernels: Whether weights of linear layers are (in, out) and named `kernel`.
     """
 
     path: Path
@@ -76,13 +76,13 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where Google keeps a tensor.
+    """Place of a parameter in Google's formats.
 
     Attributes:
         name: Google's name.
-        shape: The shape there.
-        part: Which part along the first axis, if not all of it.
-        transposed: Whether its axes are the other way round there.
+        shape: Google's shape.
+        part: Index along the first axis, if Google stacks several parameters.
+        transposed: Whether Google's axes are reversed.
     """
 
     name: str
@@ -119,19 +119,21 @@ def place(wanted: TensorSpec, transposed_kernels: bool) -> Place:
     return Place(f"{name}.{kind}", shape)
 
 
-def open_google(store: Store, unsaid: ConfigOverrides) -> tuple[CheckpointFolder, str | None, str]:
-    """A checkpoint of Google's as one of Hugging Face's: names, shapes, a configuration.
+def open_google(
+    store: Store, overrides: ConfigOverrides
+) -> tuple[CheckpointFolder, str | None, str]:
+    """Open a checkpoint of Google's with Hugging Face's names, shapes and configuration.
 
     Returns:
-        The checkpoint; the released model whose shape it has, if any; and a sentence on where
-        the things that it does not hold were taken from.
+        The checkpoint; the released model of its shape, if any; and a note on the origin of the
+        missing settings.
 
     Raises:
-        CheckpointError: If tensors are missing, surplus or misshapen, or it is of no released
-            shape and `unsaid` does not say enough.
+        CheckpointError: If tensors are missing, surplus or misshapen, or settings are missing in
+            `overrides` and the shape is not a released one.
     """
     shape = _Shape(store).config()
-    config, released, said = _complete(store, shape, unsaid)
+    config, released, note = _complete(store, shape, overrides)
     expected = expected_tensors(config)
     places = {wanted.name: place(wanted, store.transposed_kernels) for wanted in expected}
     _check(store, places)
@@ -148,11 +150,11 @@ def open_google(store: Store, unsaid: ConfigOverrides) -> tuple[CheckpointFolder
         value = value.view(getattr(mx, MLX_NAME[info.dtype]))
         return (mx.contiguous(value.T) if there.transposed else value).reshape(info.shape)
 
-    return CheckpointFolder(store.path, {}, config, tensors, read), released, said
+    return CheckpointFolder(store.path, {}, config, tensors, read), released, note
 
 
 def _check(store: Store, places: Mapping[str, Place]) -> None:
-    """Compare what is there with what should be, in Google's names."""
+    """Validate the tensors, by Google's names."""
     wanted = {there.name: there.shape for there in places.values()}
     problems = {
         "missing": [name for name in wanted if name not in store.tensors],
@@ -178,7 +180,7 @@ def _check(store: Store, places: Mapping[str, Place]) -> None:
 
 
 class _Shape:
-    """The sizes of a model, from the shapes of its tensors."""
+    """Sizes of a model, inferred from the shapes of its tensors."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -192,7 +194,7 @@ class _Shape:
         self.layers = len(numbers)
 
     def config(self) -> GriffinConfig:
-        """The configuration, without what shapes do not tell."""
+        """Return the configuration, without settings that shapes do not determine."""
         vocabulary, width = self._sizes("embedder.input_embedding", 2)
         _, _, inner = self._sizes("blocks.0.mlp_block.ffw_up.w", 3)
         types = [self._type(i) for i in range(self.layers)]
@@ -255,7 +257,7 @@ class _Shape:
 
 
 def _cycle(types: list[str]) -> tuple[str, ...]:
-    """The shortest list of blocks that, repeated, gives all of them."""
+    """Return the shortest list of blocks whose repetition gives all of them."""
     for length in range(1, len(types)):
         if all(types[i] == types[i % length] for i in range(len(types))):
             return tuple(types[:length])
@@ -263,10 +265,10 @@ def _cycle(types: list[str]) -> tuple[str, ...]:
 
 
 def _complete(
-    store: Store, shape: GriffinConfig, unsaid: ConfigOverrides
+    store: Store, shape: GriffinConfig, overrides: ConfigOverrides
 ) -> tuple[GriffinConfig, str | None, str]:
-    """Add what the shapes do not tell: from the released model of that shape, or the user."""
-    stated = unsaid.stated
+    """Add the missing settings: from the released model of that shape, or the user."""
+    stated = overrides.provided
     for name, released in PRESETS.items():
         known = {key: getattr(released, key) for key in OPTION}
         if replace(shape, **known, dtype=released.dtype) == released:
@@ -281,7 +283,7 @@ def _complete(
             f" soft cap and the embedding scale: give {', '.join(absent)}."
         )
     config = _stated(store, shape, stated)
-    return config, None, f"{_values(config)}: as the options say."
+    return config, None, f"{_values(config)}: from the options."
 
 
 def _stated(store: Store, shape: GriffinConfig, values: dict[str, Any]) -> GriffinConfig:
