@@ -300,7 +300,13 @@ def _validate_products(c: GriffinConfig) -> None:
 
 
 def _shape(
-    hidden_size: int, heads: int, layers: int, *, vocab_size: int, window: int, dtype: str
+    hidden_size: int,
+    heads: int,
+    layers: int,
+    *,
+    window: int = 2048,
+    vocab_size: int = 256000,
+    dtype: str = "bfloat16",
 ) -> GriffinConfig:
     return GriffinConfig(
         vocab_size=vocab_size,
@@ -315,15 +321,16 @@ def _shape(
     )
 
 
-PRESETS = {
-    "2b": _shape(2560, 10, 26, vocab_size=256000, window=2048, dtype="bfloat16"),
-    "9b": _shape(4096, 16, 38, vocab_size=256000, window=2048, dtype="bfloat16"),
-}
-"""The released shapes."""
+PRESETS = {"2b": _shape(2560, 10, 26), "9b": _shape(4096, 16, 38)}
+"""Shapes of the released models."""
 
 SHAPES = {
-    "tiny": _shape(192, 4, 6, vocab_size=2048, window=128, dtype="float32"),
-    "small": _shape(512, 8, 12, vocab_size=4096, window=2048, dtype="float32"),
+    "micro": _shape(64, 2, 3, vocab_size=512, dtype="float32"),
+    "tiny": _shape(192, 4, 6, window=128, vocab_size=2048, dtype="float32"),
+    "small": _shape(512, 8, 12, window=512, vocab_size=2048, dtype="float32"),
+    "40m": _shape(512, 8, 12, vocab_size=4096, dtype="float32"),
     **PRESETS,
 }
-"""Shapes to train and to measure: `tiny` is the embedded model's."""
+"""All shapes that commands know. The embedded model is a `tiny`; training chooses the vocabulary.
+`micro` (tests) and `40m` (39.7 million parameters) are for benchmarks: they have the released
+models' attention window."""
