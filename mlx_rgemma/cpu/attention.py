@@ -18,8 +18,9 @@ from mlx_rgemma.cpu.arrays import View, empty, materialize
 from mlx_rgemma.cpu.fastmath import LOG2_E
 from mlx_rgemma.ops.backend import Backend
 from mlx_rgemma.ops.decode_attention import DECODE_ATTENTION
-from mlx_rgemma.ops.decode_attention import reference as decode_reference
 from mlx_rgemma.ops.prefill_attention import PREFILL_ATTENTION, Mask, blockwise, with_past
+from mlx_rgemma.ops.ring_buffer import RingBuffer
+from mlx_rgemma.ops.rotary import apply_rotary
 
 QUERY_BLOCK = 128
 """Queries handled at once: masked scores cost as much as visible ones."""
@@ -124,9 +125,49 @@ def _is_large(
     return q.shape[1] * ring[0].size >= MIN_PRODUCTS
 
 
-@DECODE_ATTENTION.implementation(Backend.CPU, supports=_is_large, gradient="own")
-def decode(*arrays: Any, **options: Any) -> Any:
-    return decode_reference(*arrays, **options, attend=attend)
+@DECODE_ATTENTION.implementation(Backend.CPU, supports=_is_large, gradient="none")
+def decode(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    ring: mx.array,
+    max_lookback: mx.array | None,
+    *,
+    write_pos: int,
+    window: int,
+    cached_len: int | None,
+) -> Any:
+    """Attend to the ring as it was and to the token, whose slot is written afterwards.
+
+    Evaluating the new ring here would copy it, because the callers still hold the old one.
+    """
+    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    past, mask = ring, max_lookback
+    whole = cached_len is None or cached_len > write_pos
+    if not whole:  # a short sequence lies in one piece, all of it visible
+        past, mask = ring[:, :, write_pos - cached_len : write_pos], None
+    views = materialize(q, k, v, past, *([] if mask is None else [mask]))
+    if views is None:
+        return NotImplemented
+    slots = past.shape[2]
+    rows = views[0][:, :, 0] * np.float32(q.shape[-1] ** -0.5)
+    scores = np.empty((*rows.shape[:2], slots + 1), np.float32)
+    np.matmul(rows, views[3][:, 0].swapaxes(1, 2), out=scores[..., :slots])
+    np.matmul(rows, views[1][:, 0].swapaxes(1, 2), out=scores[..., slots:])
+    if whole:
+        distance = (write_pos - 1 - np.arange(slots)) % slots + 1
+        hidden = distance > (window if mask is None else views[4][:, :, None])
+        scores[..., :slots] += np.where(hidden, MASK_VALUE, np.float32(0.0))
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    out, view = empty(q.shape)
+    np.matmul(scores[..., :slots], views[3][:, 1], out=view[:, :, 0])
+    view[:, :, 0] += scores[..., slots:] * views[2][:, 0]
+    view[:, :, 0] /= scores.sum(axis=-1, keepdims=True)
+    kv = mx.concatenate([k, v], axis=1)
+    return out.astype(q.dtype), RingBuffer(ring, write_pos).appended(kv).kv
 
 
 @PREFILL_ATTENTION.implementation(Backend.CPU, supports=numba_runtime.is_long, gradient="none")

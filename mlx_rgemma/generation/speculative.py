@@ -9,14 +9,14 @@ from max(p - q, 0) (Leviathan et al., arXiv:2211.17192, algorithm 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.decode import LogitsProcessor, Processors
+from mlx_rgemma.generation.decode import LogitsProcessor, Processors, Steps, prefill_chunks
 from mlx_rgemma.generation.draft import Draft, Drafter, DraftModel, PromptLookup
 from mlx_rgemma.generation.sampling import Sampler
 from mlx_rgemma.griffin.cache import GriffinCache
@@ -69,7 +69,7 @@ def speculative_steps(
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], object] | None = None,
     stats: SpeculationStats | None = None,
-) -> Generator[tuple[int, mx.array, bool], None, None]:
+) -> Steps:
     """Generate token by token, like `mlx_lm.generate.generate_step`.
 
     When it ends, or is closed, the state has read every token that was handed out.
@@ -117,13 +117,11 @@ def speculative_steps(
 
     progress = prompt_progress_callback or (lambda done, total: None)
     progress(0, prompt.size)
-    for first in range(0, prompt.size - 1, prefill_step_size):
-        chunk = prompt[first : min(first + prefill_step_size, prompt.size - 1)]
-        model.prefill(chunk[None], cache)
-        mx.eval([layer.state for layer in cache])
+    done = 0
+    for chunk in prefill_chunks(prompt[:-1], model, cache, prefill_step_size):
         drafter.read(chunk)
-        progress(first + chunk.size, prompt.size)
-        mx.clear_cache()
+        done += chunk.size
+        progress(done, prompt.size)
 
     for layer in cache:
         layer.enable_rollback(limit + 1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.errors import CheckpointError, UserError
-from mlx_rgemma.generation.decode import CONTEXT_LIMIT, LogitsProcessor, Processors, Sampler
+from mlx_rgemma.generation.decode import CONTEXT_LIMIT, LogitsProcessor, Sampler
 from mlx_rgemma.generation.prompts import encode
 from mlx_rgemma.generation.response import GenerationResponse, seconds_since, text_responses
-from mlx_rgemma.generation.streams import wired_limit
+from mlx_rgemma.generation.streams import generation_stream, wired_limit
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.griffin.process import refuse_forked_process
@@ -179,7 +180,7 @@ class Session:
         if max_tokens < 1 and max_tokens != -1:
             raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1: no limit).")
         after = self.last_token if prompt is None else None
-        with wired_limit(self.model, mx.default_stream(mx.default_device())):
+        with wired_limit(self.model, generation_stream):
             tic = time.perf_counter()
             recent = [] if self.last_token is None else [self.last_token]
             before = self.tokens_seen
@@ -190,17 +191,23 @@ class Session:
             read = self.tokens_seen - before
             if self.last_token is None:
                 raise UserError("there is nothing to go on from: give a prompt.")
-            processors = Processors(logits_processors, recent)
-            steps = self._state.steps(self.model, max_tokens, sampler, processors)
-            yield from text_responses(
-                ((token, logprobs, False) for token, logprobs in steps),
-                self.tokenizer,
+            steps = self._state.steps(
+                self.model,
                 max_tokens,
-                stop=stop,
-                prompt_tokens=read,
-                started=tic,
-                after=after,
+                sampler=sampler,
+                logits_processors=logits_processors,
+                recent=recent,
             )
+            with closing(steps):
+                yield from text_responses(
+                    steps,
+                    self.tokenizer,
+                    max_tokens,
+                    stop=stop,
+                    prompt_tokens=read,
+                    started=tic,
+                    after=after,
+                )
 
     def generate(self, prompt: Source | None = None, **kwargs: Any) -> str:
         """Read a prompt and write on; the arguments are those of `stream`.

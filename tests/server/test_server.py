@@ -226,7 +226,7 @@ def test_the_openai_client(server):
 def test_an_error_in_a_batch_ends_its_requests_and_not_the_server(monkeypatch):
     from mlx_lm import server as mlx_lm_server
 
-    from mlx_rgemma.server import build_parser
+    from mlx_rgemma.server.command import build_parser
     from mlx_rgemma.server.engine import Generator, Provider, States
     from mlx_rgemma.server.handler import Handler
     from mlx_rgemma.server.http_server import Server
