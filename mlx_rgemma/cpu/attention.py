@@ -17,10 +17,9 @@ from mlx_rgemma.cpu import numba_runtime
 from mlx_rgemma.cpu.arrays import View, empty, materialize
 from mlx_rgemma.cpu.fastmath import LOG2_E
 from mlx_rgemma.ops.backend import Backend
-from mlx_rgemma.ops.decode_attention import DECODE_ATTENTION
+from mlx_rgemma.ops.decode_attention import DECODE_ATTENTION, appending, token_reference
 from mlx_rgemma.ops.prefill_attention import PREFILL_ATTENTION, Mask, blockwise, with_past
-from mlx_rgemma.ops.ring_buffer import RingBuffer
-from mlx_rgemma.ops.rotary import apply_rotary
+from mlx_rgemma.ops.rotary import rotate_heads_reference
 
 QUERY_BLOCK = 128
 """Queries handled at once: masked scores cost as much as visible ones."""
@@ -113,7 +112,7 @@ def _scores(q: View, k: View, mask: View) -> View:
     batch, heads, length, dim = q.shape
     rows = q.reshape(batch, heads * length, dim) * np.float32(dim**-0.5)
     scores = np.matmul(rows, k.swapaxes(1, 2))
-    if mask.size > 1:
+    if not mask.all():
         by_head = scores.reshape(batch, heads, length, -1)
         by_head += np.where(mask, np.float32(0.0), MASK_VALUE)
     return scores
@@ -125,49 +124,41 @@ def _is_large(
     return q.shape[1] * ring[0].size >= MIN_PRODUCTS
 
 
-@DECODE_ATTENTION.implementation(Backend.CPU, supports=_is_large, gradient="none")
+@DECODE_ATTENTION.implementation(Backend.CPU, supports=_is_large, gradient="own")
+@appending
 def decode(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    cos: mx.array,
-    sin: mx.array,
-    ring: mx.array,
-    max_lookback: mx.array | None,
-    *,
-    write_pos: int,
-    window: int,
-    cached_len: int | None,
-) -> Any:
-    """Attend to the ring as it was and to the token, whose slot is written afterwards.
+    *arrays: Any, write_pos: int, window: int, cached_len: int | None
+) -> tuple[mx.array, mx.array]:
+    """Attend to the ring as it is and to the token beside it.
 
-    Evaluating the new ring here would copy it, because the callers still hold the old one.
+    To evaluate the ring with the token appended would copy it: its owner still holds the old one.
     """
-    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-    past, mask = ring, max_lookback
-    whole = cached_len is None or cached_len > write_pos
-    if not whole:  # a short sequence lies in one piece, all of it visible
-        past, mask = ring[:, :, write_pos - cached_len : write_pos], None
-    views = materialize(q, k, v, past, *([] if mask is None else [mask]))
+    q, k, v, cos, sin, ring, max_lookback = arrays
+    rotated, kv = rotate_heads_reference(q, k, v, cos, sin)
+    visible = mx.array([[window]]) if max_lookback is None else max_lookback
+    views = materialize(rotated, kv, ring, visible)
     if views is None:
-        return NotImplemented
-    slots = past.shape[2]
-    rows = views[0][:, :, 0] * np.float32(q.shape[-1] ** -0.5)
-    scores = np.empty((*rows.shape[:2], slots + 1), np.float32)
-    np.matmul(rows, views[3][:, 0].swapaxes(1, 2), out=scores[..., :slots])
-    np.matmul(rows, views[1][:, 0].swapaxes(1, 2), out=scores[..., slots:])
-    if whole:
-        distance = (write_pos - 1 - np.arange(slots)) % slots + 1
-        hidden = distance > (window if mask is None else views[4][:, :, None])
-        scores[..., :slots] += np.where(hidden, MASK_VALUE, np.float32(0.0))
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    out, view = empty(q.shape)
-    np.matmul(scores[..., :slots], views[3][:, 1], out=view[:, :, 0])
-    view[:, :, 0] += scores[..., slots:] * views[2][:, 0]
-    view[:, :, 0] /= scores.sum(axis=-1, keepdims=True)
-    kv = mx.concatenate([k, v], axis=1)
-    return out.astype(q.dtype), RingBuffer(ring, write_pos).appended(kv).kv
+        options = {"write_pos": write_pos, "window": window, "cached_len": cached_len}
+        return token_reference(*arrays, **options)
+    past, slots = views[2], views[2].shape[2]
+    mask = np.ones(1, bool)
+    if cached_len is not None and cached_len <= min(write_pos, window):
+        past = past[:, :, write_pos - cached_len : write_pos]
+    else:
+        distance = slots - (np.arange(slots) - write_pos) % slots
+        mask = distance <= np.minimum(views[3], window)[:, None, None]
+    batch, heads, _, dim = q.shape
+    rows = views[0].reshape(batch, heads, dim) * np.float32(dim**-0.5)
+    own = np.matmul(rows, views[1][:, 0].swapaxes(1, 2))
+    scores = _scores(views[0], past[:, 0], mask)
+    row_max = np.maximum(own, scores.max(axis=-1, keepdims=True, initial=MASK_VALUE))
+    own, scores = np.exp(own - row_max), np.exp(scores - row_max)
+    row_sum = own + scores.sum(axis=-1, keepdims=True)
+    out, view = empty((batch, heads, dim))
+    np.matmul(scores, past[:, 1], out=view)
+    view += own * views[1][:, 1]
+    view /= row_sum
+    return out.reshape(q.shape).astype(q.dtype), kv
 
 
 @PREFILL_ATTENTION.implementation(Backend.CPU, supports=numba_runtime.is_long, gradient="none")

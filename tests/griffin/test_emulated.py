@@ -1,37 +1,35 @@
-"""The whole model with all its kernels executed from their Metal source, against Google's code.
+"""The whole model with all its Metal kernels emulated on the CPU, against Google's code.
 
-What runs is the text that MLX would hand to Apple's compiler, on the CPU: see metal_emulator.
+The emulator runs the source that MLX hands to Apple's compiler: see metal_emulator.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 from conftest import GOLDEN, LOGITS_ATOL, golden, golden_model, max_error
-from metal_emulator import compiler, emulate
+from helpers.emulated import emulated, launched, needs_compiler
 from mlx.utils import tree_flatten
 from test_golden import masked_loss, run_chunks
 
-from mlx_rgemma.ops import metal
+from mlx_rgemma.ops import backend, metal
+from mlx_rgemma.ops.backend import Backend
 
-_compiler, _reason = compiler()
-pytestmark = pytest.mark.skipif(_compiler is None, reason=f"kernels not executed: {_reason}")
+pytestmark = needs_compiler
 
-INFERENCE = {"rms_norm", "add_rms_norm", "recurrent_decode", "ring_attention"}
-PREFILL = {"rms_norm", "add_rms_norm", "causal_conv1d", "rg_lru", "rotary", "windowed_attention"}
+INFERENCE = {"rms_norm", "add_rms_norm", "recurrent_decode", "decode_attention"}
+PREFILL = {"rms_norm", "add_rms_norm", "causal_conv1d", "rg_lru", "rotary", "prefill_attention"}
 
 
 def names(launches) -> set[str]:
-    return {launch.name.removeprefix("mlx_rgemma_") for launch in launches}
+    return set(launched(launches))
 
 
 @pytest.fixture
 def launches():
-    """Every kernel runs from its source; a kernel that is switched off is an error."""
-    record: list = []
-    with emulate(record=record):
+    """Emulate every kernel, each after its validation; one that is switched off is an error."""
+    with emulated(validate=True) as record:
         yield record
 
 
@@ -114,17 +112,9 @@ def test_a_step_in_checked_mode():
     model = golden_model("tiny-sharded").eval()
     data = golden("decode/tiny-sharded.npz")
     tokens = mx.array(data["tokens"])[:, :14]
-    with emulate(mode="checked", order="random"):
+    with emulated("checked", "random"):
         logits = run_chunks(model, tokens, (12, 1, 1))
     assert max_error(logits, data["google_full"][:, :14]) < LOGITS_ATOL
-
-
-@pytest.fixture
-def fresh_verdicts():
-    """No kernel has been tried yet, and none will have been."""
-    metal.reset()
-    yield
-    metal.reset()
 
 
 @pytest.mark.parametrize(
@@ -135,27 +125,29 @@ def fresh_verdicts():
     ],
     ids=["wrong", "does-not-compile"],
 )
-def test_a_kernel_that_goes_wrong_is_switched_off_and_named(
-    file, old, new, monkeypatch, fresh_verdicts
-):
-    """The model stays right when a kernel does not: the plain form takes its place."""
+def test_a_kernel_that_fails_is_switched_off_and_named(file, old, new, monkeypatch):
+    """The model's results stay right: the reference takes the kernel's place."""
     source = metal.source
     assert old in source(file)
     monkeypatch.setattr(
-        kernels, "source", lambda f: source(f).replace(old, new) if f == file else source(f)
+        metal, "source", lambda f: source(f).replace(old, new) if f == file else source(f)
     )
     model = golden_model("tiny-sharded").eval()
     data = golden("decode/tiny-sharded.npz")
-    with emulate(), pytest.warns(RuntimeWarning, match=rf"{file} .* switched off") as warnings:
+    with (
+        emulated(validate=True),
+        pytest.warns(RuntimeWarning, match=rf"{file} .* switched off") as warnings,
+    ):
         logits = run_chunks(model, mx.array(data["tokens"]), (10, 1))
     assert max_error(logits, data["google_full"]) < LOGITS_ATOL
     assert len(warnings) == 1
 
 
-def test_nothing_is_left_behind():
-    """Outside of `executed`, MLX's own function is back and kernels are off on this machine."""
-    before = mx.fast.metal_kernel
-    with emulate():
+def test_emulation_ends_with_its_context():
+    """Afterwards MLX's own function is back, and so is the backend."""
+    before, active = mx.fast.metal_kernel, backend.active()
+    with emulated():
         assert mx.fast.metal_kernel is not before
+        assert backend.active() is Backend.METAL
     assert mx.fast.metal_kernel is before
-    assert np.array_equal(np.array(mx.ones(2)), [1, 1])
+    assert backend.active() is active
