@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_rgemma.generation.streams import generation_stream
+from mlx_rgemma.ops.streams import generation_stream
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.ops.sums import log_softmax
 

@@ -16,9 +16,9 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.streams import synchronize_streams
 from mlx_rgemma.measurement.engines import LEARNING_RATE, Generated, Loaded, Unsupported
 from mlx_rgemma.measurement.shapes import SHAPES, UNQUANTIZED, quantize, random_model
+from mlx_rgemma.ops.streams import synchronize_streams
 
 LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
 """mlx-lm's defaults."""

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.decode import Steps, generate_step
-from mlx_rgemma.generation.streams import generation_stream
+from mlx_rgemma.ops.streams import generation_stream
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.griffin.process import refuse_forked_process
