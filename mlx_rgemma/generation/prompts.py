@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.errors import UserError, shown
-from mlx_rgemma.griffin.process import refuse_forked_process
+from mlx_rgemma.griffin.checks import refuse_forked_process
 from mlx_rgemma.io.reading import reason
 
 Message = Mapping[str, Any]

@@ -11,9 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.griffin.indices import KEPT, as_count, as_index, as_list, read_counts
+from mlx_rgemma.griffin.checks import KEPT, as_count, as_index, as_list, read_counts
 from mlx_rgemma.griffin.rollback import Rollback
-from mlx_rgemma.io.memory import check_memory
 from mlx_rgemma.ops import RingBuffer
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
@@ -390,6 +389,8 @@ def check_state_memory(nbytes: int, batch_size: int) -> None:
         UserError: If less memory is available.
     """
     if nbytes > SMALL_STATE:
+        from mlx_rgemma.io.memory import check_memory
+
         texts = "1 sequence" if batch_size == 1 else f"{batch_size} sequences"
         remedy = "use fewer sequences, or a model with a smaller attention_window_size"
         check_memory(f"the state of {texts}", nbytes, remedy)

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.griffin.cache import (
     AttentionCache,
     GriffinCache,
@@ -17,17 +18,17 @@ from mlx_rgemma.griffin.cache import (
     check_state_memory,
     state_nbytes,
 )
+from mlx_rgemma.griffin.checks import as_count, refuse_forked_process, safe_token_ids
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
-from mlx_rgemma.griffin.indices import as_count, safe_token_ids
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
-from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.griffin.sequence_info import SequenceInfo
-from mlx_rgemma.griffin.sharding import shard_model
-from mlx_rgemma.griffin.tied_head import check_tied_head, tied_head
-from mlx_rgemma.ops import backend, inference_mode, rotary_frequencies
+from mlx_rgemma.ops import backend, inference_mode, rotary_frequencies, soft_cap
 
 MAX_BATCH = 1 << 16
 """Sequences of a state."""
+
+COMPARE_BYTES = 1 << 24
+"""Bytes of a file's head that are compared with the embedding at a time."""
 
 
 class Griffin(nn.Module):
@@ -205,6 +206,8 @@ class Model(nn.Module):
             raise ValueError("[shard] the model has been sharded before.")
         group = group or mx.distributed.init()
         if group.size() > 1:
+            from mlx_rgemma.griffin.sharding import shard_model
+
             shard_model(self, group)
             self.group = group
 
@@ -309,6 +312,47 @@ class Model(nn.Module):
                 check_state_memory(each * tokens.shape[0], tokens.shape[0])
             for layer in cache:
                 layer.resize(tokens.shape[0])
+
+
+def tied_head(x: mx.array, embedding: nn.Module, cap: float) -> mx.array:
+    """Logits by the embedding that the input has too.
+
+    Args:
+        x: (..., hidden_size), behind the final norm.
+        embedding: Plain or quantized.
+        cap: Soft cap of the logits; 0 for none.
+
+    Returns:
+        (..., vocab_size), fp32.
+    """
+    logits = embedding.as_linear(x)
+    return soft_cap(logits, mx.array(cap)) if cap else logits.astype(mx.float32)
+
+
+def check_tied_head(name: str, head: mx.array, embedding: mx.array | None) -> None:
+    """Refuse a tensor of a head that differs from the embedding's in dtype, shape or any bit.
+
+    Args:
+        name: The tensor's: `lm_head.weight`, and `lm_head.scales` and `.biases` of quantized ones.
+        head: The tensor.
+        embedding: The same part of the embedding; None if it has none.
+
+    Raises:
+        CheckpointError: Naming it.
+    """
+    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if same and embedding is not None:
+        left, right = head.reshape(-1), embedding.reshape(-1)
+        step = COMPARE_BYTES // head.itemsize
+        same = all(
+            mx.array_equal(left[i : i + step].view(mx.uint8), right[i : i + step].view(mx.uint8))
+            for i in range(0, head.size, step)
+        )
+    if not same:
+        raise CheckpointError(
+            f"{name} differs from model.embed_tokens; RecurrentGemma's head is its embedding, a"
+            " model with another head is not supported."
+        )
 
 
 def _describe(signature: tuple[Any, ...]) -> str:

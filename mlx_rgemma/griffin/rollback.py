@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mlx_rgemma.griffin.indices import KEPT, as_count
+from mlx_rgemma.griffin.checks import KEPT, as_count
 
 Undo = Callable[[Any, int], None]
 """Makes a cache what it was after so many tokens of the call that is undone."""

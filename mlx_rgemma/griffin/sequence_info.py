@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.griffin.cache import GriffinCache
-from mlx_rgemma.griffin.indices import check_segment_pos
+from mlx_rgemma.griffin.checks import check_segment_pos
 from mlx_rgemma.ops import MAX_STEPS, rotary_angles, token_types
 
 

@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten
 from mlx_rgemma import distributed
 from mlx_rgemma.errors import CheckpointError, UserError, shown
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
+from mlx_rgemma.griffin.checks import refuse_forked_process
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.griffin.sharding import gather_state, split_state
 from mlx_rgemma.io.atomic import atomic_file
 from mlx_rgemma.io.checksum import CRC32, crc32, dump_checksums, verify_file

@@ -11,10 +11,10 @@ import mlx.core as mx
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.decode import Steps, generate_step
-from mlx_rgemma.ops.streams import generation_stream
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache
+from mlx_rgemma.griffin.checks import refuse_forked_process
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.griffin.process import refuse_forked_process
+from mlx_rgemma.ops.streams import generation_stream
 
 
 class TextState:

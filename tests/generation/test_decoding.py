@@ -79,10 +79,10 @@ def test_the_state_has_read_what_was_handed_out(embedded, handed_out, closed):
 
 
 def test_tokens_and_probabilities_are_mlx_lms(embedded):
-    from mlx_lm.generate import generate_step
+    from mlx_lm.generate import generate_step as mlx_lm_steps
 
     model, _ = embedded
-    theirs = list(generate_step(PROMPT, model, max_tokens=30, prefill_step_size=16))
+    theirs = list(mlx_lm_steps(PROMPT, model, max_tokens=30, prefill_step_size=16))
     ours = list(
         generate_step(
             PROMPT, model, prompt_cache=model.make_cache(), max_tokens=30, prefill_step_size=16
@@ -117,9 +117,7 @@ def test_a_session_hands_out_the_first_token_before_it_begins_the_next(embedded,
     going_on.feed(PROMPT)
     events = []
     read, evaluate = type(model).last_logits, mx.eval
-    monkeypatch.setattr(
-        type(model), "last_logits", lambda *a: (events.append("step"), read(*a))[1]
-    )
+    monkeypatch.setattr(type(model), "last_logits", lambda *a: (events.append("step"), read(*a))[1])
     monkeypatch.setattr(mx, "eval", lambda *a: (events.append("eval"), evaluate(*a))[1])
     stream = going_on.stream(max_tokens=5)
     next(stream)
@@ -214,7 +212,8 @@ def test_the_last_layer_computes_one_token_where_nobody_asks_for_more(ending_in,
     layer = ending_in.layers[-1]
     block, mlp = layer.temporal_block, layer.mlp_block
     out = block.o_proj if isinstance(block, LocalAttentionBlock) else block.linear_out
-    assert [rows[id(z)] for z in (out, mlp.gate_proj, mlp.up_proj, mlp.down_proj)] == [1] * 4
+    fused = mlp.fused_projection().layer  # the gate and up projections of a single token
+    assert [rows[id(z)] for z in (out, fused, mlp.down_proj)] == [1] * 3
     earlier = ending_in.layers[0]
     assert (
         rows[id(earlier.mlp_block.down_proj)] == rows[id(earlier.temporal_block.linear_out)] == 50

@@ -17,7 +17,7 @@ from helpers.random_models import CONFIG, random_model
 from mlx_rgemma import Session, batch_generate, generate, load
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache
-from mlx_rgemma.griffin.indices import UNCHECKED_TOKENS
+from mlx_rgemma.griffin.checks import UNCHECKED_TOKENS
 from mlx_rgemma.ops.cross_entropy import cross_entropies
 
 SIZE = CONFIG.vocab_size

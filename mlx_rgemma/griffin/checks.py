@@ -1,11 +1,13 @@
-"""Numbers that become indices of MLX, which checks none of them itself.
+"""Checks that MLX does not make: of integers that become indices, and of the process.
 
-A gather beyond an array's end reads, and a scatter writes, whatever memory lies there.
+A gather beyond an array's end reads whatever memory lies there, and a scatter writes it. A child
+process inherits MLX's locks but not its threads, and would wait forever.
 """
 
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +23,8 @@ MAX_COUNT = 1 << 62
 """Of tokens: what is added to it stays within int64."""
 
 KEPT = "[cache] the number of tokens to keep"
+
+_owner: int | None = None  # the process that made the first model
 
 
 def as_index(what: str, value: Any, end: int) -> int:
@@ -151,3 +155,22 @@ def _on_host(array: mx.array) -> Any:
 
 def _unknown(value: Any, vocab_size: int) -> UserError:
     return UserError(f"the text holds token {shown(value)}; the model knows 0 to {vocab_size - 1}.")
+
+
+def refuse_forked_process() -> None:
+    """Refuse to run a model in a child that was forked from a process with a model.
+
+    Called where a model is made and wherever one begins to run. No hook is installed: the cost is
+    that of `os.getpid`.
+
+    Raises:
+        UserError: In such a child.
+    """
+    global _owner
+    if _owner is None:
+        _owner = os.getpid()
+    elif _owner != os.getpid():
+        raise UserError(
+            "MLX cannot run in a process that was forked after MLX was used: start it with"
+            " 'spawn' (multiprocessing.get_context('spawn')), and load the model in it."
+        )

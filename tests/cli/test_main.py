@@ -14,7 +14,7 @@ import pytest
 import mlx_rgemma
 from mlx_rgemma import __main__, cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 UMBRELLA = [sys.executable, "-m", "mlx_rgemma"]
 COMMANDS = list(__main__.COMMANDS)
 
