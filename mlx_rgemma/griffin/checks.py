@@ -17,10 +17,10 @@ import numpy as np
 from mlx_rgemma.errors import UserError, shown
 
 UNCHECKED_TOKENS = 16
-"""Tokens per sequence up to which ids are not read: to read a decode step's would wait for the
-device, which is to compute the next one meanwhile."""
+"""Tokens per sequence up to which ids are not read on the host: a decode step would wait for the
+device."""
 MAX_COUNT = 1 << 62
-"""Of tokens: what is added to it stays within int64."""
+"""Largest count of tokens: sums of it and a length stay within int64."""
 
 KEPT = "[cache] the number of tokens to keep"
 
@@ -35,7 +35,7 @@ def as_index(what: str, value: Any, end: int) -> int:
     """
     index = as_count(what, value)
     if index >= end:
-        raise ValueError(f"{what} {index} of {end}: there is no such one.")
+        raise ValueError(f"{what} {index} is out of range, expected 0 to {end - 1}.")
     return index
 
 
@@ -75,10 +75,10 @@ def read_counts(array: mx.array, size: int) -> list[int]:
 
 
 def check_token_ids(values: Iterable[Any], vocab_size: int) -> list[int]:
-    """Return token ids that are on the host as integers that a model knows.
+    """Return token ids on the host as checked integers.
 
     Raises:
-        UserError: Naming the first one that is not.
+        UserError: Naming the first unknown one.
     """
     tokens = []
     for value in values:
@@ -93,11 +93,11 @@ def check_token_ids(values: Iterable[Any], vocab_size: int) -> list[int]:
 
 
 def safe_token_ids(tokens: mx.array, vocab_size: int) -> mx.array:
-    """Return token ids that an embedding can be indexed with, whatever they are.
+    """Return token ids that are safe to index an embedding with.
 
     Chunks of more than `UNCHECKED_TOKENS` tokens per sequence are read and checked. Shorter ones,
-    and those within `mx.compile`, may not be there yet: an id out of range is taken as the last of
-    the vocabulary. Ids that come from the host are for `check_token_ids`.
+    and those within `mx.compile`, may not be evaluated yet: an id out of range counts as the last
+    of the vocabulary. `check_token_ids` checks ids on the host.
 
     Args:
         tokens: (B, L), any integer dtype.
@@ -146,7 +146,7 @@ def check_segment_pos(segment_pos: mx.array) -> mx.array:
 
 
 def _on_host(array: mx.array) -> Any:
-    """An array's values; None where it has none, within `mx.compile` and `mx.vmap`."""
+    """Return an array's values; None within `mx.compile` and `mx.vmap`, where it has none."""
     try:
         return np.array(array)
     except ValueError:

@@ -121,10 +121,9 @@ def test_a_session_hands_out_the_first_token_before_it_begins_the_next(embedded,
     monkeypatch.setattr(mx, "eval", lambda *a: (events.append("eval"), evaluate(*a))[1])
     stream = going_on.stream(max_tokens=5)
     next(stream)
-    first = events.index("step")
-    assert events[first:] == ["step", "eval"]
+    assert events.count("step") == 1 and events[-1] == "eval"
     next(stream)
-    assert events[first:].count("step") == 3
+    assert events.count("step") == 3
 
 
 def test_a_session_takes_no_step_for_its_last_token(embedded, monkeypatch):

@@ -227,12 +227,13 @@ def test_an_error_in_a_batch_ends_its_requests_and_not_the_server(monkeypatch):
     from mlx_lm import server as mlx_lm_server
 
     from mlx_rgemma.server.command import build_parser
-    from mlx_rgemma.server.engine import Generator, Provider, States
+    from mlx_rgemma.server.engine import Generator, Provider
     from mlx_rgemma.server.handler import Handler
     from mlx_rgemma.server.http_server import Server
+    from mlx_rgemma.server.states import PromptCacheStore
 
     provider = Provider(build_parser().parse_args([]))
-    generator = Generator(provider, States(4), 4)
+    generator = Generator(provider, PromptCacheStore(4), 4)
     generator.wait()
     failures, step = iter([True]), mlx_lm_server.BatchGenerator.next
 
