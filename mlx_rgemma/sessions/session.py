@@ -172,8 +172,8 @@ class Session:
             A `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
 
         Raises:
-            UserError: If the session is empty, `max_tokens` or the prompt is invalid, or the session
-                was changed while the generator was paused.
+            UserError: If the session is empty, `max_tokens` or the prompt is invalid, or the
+                session was changed while the generator was paused.
         """
         if max_tokens < 1 and max_tokens != -1:
             raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1: no limit).")
