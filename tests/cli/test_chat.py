@@ -200,8 +200,8 @@ def test_mistakes_are_told_and_the_conversation_goes_on(tmp_path):
             "broken",
             "folder",
             "there is no nowhere",
-            "there is a main already",
-            "/nonsense is no command",
+            "main exists already",
+            "/nonsense is not a command",
         ],
         strict=True,
     ):

@@ -110,7 +110,7 @@ def test_a_mistake_is_one_line():
 
 def test_input_without_an_end_is_refused():
     launched = launch(2, "-m", "mlx_rgemma.generate", "--prompt", "-")
-    assert "error: --prompt - has no end under mlx.launch; give a file." in launched.errors
+    assert "error: --prompt - never ends under mlx.launch; use a file." in launched.errors
 
 
 @needs_proc

@@ -183,12 +183,12 @@ WRONG_ROWS = [3, -1, 2**31, -(2**40), 1.0, True, "0", None, [0]]
 
 
 @pytest.mark.parametrize("row", WRONG_ROWS, ids=str)
-def test_rows_that_there_are_not(model, row):
+def test_sequences_out_of_range_are_refused(model, row):
     for layer in states(model):
         before = [np.array(array) for array in layer.state]
-        with pytest.raises(ValueError, match=r"\[cache\] row"):
+        with pytest.raises(ValueError, match=r"\[cache\] sequence"):
             layer.extract(row)
-        with pytest.raises(ValueError, match=r"\[cache\] row"):
+        with pytest.raises(ValueError, match=r"\[cache\] sequence"):
             layer.filter([0, row])
         for array, kept in zip(layer.state, before, strict=True):
             assert np.array_equal(np.array(array), kept)

@@ -34,8 +34,9 @@ def embedded():
 
 
 def test_the_greeting_says_what_a_conversation_takes(server):
-    assert "State: 111360 bytes a conversation, at any length; 6 kept for later turns, 0.7 MB" in (
-        server.greeting
+    assert (
+        "State: 111360 bytes per conversation, at any length; 6 kept for later turns, 0.7 MB"
+        in (server.greeting)
     )
 
 
@@ -178,7 +179,7 @@ def test_a_draft_model_changes_no_answer(server, tmp_path):
     convert(str(EMBEDDED), str(tmp_path / "draft"), dtype="float32")
     running = Running("--dtype", "float32", "--draft-model", str(tmp_path / "draft"))
     try:
-        assert running.greeting.count("222720 bytes a conversation") == 1  # two states
+        assert running.greeting.count("222720 bytes per conversation") == 1  # two states
         for prompt in ("Once upon a time", STORY):
             expected = server.complete(prompt, 16)
             assert [running.complete(prompt, 16) for _ in range(2)] == [expected] * 2
