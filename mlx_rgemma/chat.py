@@ -141,7 +141,7 @@ class Chat:
 
         if not line:
             return
-        word, _, rest = line.partition(" ")
+        command, _, rest = line.partition(" ")
         rest = rest.strip()
         if line in ("h", "/h", "/help", "/?"):
             print(HELP, flush=True)
@@ -149,12 +149,13 @@ class Chat:
             fresh = self._converse(self._new(), self.args.system_prompt)
             self.conversations[self.name] = fresh
             print("[reset]", flush=True)
-        elif word in self.commands and bool(rest) == self.commands[word][1]:
-            self.commands[word][0](self, rest)
-        elif word in self.commands:
-            raise UserError(f"{word} takes {'one' if self.commands[word][1] else 'no'} name; see h")
-        elif word.startswith("/") and word[1:].isalpha():
-            raise UserError(f"{word} is not a command; h lists them")
+        elif command in self.commands and bool(rest) == self.commands[command][1]:
+            self.commands[command][0](self, rest)
+        elif command in self.commands:
+            names = "one name" if self.commands[command][1] else "no name"
+            raise UserError(f"{command} takes {names}; see h")
+        elif command.startswith("/") and command[1:].isalpha():
+            raise UserError(f"{command} is not a command; h lists them")
         else:
             self._answer(line)
 

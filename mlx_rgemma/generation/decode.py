@@ -112,7 +112,7 @@ def generate_step(
         prompt_progress_callback: Called with the prompt tokens read so far and their number.
         recent: The past of the logits processors, in place of the prompt.
         read_last: Whether the state is to read the last token as well. The state of a session does
-            not: that token is kept beside it.
+            not: it keeps that token separately.
 
     Yields:
         A token, the log-probabilities (V,) that it was drawn from, and False: it was not drafted.

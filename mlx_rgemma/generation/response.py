@@ -61,7 +61,7 @@ def text_responses(
         stop: Texts that end the generation; they are not part of the output.
         prompt_tokens: How many tokens were read before.
         started: When reading them began, by `time.perf_counter`, in seconds.
-        after: The token that the text goes on from, if it is in the middle of a sentence.
+        after: The last token of the text before, if the output continues it.
 
     Yields:
         A `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".

@@ -104,7 +104,7 @@ def safe_token_ids(tokens: mx.array, vocab_size: int) -> mx.array:
         vocab_size: Number of token ids.
 
     Raises:
-        UserError: If the dtype is no integer, or a chunk holds an unknown id.
+        UserError: If the dtype is not an integer, or a chunk holds an unknown id.
     """
     if not mx.issubdtype(tokens.dtype, mx.integer):
         raise UserError(f"[model] tokens are {tokens.dtype}, expected integers.")
@@ -130,7 +130,7 @@ def check_segment_pos(segment_pos: mx.array) -> mx.array:
     Within `mx.compile`, where they cannot be read, a negative one counts as 0.
 
     Raises:
-        UserError: If the dtype is no integer, or one is negative.
+        UserError: If the dtype is not an integer, or one is negative.
     """
     if not mx.issubdtype(segment_pos.dtype, mx.integer):
         raise UserError(f"[model] segment_pos is {segment_pos.dtype}, expected integers.")

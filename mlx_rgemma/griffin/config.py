@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from mlx_rgemma.errors import ConfigError, shown
@@ -53,7 +54,7 @@ class GriffinConfig:
         head_dim: Width of an attention head.
         lru_width: Width of the recurrence.
         attention_window_size: W. A query sees its own key and the W before it (`window="google"`,
-            what the released models were trained with), or W - 1 before it (`window="hf"`).
+            as the released models were trained), or W - 1 before it (`window="hf"`).
         block_types: One cycle of temporal blocks, repeated up to the depth.
         conv1d_width: Kernel size of the temporal convolution.
         logits_soft_cap: Cap of the logits; 0 for none.
@@ -189,13 +190,13 @@ class GriffinConfig:
             values["window"] = self.window
         return values
 
-    @property
+    @cached_property
     def layer_types(self) -> tuple[str, ...]:
         """Temporal block type per layer."""
         cycle = self.block_types
         return tuple(cycle[i % len(cycle)] for i in range(self.num_hidden_layers))
 
-    @property
+    @cached_property
     def past_window(self) -> int:
         """Past tokens that a query sees, besides its own."""
         return self.attention_window_size - (self.window == "hf")
