@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from mlx_rgemma import cli
 from mlx_rgemma.errors import shown
-from mlx_rgemma.generation.options import MAX_COUNT
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -22,21 +20,6 @@ def size(text: str) -> int:
     if unit is None or not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a size such as 500MB or 2GB")
     return int(value)
-
-
-def integer(minimum: int, maximum: int = MAX_COUNT) -> Callable[[str], int]:
-    """Return an argparse type: an integer between two bounds."""
-
-    def parse(text: str) -> int:
-        value = int(text) if len(text) <= 20 else maximum + 1
-        if minimum <= value <= maximum:
-            return value
-        raise argparse.ArgumentTypeError(
-            f"{shown(text)} is not an integer from {minimum} to {maximum}"
-        )
-
-    parse.__name__ = "integer"
-    return parse
 
 
 def api_key(text: str) -> str:
@@ -74,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         " with a state of fixed size for each conversation.",
         ["--model google/recurrentgemma-2b-it", "--port 8081 --temp 0.7 --max-tokens 1024"],
     )
-    number = cli.float_between
+    integer, number = cli.int_at_least, cli.float_between
     add = parser.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
     add("--adapter-path", help="Folder with trained adapter weights and config.")
