@@ -1,10 +1,10 @@
-"""One model on several processes: which part of it each of them keeps.
+"""Tensor parallelism: the shard of a model that each rank keeps.
 
-Tensor parallelism as in Megatron-LM (arXiv:1909.08053, section 3), by MLX's own layers. Layers that
-read the residual stream are cut by their outputs, so that a process computes some heads of the
-attention, some heads of the recurrence with its gates, convolution and state, and some of the MLP's
-channels. Layers that write to the stream are cut by their inputs, and their results summed: two
-sums a layer. The one key/value head, the ring, norms and embedding are whole on every process.
+As in Megatron-LM (arXiv:1909.08053, section 3), with MLX's own layers. Layers that read the
+residual stream are column-parallel: a rank computes some attention heads, some heads of the
+recurrence with its gates, convolution and state, and some channels of the MLP. Layers that write to
+the stream are row-parallel: two all-reduces per layer. The single key/value head, the ring buffer,
+the norms and the embedding are replicated.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _shard_block(block: Any, group: mx.distributed.Group) -> None:
 
 
 def gather_state(cache: Sequence[GriffinCache], group: mx.distributed.Group) -> list[GriffinCache]:
-    """A state as one process has it, from the parts of several; all of them must call this."""
+    """Return the whole state from the shards of all ranks; all of them must call this."""
     return [
         _recurrent(layer, lambda array: _gather(array, group))
         if isinstance(layer, RecurrentCache)
@@ -123,7 +123,7 @@ def gather_state(cache: Sequence[GriffinCache], group: mx.distributed.Group) -> 
 
 
 def split_state(cache: Sequence[GriffinCache], rank: int, size: int) -> list[GriffinCache]:
-    """A process's part of a state that `gather_state` or a single process made."""
+    """Return a rank's shard of a whole state."""
 
     def part(array: mx.array) -> mx.array:
         return mx.contiguous(array[..., shard_slice(array.shape[-1], rank, size)])
@@ -141,6 +141,6 @@ def _recurrent(layer: RecurrentCache, change: Any) -> RecurrentCache:
 
 
 def _gather(array: mx.array, group: mx.distributed.Group) -> mx.array:
-    """Parts along the last axis, end to end."""
+    """Concatenate the shards of all ranks along the last axis."""
     parts = mx.distributed.all_gather(array[None], group=group)
     return mx.concatenate(list(parts), axis=-1)
