@@ -1,4 +1,4 @@
-"""Shell commands of the documentation run, with the embedded model in place of the released ones."""
+"""Shell commands of the documentation run, with the embedded model for the released ones."""
 
 from __future__ import annotations
 

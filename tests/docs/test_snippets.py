@@ -8,8 +8,10 @@ import re
 import pytest
 import yaml
 from helpers.snippets import (
+    FENCE,
     PAGES,
     ROOT,
+    all_flags,
     check_command,
     inline_commands,
     simple_commands,
@@ -18,8 +20,10 @@ from helpers.snippets import (
 
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"")
 FILE = re.compile(
-    r"[`(/ ]((?:benchmarks|examples|tests|docs|packages|mlx_rgemma|metal)/[\w./*-]*\w)[`) ]"
+    r"`((?:benchmarks|examples|tests|docs|packages|mlx_rgemma|metal)/[\w./*-]*\w)[` ]"
 )
+OTHER_FLAGS = {"--env", "--index-url"}
+"""Flags of other programs: `mlx.launch`, pip."""
 VARIABLE = re.compile(r"\bMLX_RGEMMA_[A-Z_]+")
 
 
@@ -100,9 +104,17 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_flags_within_sentences_exist(page):
+    text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*\w", text))
+    assert not named - all_flags() - OTHER_FLAGS
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_files_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    missing = [name for name in FILE.findall(text) if not list(ROOT.glob(name))]
+    names = [name for name in FILE.findall(text) if not re.search(r"\bX\.|_X\.", name)]
+    missing = [name for name in names if not list(ROOT.glob(name))]
     assert not missing
 
 
@@ -121,7 +133,7 @@ def test_every_environment_variable_is_documented():
 
 
 def test_the_first_lines_need_no_preparation():
-    """A Python that is externally managed (PEP 668) refuses `pip install` outside an environment."""
+    """An externally managed Python (PEP 668) refuses `pip install` outside an environment."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in ("generate", "test"):
         block = re.search(rf"<!-- {name} -->\n```shell\n(.*?)```", text, re.DOTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import json
@@ -118,6 +119,23 @@ def check_command(words: list[str]) -> None:
         assert known, f"unknown command: {shlex.join(words)}"
 
 
+def all_flags() -> set[str]:
+    """Return the flags of all commands, of mlx-lm's quantizers, and of benchmarks and examples."""
+    flags: set[str] = set()
+    for command in COMMANDS:
+        parser = _parser(command)
+        nested = [a.choices.values() for a in parser._actions if a.dest == "command" and a.choices]
+        for each in (parser, *(inner for choices in nested for inner in choices)):
+            flags.update(name for action in each._actions for name in action.option_strings)
+    for name in LEARNED:
+        source = inspect.getsource(importlib.import_module(f"mlx_lm.quant.{name}"))
+        flags.update(re.findall(r'"(--[a-z-]+)"', source))
+    for folder in ("benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            flags.update(re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8")))
+    return flags
+
+
 def is_set_up(words: list[str]) -> bool:
     """Return whether a command prepares the environment, or runs these tests."""
     return words[0] in (*SET_UP, "cd") or words[:3] == ["python", "-m", "pytest"]
@@ -132,11 +150,16 @@ def _own_command(words: list[str]) -> tuple[str, list[str]]:
     return "", []
 
 
+def _parser(command: str) -> argparse.ArgumentParser:
+    module = f"mlx_rgemma.{command}" + (".command" if command == "server" else "")
+    parser: argparse.ArgumentParser = importlib.import_module(module).build_parser()
+    parser.allow_abbrev = False
+    return parser
+
+
 def _check_flags(command: str, arguments: list[str]) -> None:
     assert command in COMMANDS, f"no such command: {command}"
-    module = f"mlx_rgemma.{command}" + (".command" if command == "server" else "")
-    parser = importlib.import_module(module).build_parser()
-    parser.allow_abbrev = False
+    parser = _parser(command)
     learned = arguments[0] if command == "quantize" and arguments[0] in LEARNED else ""
     try:
         _, rest = parser.parse_known_args(arguments)
