@@ -11,11 +11,17 @@ Everything is imported when it is first used, so that importing the package cost
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if sys.platform == "linux":
+    # Threads of NumPy's OpenBLAS spin for 2^26 cycles after a product, on cores that others need.
+    # After 2^16 they sleep. Read when NumPy is first imported.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
 
 _LAZY_IMPORTS = {
     "load": "mlx_rgemma.checkpoints.load",

@@ -89,7 +89,7 @@ def _fail(message: str) -> int:
 @contextmanager
 def _notices() -> Iterator[None]:
     """Print on stderr what `mlx_rgemma.ops` has to say, as a line of its own."""
-    handler, log = _Notices(), logging.getLogger("mlx_rgemma.ops")
+    handler, log = _Notices(), logging.getLogger("mlx_rgemma.cpu")
     before = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)

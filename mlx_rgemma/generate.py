@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma import cli
+from mlx_rgemma.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_rgemma.griffin.cache import GriffinCache
@@ -84,29 +85,38 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     prompts = _read_prompts(args)
+    _check_combinations(args, len(prompts))
 
-    from mlx_rgemma.errors import UserError
     from mlx_rgemma.sessions.session import Session
 
     model, tokenizer = cli.load_model(args)
-    if args.model is None and args.verbose and not args.json:
-        _introduce(model)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     drafting = _drafting(model, tokenizer, args)
-    if drafting and len(prompts) > 1:
-        raise UserError("--draft-model and --prompt-lookup go with one prompt.")
     cache = None
     if args.prompt_cache_file is not None:
-        if len(prompts) > 1:
-            raise UserError("--prompt-cache-file goes with one prompt.")
         session = Session.load(args.prompt_cache_file, model, tokenizer)
         tokens, cache = [_encode_next(session, prompts[0], args)], session.prompt_cache()
     else:
         tokens = [_encode(tokenizer, prompt, args, model.args.vocab_size) for prompt in prompts]
+    if args.model is None and args.verbose and not args.json:
+        _introduce(model)
     if len(prompts) == 1:
         return _generate_one(model, tokenizer, tokens[0], cache, drafting, args)
     return _generate_batch(model, tokenizer, prompts, tokens, args)
+
+
+def _check_combinations(args: argparse.Namespace, prompts: int) -> None:
+    """Refuse arguments that exclude each other, before anything is loaded."""
+    if args.prompt_lookup and args.draft_model is not None:
+        raise UserError("--prompt-lookup is for generating without a --draft-model.")
+    if prompts > 1:
+        if args.prompt_lookup or args.draft_model is not None:
+            raise UserError("--draft-model and --prompt-lookup go with one prompt.")
+        if args.prompt_cache_file is not None:
+            raise UserError("--prompt-cache-file goes with one prompt.")
+        if args.max_tokens == -1:
+            raise UserError("--max-tokens -1 goes with one prompt.")
 
 
 def _introduce(model: Model) -> None:
@@ -126,8 +136,6 @@ def _introduce(model: Model) -> None:
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts, before anything slow is done."""
-    from mlx_rgemma.errors import UserError
-
     texts = [text.replace("\\n", "\n").replace("\\t", "\t") for text in args.prompt or []]
     if "-" in texts:
         cli.refuse_stdin("--prompt -")
@@ -183,15 +191,12 @@ def _encode_next(session: Session, prompt: str, args: argparse.Namespace) -> lis
 def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """What speculative decoding needs; nothing where it is not asked for."""
     from mlx_rgemma.checkpoints.load import load
-    from mlx_rgemma.errors import UserError
     from mlx_rgemma.generation.speculative import SpeculationStats, check_vocabulary
 
     if args.draft_model is None:
         if not args.prompt_lookup:
             return {}
         return {"prompt_lookup": args.prompt_lookup, "speculation_stats": SpeculationStats()}
-    if args.prompt_lookup:
-        raise UserError("--prompt-lookup is for generating without a --draft-model.")
     draft_model, draft_tokenizer = load(args.draft_model, dtype=args.dtype, window=args.window)
     check_vocabulary(model, draft_model, tokenizer, draft_tokenizer)
     return {
@@ -274,12 +279,9 @@ def _generate_batch(
 ) -> int:
     import json
 
-    from mlx_rgemma.errors import UserError
     from mlx_rgemma.generation.batch import batch_generate
     from mlx_rgemma.griffin.cache import state_nbytes
 
-    if args.max_tokens == -1:
-        raise UserError("--max-tokens -1 goes with one prompt.")
     result = batch_generate(
         model,
         tokenizer,

@@ -243,10 +243,9 @@ def test_a_reader_that_leaves_is_no_error():
 def test_mistakes_get_one_line(args, message, tmp_path):
     result = run(*args, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert result.returncode == 1
-    error = result.stderr.removeprefix(INTRODUCTION)
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
     assert result.stdout == ""
 
 
@@ -278,7 +277,7 @@ def test_impossible_values_are_refused_by_the_parser(args, message):
 def test_no_model_is_needed_for_help():
     start = time.perf_counter()
     assert "--prompt" in output("--help")
-    assert time.perf_counter() - start < 10  # imports nothing: see test_house
+    assert time.perf_counter() - start < 10  # imports nothing: see test_architecture
 
 
 def test_a_folder_of_another_precision(tmp_path):

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_rgemma.errors import UserError, shown
 from mlx_rgemma.griffin.process import refuse_forked_process
+from mlx_rgemma.io.reading import reason
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | mx.array
@@ -117,7 +118,9 @@ def chat_text(tokenizer: Any, messages: Sequence[Message], **options: Any) -> st
             [dict(message) for message in messages], **{**defaults, **options, "tokenize": False}
         )
     except Exception as error:  # templates raise errors of their own making
-        raise UserError(f"the model's chat template refuses the prompt: {error}.") from error
+        raise UserError(
+            f"the model's chat template refuses the prompt: {reason(error)}."
+        ) from error
     return str(text)
 
 

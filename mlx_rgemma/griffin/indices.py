@@ -115,7 +115,9 @@ def safe_token_ids(tokens: mx.array, vocab_size: int) -> mx.array:
         tokens = tokens.astype(mx.int32)
     # As unsigned numbers, negative ones are the largest: one operation bounds both ends.
     unsigned = mx.uint32 if tokens.itemsize == 4 else mx.uint64
-    return mx.minimum(tokens.view(unsigned), vocab_size - 1)
+    if tokens.dtype != unsigned:
+        tokens = tokens.view(unsigned)
+    return mx.minimum(tokens, vocab_size - 1)
 
 
 def check_segment_pos(segment_pos: mx.array) -> mx.array:

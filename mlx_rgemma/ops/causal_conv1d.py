@@ -37,7 +37,7 @@ def causal_conv1d(
         bias: (D,).
         state: (B, K-1, D). The inputs before the first one, oldest first; zeros when omitted.
         segment_pos: (1 or B, L), int. Each token's position in its document; None when no document
-            starts inside the sequence and the state belongs to the document that goes on.
+            starts inside the sequence and the state belongs to the same document.
         lengths: (B,), int. Real tokens of each sequence, the rest being padding on the right; None
             when all are.
 
@@ -125,7 +125,7 @@ def last_inputs(
         last_pos = None
         if segment_pos is not None:
             last = mx.maximum(lengths - 1, 0)[:, None]
-            # A sequence without a token keeps its state as it is.
+            # A sequence without a token keeps its state.
             last_pos = mx.where(
                 lengths[:, None] > 0, mx.take_along_axis(segment_pos, last, axis=1), memory
             )
@@ -249,7 +249,7 @@ _MODEL = (1, 2048, 2560)
 def _sample_inputs(
     dtype: mx.Dtype, taps: int, shape: tuple[int, int, int] = _SAMPLE
 ) -> tuple[mx.array, ...]:
-    """Documents of five tokens; rows without a token, and of fewer than the taps."""
+    """Documents of five tokens; sequences without tokens, and shorter than the kernel."""
     batch, length, width = shape
     return (
         sample(shape, dtype, 0),

@@ -7,11 +7,13 @@ Gradients are the reference's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_rgemma.ops import metal
 from mlx_rgemma.ops.attention_checks import SAMPLE_HEAD_DIMS, check, fits_kernel
+from mlx_rgemma.ops.autograd import with_reference_gradient
 from mlx_rgemma.ops.backend import Backend, Operation
 from mlx_rgemma.ops.metal import SIMD, MetalKernel, sample
 from mlx_rgemma.ops.ring_buffer import RingBuffer
@@ -104,6 +106,29 @@ def reference(
 DECODE_ATTENTION = Operation(reference)
 
 
+def token_reference(*arrays: Any, **options: Any) -> tuple[mx.array, mx.array]:
+    """`reference` that returns the token's keys and values, (B, 2, 1, head_dim), not the ring."""
+    _, k, v, cos, sin = arrays[:5]
+    out, _ = reference(*arrays, **options)
+    return out, mx.concatenate([apply_rotary(k, cos, sin), v], axis=1)
+
+
+def appending(attend: Callable[..., Any]) -> Callable[..., tuple[mx.array, mx.array]]:
+    """Make an implementation of a function that returns what `token_reference` returns.
+
+    The gradient of `attend` is the reference's. The token is appended outside of it: a function
+    with a custom gradient would hold the ring, which would then be copied at each step.
+    """
+    run = with_reference_gradient(attend, token_reference)
+
+    def decode(*arrays: mx.array | None, **options: Any) -> tuple[mx.array, mx.array]:
+        out, kv = run(*arrays, **options)
+        before = RingBuffer(arrays[5], options["write_pos"])  # type: ignore[arg-type]
+        return out, before.appended(kv).kv
+
+    return decode
+
+
 # The Metal kernel.
 
 SIMDGROUPS = 16
@@ -116,10 +141,10 @@ def _supports(q, k, v, cos, sin, ring, *_rest, **_options) -> bool:
     return fits_kernel(q, k, v, ring) and KERNEL.validated(*variant)
 
 
-@DECODE_ATTENTION.implementation(Backend.METAL, supports=_supports)
-def _metal(q, k, v, cos, sin, ring, max_lookback, *, write_pos, window, cached_len):
-    out, kv = _launch(q, k, v, cos, sin, ring, max_lookback, write_pos, window)
-    return out, RingBuffer(ring, write_pos).appended(kv).kv
+@DECODE_ATTENTION.implementation(Backend.METAL, supports=_supports, gradient="own")
+@appending
+def _metal(*arrays, write_pos, window, cached_len):
+    return tuple(_launch(*arrays, write_pos, window))
 
 
 def _launch(q, k, v, cos, sin, ring, max_lookback, write_pos, window):

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.response import GenerationResponse
+from mlx_rgemma.io.reading import reason
 from mlx_rgemma.sessions.session import Session, Snapshot
 
 TURN = "turn"
@@ -130,7 +131,9 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> st
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # templates raise errors of their own making
-        raise UserError(f"the model's chat template refuses the message: {error}.") from error
+        raise UserError(
+            f"the model's chat template refuses the message: {reason(error)}."
+        ) from error
 
 
 def _split(text: str) -> tuple[str, str]:
