@@ -2,7 +2,7 @@
 
     python docs/images/growth.py
 
-`growth.json` holds the points that `examples/flat_or_growing.py --json` writes.
+`growth.json` holds the points that `python -m benchmarks.flat_or_growing --json` writes.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ FENCE = re.compile(
 )
 INLINE = re.compile(r"`((?:python -m mlx_rgemma\.|mlx-rgemma )[^`]+)`")
 
-SET_UP = ("git", "source", "python3", "pip", "ruff", "mypy", "pytest", "mkdocs")
+SET_UP = ("git", "source", "python3", "pip", "ruff", "mypy", "pytest", "mkdocs", "pre-commit")
 """Programs that prepare an environment; these commands are not run."""
 
 LEARNED = ("gptq", "dynamic_quant", "dwq")
@@ -142,7 +142,9 @@ def is_set_up(words: list[str]) -> bool:
 
 
 def _own_command(words: list[str]) -> tuple[str, list[str]]:
-    """Return the name and the arguments of a command of this package."""
+    """Return the name and the arguments of a command of this package, or of `benchmarks`."""
+    if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
+        return words[2], words[3:]
     if words[:2] == ["python", "-m"] and words[2].startswith("mlx_rgemma."):
         return words[2].removeprefix("mlx_rgemma."), words[3:]
     if words[0] == "mlx-rgemma" and not words[1].startswith("-"):
@@ -151,14 +153,16 @@ def _own_command(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    module = f"mlx_rgemma.{command}" + (".command" if command == "server" else "")
+    module = command if command.startswith("benchmarks.") else f"mlx_rgemma.{command}"
+    module += ".command" if command == "server" else ""
     parser: argparse.ArgumentParser = importlib.import_module(module).build_parser()
     parser.allow_abbrev = False
     return parser
 
 
 def _check_flags(command: str, arguments: list[str]) -> None:
-    assert command in COMMANDS, f"no such command: {command}"
+    known = command in COMMANDS or (ROOT / f"{command.replace('.', '/')}.py").is_file()
+    assert known, f"no such command: {command}"
     parser = _parser(command)
     learned = arguments[0] if command == "quantize" and arguments[0] in LEARNED else ""
     try:
