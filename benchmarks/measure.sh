@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make every figure of docs/benchmark.md and of the README's section on speed, in one run of about
+# Make every figure of docs/benchmark.md and the README's picture, in one run of about
 # half an hour on two cores, and insert them. The machine must be quiet meanwhile.
 #
 #     pip install -e '.[parity,plot]' && bash benchmarks/measure.sh [FOLDER]
@@ -28,7 +28,8 @@ measure flatness benchmarks.compare --shape 40m --flatness -n 3
 measure bits benchmarks.compare --shape 40m -p 512 -g 128 -q none,4,8,rgemma
 
 printf '\n== the cost of a long text\n'
-"$python" -m benchmarks.flat_or_growing --plot docs/flat_or_growing.svg \
-  --json "$folder/flat_or_growing.json" | tee "$folder/flat_or_growing.txt"
+"$python" -m benchmarks.flat_or_growing --json docs/images/growth.json |
+  tee "$folder/flat_or_growing.txt"
+"$python" docs/images/growth.py
 
-"$python" benchmarks/insert_figures.py "$folder" docs/benchmark.md README.md
+"$python" benchmarks/insert_figures.py "$folder" docs/benchmark.md
