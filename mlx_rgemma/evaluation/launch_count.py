@@ -174,7 +174,7 @@ def _arrays(tree: Any) -> list[mx.array]:
 def _marker(name: str, function: Any) -> Callable[..., mx.array]:
     """One custom kernel in the graph in place of all that a function does; it is never run."""
 
-    def stand_in(*args: Any, **kwargs: Any) -> mx.array:
+    def marker(*args: Any, **kwargs: Any) -> mx.array:
         result = function(*args, **kwargs)
         arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, mx.array)]
         kernel: Any = mx.fast.metal_kernel(
@@ -192,7 +192,7 @@ def _marker(name: str, function: Any) -> Callable[..., mx.array]:
             threadgroup=(32, 1, 1),
         )[0]
 
-    return stand_in
+    return marker
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ LONGEST = 1 << 20
 
 SPACE = "▁"
 CONTEXT_CHARS = ("\n", "a", ".", " ")
-"""What a text that goes on may be read behind; the first that no token joins to its beginning."""
+"""Texts that a continuation may be tokenized after; the first that no token joins to it."""
 
 
 class TextFile(Protocol):
@@ -127,7 +127,7 @@ class ChunkedTokenizer:
         return (left.replace(" ", SPACE), right.replace(" ", SPACE)) not in self.joined
 
     def _encode_continuation(self, before: str, text: str) -> list[int]:
-        """Tokens of a text that goes on, without BOS and without a space in front of it."""
+        """Return the tokens of a continuation, without BOS and without a space in front."""
         if not text:
             return []
         for anchor in (before, *CONTEXT_CHARS):

@@ -16,7 +16,7 @@ class StreamingDetokenizer:
 
     Args:
         tokenizer: From `load`.
-        after: The token that the text goes on from, if it is in the middle of a sentence: the
+        after: The token that the text continues, if it is in the middle of a sentence: the
             space between words would be lost otherwise.
     """
 

@@ -42,7 +42,7 @@ _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 class FastTokenizer:
-    """What generating asks of mlx-lm's `TokenizerWrapper`; what else is asked for, that answers.
+    """The part of mlx-lm's `TokenizerWrapper` that generation needs; the rest is delegated to it.
 
     Args:
         tokenizer: A `tokenizers.Tokenizer`.
