@@ -13,10 +13,12 @@ import time
 
 import mlx.core as mx
 import pytest
-from conftest import GOLDEN, golden_model
+from helpers.models import GOLDEN, golden_model
 
 from mlx_rgemma import generate, load, save_prompt_cache
 from mlx_rgemma.io.hub import EMBEDDED
+
+pytestmark = pytest.mark.slow
 
 COMMAND = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mlx_rgemma.generate"]
 INTRODUCTION = (

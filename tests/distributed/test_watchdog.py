@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from launching import free_ports
+from helpers.launching import free_ports
 
 from mlx_rgemma.distributed.rank_info import RankInfo
 from mlx_rgemma.distributed.watchdog import Connection, Watchdog, timeout_seconds

@@ -19,6 +19,8 @@ from mlx_rgemma.server.access import Access
 from mlx_rgemma.server.engine import MAX_STATE_MACHINES, Generator, Provider, _warn
 from mlx_rgemma.server.states import Prompt, PromptCacheStore
 
+pytestmark = pytest.mark.network
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -115,7 +117,7 @@ def test_template_variables_of_a_request(server):
     assert tokens(greeting="Hello there, ") > tokens() == tokens(enable_thinking=False)
 
 
-def test_stops_hold_up_nobody_and_take_little_memory(server):
+def test_stops_delay_no_other_request_and_take_little_memory(server):
     def memory_mb() -> float:
         with open(f"/proc/{server.process.pid}/statm") as file:
             return int(file.read().split()[1]) * 4096 / 1e6

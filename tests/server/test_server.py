@@ -17,6 +17,8 @@ from helpers.running_server import BAD_BODIES, BAD_FIELDS, CHAT, COMPLETIONS, ST
 from mlx_rgemma import convert, generate, load
 from mlx_rgemma.io.hub import EMBEDDED
 
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+
 CLIENTS = 64
 
 

@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import golden_model, max_error
+from helpers.assertions import max_error
+from helpers.models import golden_model
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import load

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import golden_model
+from helpers.models import golden_model
 from mlx.utils import tree_flatten
 
 import mlx_rgemma.fuse as fuse
@@ -26,6 +26,8 @@ from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.train_state import TrainingState
 from mlx_rgemma.tuner.trainer import LoopSettings, fit
+
+pytestmark = pytest.mark.slow
 
 QUESTIONS = {
     "What is Griffin?": "A model by Google.",
