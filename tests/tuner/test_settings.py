@@ -30,7 +30,7 @@ LAUGHS = "\n".join(
         ("learning_rate: .nan", "line 1: a number out of range"),
         ("learning_rate: [.inf]", "line 1: a number out of range"),
         ("learning_rate: inf", "learning_rate is 'inf': inf is not between 0 and 1e+30"),
-        ("learning_rate: 1e999", "learning_rate is '1e999': 1e999 is not between 0 and 1e+30"),
+        ("learning_rate: 1e999", "learning_rate is '1e999': inf is not between 0 and 1e+30"),
         ("learning_rate: nan", "learning_rate is 'nan': nan is not between 0 and 1e+30"),
         ("seed: 99999999999999999999", "line 1: a number out of range"),
         ("seed: 4294967296", "4294967296 is not at most 4294967295"),
