@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 PROMPT, GENERATION = (512,), 1024
 """mlx-lm's."""
 
+MAX_TOKENS, MAX_BATCH = 1 << 24, 1 << 12
+"""More would fill any memory before the first figure."""
+
 FLAT_PROMPTS, FLAT_AFTER, FLAT_GENERATION = (2048, 32768), (100, 100_000), 128
 """What `--flatness` compares, unless other lengths are asked for."""
 
@@ -61,14 +64,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
     group = parser.add_argument_group("measurements")
     add = group.add_argument
-    _add_list(group, "--prompt-tokens", "-p", count(1), "Tokens of the prompt. Default: 512.")
+    _add_list(
+        group, "--prompt-tokens", "-p", count(1, MAX_TOKENS), "Tokens of the prompt. Default: 512."
+    )
     add(
         "--generation-tokens",
         "-g",
-        type=count(2),
+        type=count(2, MAX_TOKENS),
         help=f"Tokens to generate. Default: {GENERATION}.",
     )
-    _add_list(group, "--batch-size", "-b", count(1), "Prompts at once. Default: 1.")
+    _add_list(group, "--batch-size", "-b", count(1, MAX_BATCH), "Prompts at once. Default: 1.")
     add("--num-trials", "-n", type=count(1), default=5, help="Timed runs. Default: %(default)s.")
     add("--warmup", type=count(0), default=1, help="Runs before them. Default: %(default)s.")
     add(
@@ -80,13 +85,15 @@ def build_parser() -> argparse.ArgumentParser:
         default=2048,
         help="Tokens of a prompt to read at a time. Default: %(default)s.",
     )
-    _add_list(group, "--train-tokens", "-t", count(1), "Also time training on rows as long.")
+    _add_list(
+        group, "--train-tokens", "-t", count(1, MAX_TOKENS), "Also time training on rows as long."
+    )
     add("--fine-tune-type", choices=("full", "lora"), default="full", help="What is trained.")
     _add_list(
         group,
         "--after",
         None,
-        count(1),
+        count(1, MAX_TOKENS),
         "Also time generation after reading so much, three times as often.",
     )
     add(
