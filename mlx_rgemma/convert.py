@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     from mlx_rgemma.checkpoints.convert import convert
-    from mlx_rgemma.checkpoints.formats.huggingface import shortened
     from mlx_rgemma.checkpoints.upload import check_repository, upload
+    from mlx_rgemma.errors import shortened
     from mlx_rgemma.evaluation.conversion_report import (
         check_reportable,
         report_conversion,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Something that the user can mend.
@@ -22,6 +24,9 @@ class CheckpointError(UserError):
 MAX_SHOWN = 80
 """Characters of a value that a message repeats."""
 
+MAX_NAME = 200
+"""Characters of one of many names."""
+
 
 def shown(value: object, limit: int = MAX_SHOWN) -> str:
     """Return `repr(value)` cut to `limit` characters, for messages that quote outside input.
@@ -37,3 +42,15 @@ def shown(value: object, limit: int = MAX_SHOWN) -> str:
         except (ValueError, RecursionError):  # a huge integer, or nesting without end
             text = f"a {type(value).__name__} too large to print"
     return text if len(text) <= limit + 2 else f"{text[:limit]}..."
+
+
+def shortened(items: Iterable[str], limit: int = 5) -> str:
+    """Return the first few of many names, printable, for a message of one line."""
+    items = list(items)
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(_printable(item) for item in items[:limit]) + more
+
+
+def _printable(name: str) -> str:
+    text = name if name.isprintable() else repr(name)[1:-1]
+    return text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}..."

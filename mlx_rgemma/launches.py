@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
 def _count(args: argparse.Namespace) -> int:
     import json
 
+    from mlx_rgemma.evaluation.launch_count import count_layer, count_model, small_model
     from mlx_rgemma.griffin.config import ATTENTION, RECURRENT, GriffinConfig
-    from mlx_rgemma.measurement.launch_count import count_layer, count_model, small_model
 
     shape = GriffinConfig.preset(args.shape)
     config = small_model(shape.num_hidden_layers, shape.block_types)

@@ -277,7 +277,7 @@ def test_impossible_values_are_refused_by_the_parser(args, message):
 def test_no_model_is_needed_for_help():
     start = time.perf_counter()
     assert "--prompt" in output("--help")
-    assert time.perf_counter() - start < 10  # imports nothing: see test_house
+    assert time.perf_counter() - start < 10  # imports nothing: see test_architecture
 
 
 def test_a_folder_of_another_precision(tmp_path):

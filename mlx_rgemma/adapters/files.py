@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma.checkpoints.formats.huggingface import read_json, shortened
-from mlx_rgemma.errors import CheckpointError, UserError, shown
+from mlx_rgemma.errors import CheckpointError, UserError, shortened, shown
 from mlx_rgemma.io.atomic import atomic_file
+from mlx_rgemma.io.reading import read_json
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlx_rgemma.checkpoints.formats.huggingface import CONFIG, CheckpointFolder, shortened
+from mlx_rgemma.checkpoints.formats.huggingface import CONFIG, CheckpointFolder
 from mlx_rgemma.checkpoints.quantization import Quantization, agrees
-from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.errors import CheckpointError, shortened
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.io.safetensors import TensorInfo
 

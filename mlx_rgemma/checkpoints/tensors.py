@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder, shortened
+from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.load import read_tensors
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.schema import PACKED, TensorSpec, ValidatedCheckpoint
-from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.errors import CheckpointError, shortened
 from mlx_rgemma.io.reading import reason
 
 EXPONENT = {

@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx_rgemma.distributed import watchdog as peers
 from mlx_rgemma.distributed.rank_info import RankInfo
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.streams import synchronize_streams
+from mlx_rgemma.ops.streams import synchronize_streams
 
 
 class _Membership:

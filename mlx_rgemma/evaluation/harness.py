@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.io.markdown import markdown_table
 from mlx_rgemma.register import register
 
 MISSING = "the lm-evaluation-harness is not installed: pip install '.[evaluate]' in a clone."
@@ -107,8 +108,8 @@ def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | N
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The figures of tasks as a table in Markdown, a line a metric."""
-    lines = ["| task | metric | value | standard error |", "| --- | --- | --- | --- |"]
+    """Return the results of tasks as a table in Markdown, one line per metric."""
+    rows = []
     for task, figures in results.items():
         for key, value in figures.items():
             metric, _, name = key.partition(",")
@@ -116,8 +117,8 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 continue
             error = figures.get(f"{metric}_stderr,{name}")
             spread = f"{error:.4f}" if isinstance(error, (int, float)) else ""
-            lines.append(f"| {task} | {metric} ({name}) | {value:.4f} | {spread} |")
-    return "\n".join(lines)
+            rows.append((task, f"{metric} ({name})", f"{value:.4f}", spread))
+    return markdown_table(("task", "metric", "value", "standard error"), rows)
 
 
 def write_results(

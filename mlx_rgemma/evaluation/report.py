@@ -22,6 +22,7 @@ from mlx_rgemma.griffin.cache import state_nbytes
 from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.io.hub import Source, locate
+from mlx_rgemma.io.markdown import markdown_table
 
 PLAIN_DTYPE = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
 
@@ -169,10 +170,11 @@ def sweep(
 
 
 def table(entries: Sequence[Result]) -> str:
-    """A report as a table in Markdown."""
+    """Return a report as a table in Markdown."""
     compared = any(entry.quality.mean_kl is not None for entry in entries)
     titles = ["model", "bits per weight", "on disk", "read per token", "perplexity"]
-    lines = [[*titles, *(["mean KL", "same top token"] if compared else [])]]
+    titles += ["mean KL", "same top token"] if compared else []
+    rows = []
     for entry in entries:
         size, q = entry.size, entry.quality
         cells = [
@@ -185,12 +187,8 @@ def table(entries: Sequence[Result]) -> str:
         if compared:
             cells += ["" if q.mean_kl is None else f"{q.mean_kl:.5f}"]
             cells += ["" if q.top1_agreement is None else f"{q.top1_agreement:.2%}"]
-        lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths, strict=True))} |" for line in lines
-    )
+        rows.append(cells)
+    return markdown_table(titles, rows)
 
 
 def as_json(entries: Sequence[Result]) -> str:

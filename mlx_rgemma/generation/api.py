@@ -19,9 +19,9 @@ from mlx_rgemma.generation.options import (
 from mlx_rgemma.generation.prompts import Prompt, encode_prompt
 from mlx_rgemma.generation.response import GenerationResponse, text_responses
 from mlx_rgemma.generation.speculative import DRAFT_TOKENS, SpeculationStats, speculative_steps
-from mlx_rgemma.generation.streams import generation_stream, wired_limit
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops.streams import generation_stream, wired_limit
 
 
 @suggest

@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.generation.streams import generation_stream
 from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops.streams import generation_stream
 from mlx_rgemma.ops.sums import log_softmax
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]

@@ -299,22 +299,31 @@ def _validate_products(c: GriffinConfig) -> None:
             raise ConfigError(f"{what} is {elements}, expected at most {MAX_INT32} (int32).")
 
 
-def _released(hidden_size: int, heads: int, layers: int, intermediate_size: int) -> GriffinConfig:
+def _shape(
+    hidden_size: int, heads: int, layers: int, *, vocab_size: int, window: int, dtype: str
+) -> GriffinConfig:
     return GriffinConfig(
-        vocab_size=256000,
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+        intermediate_size=6 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         head_dim=hidden_size // heads,
         lru_width=hidden_size,
-        attention_window_size=2048,
-        dtype="bfloat16",
+        attention_window_size=window,
+        dtype=dtype,
     )
 
 
 PRESETS = {
-    "2b": _released(2560, 10, 26, 15360),
-    "9b": _released(4096, 16, 38, 24576),
+    "2b": _shape(2560, 10, 26, vocab_size=256000, window=2048, dtype="bfloat16"),
+    "9b": _shape(4096, 16, 38, vocab_size=256000, window=2048, dtype="bfloat16"),
 }
 """The released shapes."""
+
+SHAPES = {
+    "tiny": _shape(192, 4, 6, vocab_size=2048, window=128, dtype="float32"),
+    "small": _shape(512, 8, 12, vocab_size=4096, window=2048, dtype="float32"),
+    **PRESETS,
+}
+"""Shapes to train and to measure: `tiny` is the embedded model's."""

@@ -10,7 +10,7 @@ sums a layer. The one key/value head, the ring, norms and embedding are whole on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,9 +18,17 @@ from mlx.nn.layers.distributed import shard_inplace, shard_linear
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import GriffinCache, RecurrentCache
+from mlx_rgemma.griffin.config import GriffinConfig
 
-if TYPE_CHECKING:
-    from mlx_rgemma.griffin.model import Model
+
+class Shardable(Protocol):
+    """The parts of a model that sharding needs."""
+
+    args: GriffinConfig
+
+    @property
+    def layers(self) -> Any: ...
+
 
 COLUMN_PARALLEL = ("linear_y", "linear_x", "q_proj", "gate_proj", "up_proj")
 """Linear layers of which each process has some outputs."""
@@ -65,7 +73,7 @@ def local_shard(name: str, value: mx.array, rank: int, size: int) -> mx.array:
     return mx.contiguous(value[tuple(place)])
 
 
-def valid_world_sizes(model: Model) -> list[int]:
+def valid_world_sizes(model: Shardable) -> list[int]:
     """The numbers of processes that can share a model.
 
     They divide its heads and the MLP's inner width, and cut no group of quantized weights.
@@ -84,7 +92,7 @@ def valid_world_sizes(model: Model) -> list[int]:
     return [n for n in range(1, most + 1) if not any(unit % n for unit in units)]
 
 
-def shard_model(model: Model, group: mx.distributed.Group) -> None:
+def shard_model(model: Shardable, group: mx.distributed.Group) -> None:
     """Keep this process's part of a model.
 
     Its parameters may still be in their files, or be loaded afterwards, in parts already.

@@ -1,10 +1,11 @@
-"""Files from outside: regular ones only, of bounded size, and JSON of bounded depth."""
+"""Files from outside: regular ones only, of bounded size, JSON of bounded depth, bounded lines."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,9 @@ MAX_JSON_DEPTH = 50
 
 MAX_INTEGER_BITS = 256
 """tokenizer_config.json states 10**30 for "no limit"."""
+
+MAX_LINE_BYTES = 16_000_000
+"""Longest line of a JSONL file: more than the longest books."""
 
 MAX_REASON = 300
 """Characters of another library's message that are repeated."""
@@ -58,6 +62,32 @@ def read_limited(path: Path, limit: int) -> bytes:
             if len(data) <= limit:
                 return data
     raise CheckpointError(f"{path}: {size:,} bytes, expected at most {limit:,}.")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number and text of each line that is not blank, one line in memory at a time.
+
+    Raises:
+        CheckpointError: If a line is not UTF-8 or longer than `MAX_LINE_BYTES`, or for a reason of
+            `open_regular`.
+    """
+    with open_regular(path) as file:
+        number = 0
+        while data := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(data) > MAX_LINE_BYTES:
+                raise CheckpointError(
+                    f"{path}: line {number} is longer than {MAX_LINE_BYTES:,} bytes; split it."
+                )
+            try:
+                text = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise CheckpointError(
+                    f"{path}: line {number} is not UTF-8 text ({error.reason} at byte"
+                    f" {error.start + 1})."
+                ) from error
+            if not text.isspace() and text:
+                yield number, text
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.tuner.data.reading import read_limited
+from mlx_rgemma.io.reading import read_limited
 
 MAX_BYTES = 200_000
 MAX_DEPTH = 20

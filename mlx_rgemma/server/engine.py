@@ -28,8 +28,8 @@ from mlx_rgemma.checkpoints.load import load
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.api import stream_generate
 from mlx_rgemma.generation.speculative import check_vocabulary
-from mlx_rgemma.generation.streams import synchronize_streams
 from mlx_rgemma.griffin.cache import state_nbytes
+from mlx_rgemma.ops.streams import synchronize_streams
 from mlx_rgemma.server.access import KEYS_VARIABLE, Access, api_keys
 from mlx_rgemma.server.handler import Handler, RequestAborted
 from mlx_rgemma.server.http_server import Server

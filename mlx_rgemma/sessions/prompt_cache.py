@@ -19,7 +19,6 @@ from mlx.utils import tree_flatten
 
 from mlx_rgemma import distributed
 from mlx_rgemma.errors import CheckpointError, UserError, shown
-from mlx_rgemma.generation.streams import synchronize_streams
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.griffin.process import refuse_forked_process
@@ -27,6 +26,7 @@ from mlx_rgemma.griffin.sharding import gather_state, split_state
 from mlx_rgemma.io.atomic import atomic_file
 from mlx_rgemma.io.checksum import CRC32, crc32, dump_checksums, verify_file
 from mlx_rgemma.io.safetensors import TensorInfo, read_header
+from mlx_rgemma.ops.streams import synchronize_streams
 
 FINGERPRINT = "fingerprint"
 PENDING = "pending_token"

@@ -22,10 +22,10 @@ from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.generation.decode import CONTEXT_LIMIT, LogitsProcessor, Processors, Sampler
 from mlx_rgemma.generation.prompts import encode
 from mlx_rgemma.generation.response import GenerationResponse, seconds_since, text_responses
-from mlx_rgemma.generation.streams import wired_limit
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.griffin.process import refuse_forked_process
+from mlx_rgemma.ops.streams import wired_limit
 from mlx_rgemma.sessions.prompt_cache import (
     FINGERPRINT,
     PENDING,

@@ -11,8 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlx_rgemma.checkpoints.formats.huggingface import shortened
-from mlx_rgemma.errors import UserError, shown
+from mlx_rgemma.errors import UserError, shortened, shown
 
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,2}")
 """Numbers like 1e-5, which YAML takes for text."""

@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_rgemma.adapters.files import CONFIG_FILE, load_adapters
 from mlx_rgemma.checkpoints.convert import convert
-from mlx_rgemma.checkpoints.formats.huggingface import CONFIG, read_json
+from mlx_rgemma.checkpoints.formats.huggingface import CONFIG
 from mlx_rgemma.checkpoints.load import load_model
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.save import save_model
@@ -19,6 +19,7 @@ from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.io.atomic import refuse_existing, scratch_directory
 from mlx_rgemma.io.hub import locate
+from mlx_rgemma.io.reading import read_json
 
 
 @dataclass(frozen=True)

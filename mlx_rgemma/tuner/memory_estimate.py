@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from mlx_rgemma.checkpoints.schema import expected_tensors
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.io.atomic import gigabytes
+from mlx_rgemma.io.memory import physical_memory
 from mlx_rgemma.tuner.loss import chunk_tokens
 
 ROW = 4
@@ -27,11 +27,6 @@ HEAD_CHUNKS = 16
 
 OF_ADAPTERS = 4 * 4
 """Bytes of a trained number: itself, its gradient and Adam's two moments, in float32."""
-
-
-def physical_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(what: str, nbytes: int) -> None:

@@ -21,6 +21,7 @@ from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.io.atomic import atomic_file, scratch_directory
 from mlx_rgemma.io.hub import locate
+from mlx_rgemma.io.reading import read_limited
 from mlx_rgemma.ops import backend
 from mlx_rgemma.tokenizers.load import SENTENCEPIECE, load_tokenizer
 from mlx_rgemma.tokenizers.train import DEFAULT_VOCAB_SIZE, train_tokenizer
@@ -28,7 +29,6 @@ from mlx_rgemma.tuner.data.batch import Batch
 from mlx_rgemma.tuner.data.batches import ConcatDataset, DataLoader, MixtureDataset
 from mlx_rgemma.tuner.data.corpus import Source, digest, read_source, split_validation
 from mlx_rgemma.tuner.data.packing import Documents, best_fit_pack, build_row, stack_rows
-from mlx_rgemma.tuner.data.reading import read_limited
 from mlx_rgemma.tuner.dropout import add_dropout
 from mlx_rgemma.tuner.ema import EMA
 from mlx_rgemma.tuner.init import initialize

@@ -6,25 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from mlx_rgemma.griffin.config import GriffinConfig
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 192,
-        "intermediate_size": 1152,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "attention_window_size": 128,
-    },
-    "small": {
-        "hidden_size": 512,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-        "attention_window_size": 512,
-    },
-}
-"""Shapes of one's own beside the released "2b" and "9b": "tiny" is the embedded model's."""
+from mlx_rgemma.errors import UserError, shown
+from mlx_rgemma.griffin.config import SHAPES, GriffinConfig
 
 
 @dataclass(frozen=True)
@@ -99,13 +82,10 @@ class TrainConfig:
 
     def config(self, vocab_size: int) -> GriffinConfig:
         """The shape of the model that is trained from scratch."""
-        if self.shape in SHAPES:
-            values = dict(SHAPES[self.shape])
-            width, heads = values["hidden_size"], values["num_attention_heads"]
-            values |= {"head_dim": width // heads, "lru_width": width}
-        else:
-            preset = GriffinConfig.preset(self.shape)
-            values = {f.name: getattr(preset, f.name) for f in fields(preset)}
+        if self.shape not in SHAPES:
+            raise UserError(f"shape: found {shown(self.shape)}, expected {', '.join(SHAPES)}.")
+        preset = SHAPES[self.shape]
+        values = {f.name: getattr(preset, f.name) for f in fields(preset)}
         values |= {"vocab_size": vocab_size, "dtype": None}
         changes = dict(self.shape_changes)
         if "hidden_size" in changes:

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_rgemma.adapters.files import is_number, is_whole
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.io.atomic import atomic_file
-from mlx_rgemma.tuner.data.reading import read_lines
+from mlx_rgemma.io.reading import read_lines
 from mlx_rgemma.tuner.trainer import TrainingCallback
 
 

@@ -1,7 +1,7 @@
 """How far float32 logits are from float64: `python tests/parity/measure_float64.py`.
 
 Random models, as training begins with them, in one pass and token by token; for each case the
-median over the seeds. Prints the table of docs/numerics.md. Minutes on two cores.
+median over the seeds. Prints the table of docs/design/numerics.md. Minutes on two cores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The float64 model that exactness is measured against, and what docs/numerics.md says of it."""
+"""The float64 model that exactness is measured against, and docs/design/numerics.md on it."""
 
 from __future__ import annotations
 

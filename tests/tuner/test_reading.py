@@ -12,8 +12,8 @@ import pytest
 import mlx_rgemma.tuner.data.corpus as corpus
 from mlx_rgemma import load
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.io.reading import MAX_LINE_BYTES
 from mlx_rgemma.tuner.data.datasets import read_examples
-from mlx_rgemma.tuner.data.reading import MAX_LINE_BYTES
 
 GOOD = b'{"text": "a b c"}\n'
 

@@ -47,7 +47,7 @@ LAUGHS = "\n".join(
         ("iters: 1\niters: 2", "line 2: the same key twice"),
         ("x" * 1000 + ": 1", "no such setting: xxx"),
         ("iters: " + "x" * 100_000, "iters is 'xxx"),
-        ("#" * (MAX_BYTES + 1), "longer than 200,000 bytes"),
+        ("#" * (MAX_BYTES + 1), "200,001 bytes, expected at most 200,000"),
         (b"iters: \xff", "not UTF-8 text"),
         ("", "expected lines of the form key: value"),
     ],

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlx_rgemma.checkpoints.formats.huggingface import shortened
-from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.errors import CheckpointError, shortened
 from mlx_rgemma.io.atomic import check_room, gigabytes
 from mlx_rgemma.io.reading import open_regular, reason
 from mlx_rgemma.io.safetensors import RECOVERY_HINT

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mlx_rgemma.checkpoints.formats.huggingface import CONFIG, WEIGHT_FILES, shortened
+from mlx_rgemma.checkpoints.formats.huggingface import CONFIG, WEIGHT_FILES
 from mlx_rgemma.checkpoints.formats.pytorch import open_zip
-from mlx_rgemma.errors import CheckpointError
+from mlx_rgemma.errors import CheckpointError, shortened
 from mlx_rgemma.io.reading import open_regular
 
 LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"

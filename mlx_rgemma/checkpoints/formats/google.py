@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder, shortened
+from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.schema import FLOATS, TensorSpec, expected_tensors
-from mlx_rgemma.errors import CheckpointError, ConfigError
+from mlx_rgemma.errors import CheckpointError, ConfigError, shortened
 from mlx_rgemma.griffin.config import ATTENTION, PRESETS, RECURRENT, GriffinConfig
 from mlx_rgemma.io.safetensors import MLX_NAME, TensorInfo
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma.errors import CheckpointError, ConfigError, shown
+from mlx_rgemma.errors import CheckpointError, ConfigError, shortened, shown
 from mlx_rgemma.griffin.config import GriffinConfig
-from mlx_rgemma.io.reading import read_json as read_json
+from mlx_rgemma.io.reading import read_json
 from mlx_rgemma.io.safetensors import MAX_TENSORS, TensorInfo, read_header
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 WEIGHT_FILES = ("model*.safetensors", "weights*.safetensors")
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.npz", "*.gguf")
-MAX_NAME = 200
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
@@ -199,15 +198,3 @@ def _missing_shards(folder: Path, names: list[str]) -> CheckpointError:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number != 1 else ''}"
-
-
-def shortened(items: Iterable[str], limit: int = 5) -> str:
-    """The first few of many names, printable, for a message of one line."""
-    items = list(items)
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(_printable(item) for item in items[:limit]) + more
-
-
-def _printable(name: str) -> str:
-    text = name if name.isprintable() else repr(name)[1:-1]
-    return text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}..."

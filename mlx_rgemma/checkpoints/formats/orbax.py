@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from mlx_rgemma.checkpoints.formats.detect import ARRAY
-from mlx_rgemma.checkpoints.formats.huggingface import read_json, shortened
 from mlx_rgemma.checkpoints.formats.pytorch import BITS
-from mlx_rgemma.errors import CheckpointError
-from mlx_rgemma.io.reading import reason
+from mlx_rgemma.errors import CheckpointError, shortened
+from mlx_rgemma.io.reading import read_json, reason
 from mlx_rgemma.io.safetensors import RECOVERY_HINT, TensorInfo
 
 MANIFEST = "manifest.ocdbt"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.io.atomic import gigabytes
-from mlx_rgemma.tuner.data.reading import open_regular
-from mlx_rgemma.tuner.memory_estimate import physical_memory
+from mlx_rgemma.io.memory import physical_memory
+from mlx_rgemma.io.reading import open_regular
 
 SUFFIXES = (".txt", ".txt.xz")
 

@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_rgemma.checkpoints.formats.huggingface import shortened
-from mlx_rgemma.errors import UserError, shown
+from mlx_rgemma.errors import UserError, shortened, shown
 from mlx_rgemma.io.hub import REPOSITORY
+from mlx_rgemma.io.reading import read_lines
 from mlx_rgemma.tuner.config import check_keys
 from mlx_rgemma.tuner.data.packing import Documents
-from mlx_rgemma.tuner.data.reading import read_lines
 
 SPLITS = ("train", "valid", "test")
 
