@@ -93,7 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
     add, add_list = group.add_argument, partial(add_list_argument, group)
     add("--quick", action="store_true", help="Short: 128 tokens, 32 more, two trials.")
     add_list("--prompt-tokens", "-p", count(1, MAX_TOKENS), "Tokens of the prompt. Default: 512.")
-    add("--generation-tokens", "-g", type=count(2, MAX_TOKENS), help="Tokens to generate. Default: 1024.")
+    add(
+        "--generation-tokens",
+        "-g",
+        type=count(2, MAX_TOKENS),
+        help="Tokens to generate. Default: 1024.",
+    )
     add_list("--batch-size", "-b", count(1, MAX_BATCH), "Prompts at once. Default: 1.")
     add("--num-trials", "-n", type=count(1), help="Timed runs. Default: 5.")
     add("--warmup", type=count(0), default=1, help="Runs before them. Default: %(default)s.")
@@ -104,13 +109,23 @@ def build_parser() -> argparse.ArgumentParser:
         default=2048,
         help="Tokens of a prompt to read at a time. Default: %(default)s.",
     )
-    add_list("--after", None, count(1, MAX_TOKENS), "Also time generation after reading this many tokens.")
+    add_list(
+        "--after",
+        None,
+        count(1, MAX_TOKENS),
+        "Also time generation after reading this many tokens.",
+    )
     add(
         "--flatness",
         action="store_true",
         help="Prompts of 2,048 and 32,768 tokens, generation after 100 and 100,000.",
     )
-    add_list("--train-tokens", "-t", count(1, MAX_TOKENS), "Also time training on sequences of this length.")
+    add_list(
+        "--train-tokens",
+        "-t",
+        count(1, MAX_TOKENS),
+        "Also time training on sequences of this length.",
+    )
     add("--fine-tune-type", choices=("full", "lora"), default="full", help="What is trained.")
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="Print one JSON object, and nothing else.")
