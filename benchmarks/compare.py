@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(
         "benchmarks.compare",
         "Measure this package and others on the same weights, each in a process of its own.",
-        ["--shape small -p 512,2048 --compare mlx-lm,transformers --plot speed.svg"],
+        ["--shape 40m -p 512,2048 --compare mlx-lm,transformers --plot speed.svg"],
         epilog="LIST is one value or several, separated by commas: each is measured.",
     )
     count, number = cli.int_at_least, cli.float_between

@@ -154,7 +154,7 @@ def draw(path: Path, points: list[dict[str, Any]], title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="small", help="width and depth of both models")
+    add("--shape", choices=SHAPES, default="40m", help="width and depth of both models")
     add("--contexts", type=int, nargs="+", default=[2**n for n in range(9, 16)], metavar="N")
     add("--chunk", type=int, default=128, help="tokens to read, timed")
     add("--generate", type=int, default=17, help="tokens to generate, timed from the first on")

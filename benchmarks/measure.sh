@@ -22,10 +22,10 @@ measure() {
 }
 
 measure startup benchmarks.startup
-measure speed benchmarks.compare --shape small -p 512,2048 -g 128 -t 512 \
+measure speed benchmarks.compare --shape 40m -p 512,2048 -g 128 -t 512 \
   --compare mlx-lm,transformers
-measure flatness benchmarks.compare --shape small --flatness -n 3
-measure bits benchmarks.compare --shape small -p 512 -g 128 -q none,4,8,rgemma
+measure flatness benchmarks.compare --shape 40m --flatness -n 3
+measure bits benchmarks.compare --shape 40m -p 512 -g 128 -q none,4,8,rgemma
 
 printf '\n== the cost of a long text\n'
 "$python" -m benchmarks.flat_or_growing --json docs/images/growth.json |

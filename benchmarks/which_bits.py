@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import Model, load
-from mlx_rgemma.evaluation.perplexity import Reference, Rows, encode_rows, measure
+from mlx_rgemma.evaluation.perplexity import Reference, TokenizedText, measure, tokenize_documents
 from mlx_rgemma.io.text import read_documents
 
 EMBEDDING = ("embed_tokens",)
@@ -37,7 +37,7 @@ RAISED = {
 }
 
 
-def measured(model: Model, bits: dict[str, int], rows: Rows, reference: Reference):
+def measured(model: Model, bits: dict[str, int], rows: TokenizedText, reference: Reference):
     """Return the quality of a copy with these bits per matrix, their mean, and the weights."""
     copy = Model(model.args)
     parameters: Any = tree_flatten(model.parameters())
@@ -62,7 +62,7 @@ def measured(model: Model, bits: dict[str, int], rows: Rows, reference: Referenc
 def main(source: str | None = None, text: str | None = None) -> None:
     """Measure a model, by default the embedded one on the stories of the package."""
     model, tokenizer = load(source)
-    rows = encode_rows(tokenizer, read_documents(text, tokenizer))
+    rows = tokenize_documents(tokenizer, read_documents(text, tokenizer))
     reference = Reference(model, rows)
     print("| 4 bits, alone | weights | mean KL | mean KL per million weights |")
     print("| --- | --- | --- | --- |")

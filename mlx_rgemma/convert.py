@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.convert`: a checkpoint as an MLX folder."""
+"""The command `mlx_rgemma.convert`: convert a checkpoint to MLX's format, and quantize it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import argparse
 import sys
 
 from mlx_rgemma import cli
-from mlx_rgemma.checkpoints.quantization import MODES
-from mlx_rgemma.checkpoints.recipes import RECIPES, RGEMMA
+from mlx_rgemma.checkpoints.quantization import MODES, RECIPES, RGEMMA
 from mlx_rgemma.griffin.config import DTYPES
 
 STORIES = ""
-"""Stands for the text that comes with the package."""
+"""Value of --report for the stories of this package."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments: mlx-lm's."""
+    """Return the command's parser: mlx-lm's arguments, and a few more."""
     parser = cli.make_parser(
         "mlx_rgemma.convert",
         "Convert a RecurrentGemma checkpoint to MLX, and quantize it.",
@@ -37,50 +36,50 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--q-bits",
         type=int,
-        help="Bits of a weight, the same for all. Default: that of the mode; for affine, those of"
+        help="Bits per weight, the same for all. Default: that of the mode; for affine, those of"
         f" --quant-predicate {RGEMMA}.",
     )
     add(
         "--q-group-size",
         type=int,
-        help="Weights that share a scale. Default: that of the mode (affine: 64).",
+        help="Weights per scale. Default: that of the mode (affine: 64).",
     )
     add("--q-mode", default="affine", metavar="MODE", help=f"One of {', '.join(MODES)}.")
     add(
         "--quant-predicate",
         choices=RECIPES,
-        help=f"Recipe that gives each matrix its own bits: {RGEMMA}, made for this model by"
-        " measurement (the default of -q), or mlx-lm's, which leave the embedding at the low bits.",
+        help=f"Recipe of bits per matrix: {RGEMMA} (the default of -q), measured for this"
+        " architecture, or one of mlx-lm's, which give the embedding the low bits.",
     )
-    add("--dtype", choices=DTYPES, help="dtype of what is not quantized. Default: the config's.")
-    add("-d", "--dequantize", action="store_true", help="Make a quantized model a plain one.")
+    add("--dtype", choices=DTYPES, help="dtype of unquantized tensors. Default: the config's.")
+    add("-d", "--dequantize", action="store_true", help="Dequantize the model.")
     add("--revision", help="Branch, tag or commit of a repository.")
     add(
         "--report",
         nargs="?",
         const=STORIES,
         metavar="TEXT",
-        help="Measure the new model against the source on a text (as --data-path of"
-        " mlx_rgemma.perplexity; without TEXT, the stories of the package): print a table, and"
-        " keep it in the folder's model card and quality.json.",
+        help="Compare the new model with its source on a text (--data-path of"
+        " mlx_rgemma.perplexity; default: the stories of this package): print a table, and write"
+        " it to the model card and quality.json of the folder.",
     )
     add("--upload-repo", metavar="REPO", help="Repository of the Hub to upload the folder to.")
     add("--strict", action="store_true", help="Refuse weights that are NaN or infinite.")
     google = parser.add_argument_group(
-        "what Google's formats do not hold",
-        "Known for models of a released shape; to be given for others.",
+        "settings missing in Google's formats",
+        "Known for the released shapes; required for others.",
     )
     google.add_argument(
         "--attention-window-size",
         type=cli.int_at_least(1),
         metavar="W",
-        help="Past keys that a query sees.",
+        help="Attention window: past keys that a query sees.",
     )
     google.add_argument(
         "--logits-soft-cap",
         type=cli.float_between(0),
         metavar="CAP",
-        help="Cap of the logits; 0 for none.",
+        help="Soft cap of the logits; 0 for none.",
     )
     google.add_argument(
         "--embeddings-scale",
@@ -91,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _convert(args))
 
@@ -100,12 +99,12 @@ def _convert(args: argparse.Namespace) -> None:
     from mlx_rgemma.checkpoints.convert import convert
     from mlx_rgemma.checkpoints.upload import check_repository, upload
     from mlx_rgemma.errors import shortened
-    from mlx_rgemma.evaluation.conversion_report import (
+    from mlx_rgemma.evaluation.report import (
         check_reportable,
         report_conversion,
+        table,
         write_report,
     )
-    from mlx_rgemma.evaluation.report import table
     from mlx_rgemma.io.atomic import gigabytes
     from mlx_rgemma.io.text import read_documents
 
@@ -123,7 +122,7 @@ def _convert(args: argparse.Namespace) -> None:
         f" {made.bits_per_weight:.3f} bits per weight"
     )
     if made.kept:
-        print(f"Not quantized, no integer of groups: {shortened(made.kept)}.")
+        print(f"Not quantized (the group size does not divide the width): {shortened(made.kept)}.")
     for note in made.notes:
         print(f"Note: {note}")
     if documents is not None:

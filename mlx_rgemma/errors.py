@@ -1,4 +1,4 @@
-"""What goes wrong through no fault of the program: wrong input, told in one line."""
+"""Errors caused by user input, with one-line messages, and the quoting of outside values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something that the user can mend.
+    """An error that the user can fix.
 
-    The message is one line: which file or argument, what was found, what was expected or what to
-    do. Commands print it without a traceback and exit with status 1.
+    The message is one line: the file or argument, the value found, the value expected or the
+    remedy. Commands print it without a traceback and exit with status 1.
     """
 
 
@@ -23,9 +23,6 @@ class CheckpointError(UserError):
 
 MAX_SHOWN = 80
 """Characters of a value that a message repeats."""
-
-MAX_NAME = 200
-"""Characters of one of many names."""
 
 
 def shown(value: object, limit: int = MAX_SHOWN) -> str:
@@ -44,8 +41,11 @@ def shown(value: object, limit: int = MAX_SHOWN) -> str:
     return text if len(text) <= limit + 2 else f"{text[:limit]}..."
 
 
+MAX_NAME = 200
+
+
 def shortened(items: Iterable[str], limit: int = 5) -> str:
-    """Return the first few of many names, printable, for a message of one line."""
+    """Return the first `limit` of many names, printable and of bounded length, for a message."""
     items = list(items)
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(_printable(item) for item in items[:limit]) + more

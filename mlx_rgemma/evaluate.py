@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.evaluate`: tasks of the lm-evaluation-harness."""
+"""The command `mlx_rgemma.evaluate`: run tasks of the lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="Default: float32 on a CPU, the file's own on a GPU.",
+        help="dtype of the weights. Default: float32 on a CPU, that of the file on a GPU.",
     )
     add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
     add = parser.add_argument_group("tasks").add_argument
     add("--tasks", nargs="+", required=True, help="Tasks, as 'lm-eval ls tasks' lists them.")
-    add("--include-path", metavar="FOLDER", help="Folder with tasks of your own, as YAML files.")
-    add("--output-dir", default=".", help="Folder for the results. Default: this one.")
+    add("--include-path", metavar="FOLDER", help="Folder with more tasks, as YAML files.")
+    add("--output-dir", default=".", help="Folder for the results. Default: the current one.")
     add(
         "--batch-size",
         type=count(1),
         default=8,
-        help="Prompts that are answered at once. Default: %(default)s.",
+        help="Prompts per batch. Default: %(default)s.",
     )
     add("--num-shots", type=count(0), help="Examples before each question. Default: the task's.")
-    add("--max-tokens", type=count(1), help="Most tokens of an answer. Default: the task's.")
-    add("--limit", type=count(1), help="Questions of each task to ask. Default: all.")
+    add("--max-tokens", type=count(1), help="Tokens per answer, at most. Default: the task's.")
+    add("--limit", type=count(1), help="Questions per task. Default: all.")
     add(
         "--seed",
         type=count(0, MAX_SEED),
@@ -63,15 +63,15 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--apply-chat-template",
         action=argparse.BooleanOptionalAction,
-        help="Put questions in the chat template. Default: if the model has one.",
+        help="Apply the chat template to questions. Default: if the model has one.",
     )
     add("--chat-template-args", type=_object, default={}, help="JSON object for the template.")
     add(
         "--confirm-run-unsafe-code",
         action="store_true",
-        help="Allow tasks that run code which the model wrote, as humaneval does.",
+        help="Allow tasks that run generated code, as humaneval does.",
     )
-    add("--log-samples", action="store_true", help="Keep every question and answer, too.")
+    add("--log-samples", action="store_true", help="Save every question and answer, too.")
     add = parser.add_argument_group("sampling").add_argument
     for name, default in (("temp", 0.0), ("top_p", 1.0), ("top_k", 0)):
         cli.add_option(add, name, default)
@@ -89,7 +89,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _evaluate(args))
 

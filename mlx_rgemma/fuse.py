@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.fuse`: a model with its adapters as a model of its own."""
+"""The command `mlx_rgemma.fuse`: fuse trained adapters into their model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_rgemma.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments: mlx-lm's, and convert's for a quantized result."""
+    """Return the command's parser: mlx-lm's arguments, and convert's for quantization."""
     parser = cli.make_parser(
         "mlx_rgemma.fuse",
         "Fuse trained adapters into their model.",
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-path", default="fused_model", help="The new folder. Default: %(default)s.")
     add("--adapter-path", default="adapters", help="Folder of the adapters. Default: %(default)s.")
     add("--upload-repo", metavar="REPO", help="Repository of the Hub to upload the folder to.")
-    add("-d", "--dequantize", action="store_true", help="Make a quantized model a plain one.")
+    add("-d", "--dequantize", action="store_true", help="Dequantize the model.")
     add("-q", "--quantize", action="store_true", help="Quantize the fused model, as convert does.")
     add("--q-bits", type=int, help="As for convert.")
     add("--q-group-size", type=int, help="As for convert.")
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _fuse(args))
 

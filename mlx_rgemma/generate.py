@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.generate`: text from a prompt."""
+"""The command `mlx-rgemma generate`: generate text from a prompt."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _generate(args), pytorch=argv is not None)
 
@@ -120,7 +120,7 @@ def _check_combinations(args: argparse.Namespace, prompts: int) -> None:
 
 
 def _introduce(model: Model) -> None:
-    """Say on stderr what to expect of the embedded model."""
+    """Print a note about the embedded model on stderr."""
     from mlx.utils import tree_flatten
 
     from mlx_rgemma import distributed
@@ -135,7 +135,7 @@ def _introduce(model: Model) -> None:
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts, before anything slow is done."""
+    """Read the prompts, before the model is loaded."""
     texts = [text.replace("\\n", "\n").replace("\\t", "\t") for text in args.prompt or []]
     if "-" in texts:
         cli.refuse_stdin("--prompt -")
@@ -157,7 +157,7 @@ def _encode(
     args: argparse.Namespace,
     vocab_size: int,
 ) -> list[int]:
-    """Token ids of a prompt, in the chat template where the model has one."""
+    """Return the token ids of a prompt, in the chat template if the model has one."""
     from mlx_rgemma.generation.prompts import chat_text, encode, template_options
 
     if tokenizer.has_chat_template and not args.ignore_chat_template:
@@ -173,7 +173,7 @@ def _encode(
 
 
 def _encode_next(session: Session, prompt: str, args: argparse.Namespace) -> list[int]:
-    """Token ids of a prompt that goes on from a state, in the chat template as its next turn."""
+    """Return the token ids of a prompt that continues a state, as the next turn of a chat."""
     from mlx_rgemma.generation.prompts import template_options
     from mlx_rgemma.sessions.conversation import Conversation
 
@@ -189,7 +189,7 @@ def _encode_next(session: Session, prompt: str, args: argparse.Namespace) -> lis
 
 
 def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What speculative decoding needs; nothing where it is not asked for."""
+    """Return the options of speculative decoding; empty without it."""
     from mlx_rgemma.checkpoints.load import load
     from mlx_rgemma.generation.speculative import SpeculationStats, check_vocabulary
 

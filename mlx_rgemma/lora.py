@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.lora`: fine-tune a model, or measure it on a test set."""
+"""The command `mlx_rgemma.lora`: fine-tune a model, or evaluate it on a test set."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ DEFAULTS: dict[str, Any] = {
     "dtype": None,
     "window": "google",
 }
-"""mlx-lm's, and what is added. A configuration file may set any of them. A model of fewer layers
-than `num_layers` is trained in all of them, unless the number was asked for."""
+"""mlx-lm's defaults and those of more settings; a configuration file may set any of them. Without
+an explicit `num_layers`, a model of fewer layers is trained in all of them."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments: mlx-lm's, and a few more. None are what was not given."""
+    """Return the command's parser: mlx-lm's arguments, and a few more; None if not given."""
     count, number = cli.int_at_least, cli.float_between
     many, batches = count(1, MAX_COUNT), count(1, MAX_COUNT, unlimited=True)
     parser = cli.make_parser(
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     switch: dict[str, Any] = {"action": "store_true", "default": None}
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
     add("--train", **switch, help="Train.")
-    add("--test", **switch, help="Measure the loss on the test set, after training if any.")
+    add("--test", **switch, help="Evaluate on the test set, after training if any.")
     add("--data", help="Folder with {train, valid, test}.jsonl, or data set of the Hub.")
     add("--fine-tune-type", choices=("lora", "dora", "full"), help="Default: lora.")
     add("--optimizer", choices=("adam", "adamw", "muon", "sgd", "adafactor"), help="Default: adam.")
@@ -88,56 +88,54 @@ def build_parser() -> argparse.ArgumentParser:
         type=count(-1, MAX_COUNT),
         help="Layers to train, from the last; -1 for all. [16]",
     )
-    add("--batch-size", type=count(1, MAX_TOKENS), help="Rows of a batch. [4]")
+    add("--batch-size", type=count(1, MAX_TOKENS), help="Sequences per batch. [4]")
     add("--iters", type=many, help="Iterations. [1000]")
-    add("--val-batches", type=batches, help="Of an evaluation; -1 for all. [25]")
-    add("--learning-rate", type=number(0, MAX_RATE), help="Of the optimizer. [1e-5]")
+    add("--val-batches", type=batches, help="Validation batches (-1: all). [25]")
+    add("--learning-rate", type=number(0, MAX_RATE), help="Learning rate. [1e-5]")
     add("--steps-per-report", type=many, help="Iterations between reports. [10]")
     add("--steps-per-eval", type=many, help="Iterations between evaluations. [200]")
-    add("--grad-accumulation-steps", type=many, help="Iterations to an update. [1]")
-    add("--resume-adapter-file", help="Adapter weights to begin with.")
-    add("--adapter-path", help="Folder to write, or for --test to read. [adapters]")
+    add("--grad-accumulation-steps", type=many, help="Iterations per update. [1]")
+    add("--resume-adapter-file", help="Initial adapter weights.")
+    add("--adapter-path", help="Folder to write, or to read with --test. [adapters]")
     add("--save-every", type=many, help="Iterations between checkpoints. [100]")
-    add("--test-batches", type=batches, help="Of a test; -1 for all. [500]")
-    add(
-        "--max-seq-length", type=count(2, MAX_TOKENS), help="Tokens of a row, or of a chunk. [2048]"
-    )
-    add("-c", "--config", help="YAML file with any of these settings; the command line wins.")
+    add("--test-batches", type=batches, help="Test batches (-1: all). [500]")
+    add("--max-seq-length", type=count(2, MAX_TOKENS), help="Tokens per sequence. [2048]")
+    add("-c", "--config", help="YAML file of settings; the command line wins.")
     add("--grad-checkpoint", **switch, help="Less memory, about a third more time.")
     add("--clear-cache-threshold", help=argparse.SUPPRESS)
-    add("--report-to", help="wandb, swanlab, or both with a comma.")
-    add("--project-name", help="For --report-to.")
-    add("--seed", type=count(0, MAX_SEED), help="Of order, adapters and dropout. [0]")
+    add("--report-to", help="wandb, swanlab, or both, comma-separated.")
+    add("--project-name", help="Project name for --report-to.")
+    add("--seed", type=count(0, MAX_SEED), help="Seed of order, adapters and dropout. [0]")
     add("--trust-remote-code", **switch, help=argparse.SUPPRESS)
     more = parser.add_argument_group("beyond mlx-lm").add_argument
-    more("--pack", **switch, help="Lay several documents in a row, none reading another.")
+    more("--pack", **switch, help="Pack several documents into a sequence, kept apart.")
     more(
         "--carry-state",
         **switch,
-        help="Read documents of any length in chunks of --max-seq-length, handing the state on.",
+        help="Read documents of any length in chunks of --max-seq-length, carrying the state.",
     )
     more("--lora-gates", **switch, help="Adapters on the recurrence's gates, too.")
-    more("--resume", **switch, help="Go on with the run whose checkpoint is in --adapter-path.")
+    more("--resume", **switch, help="Resume the run whose checkpoint is in --adapter-path.")
     more(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="Of the weights. Default: float32 on a CPU, the file's own on a GPU.",
+        help="dtype of the weights. Default: float32 on a CPU, that of the file on a GPU.",
     )
     more("--window", choices=("google", "hf"), help="Attention window of W+1 keys, or W. [google]")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _run(settings(args)))
 
 
 def settings(args: argparse.Namespace) -> SimpleNamespace:
-    """The arguments, those of the configuration file, and the defaults, in that order.
+    """Merge the arguments, the configuration file and the defaults.
 
     Raises:
-        UserError: If the file is missing or no such file, or two settings exclude each other.
+        UserError: If the file is missing or wrong, or two settings exclude each other.
     """
     from mlx_rgemma.tuner.data.datasets import FEATURES
 
@@ -146,9 +144,9 @@ def settings(args: argparse.Namespace) -> SimpleNamespace:
     if not (chosen.train or chosen.test):
         raise UserError("nothing to do: give --train, --test, or both.")
     if chosen.pack and chosen.carry_state:
-        raise UserError("--pack and --carry-state exclude each other: carried rows are full.")
+        raise UserError("--pack and --carry-state exclude each other; choose one.")
     if chosen.resume and not chosen.train:
-        raise UserError("--resume goes on with training: give --train, too.")
+        raise UserError("--resume resumes training: give --train, too.")
     if chosen.adapter_path:
         chosen.adapter_path = str(Path(chosen.adapter_path).expanduser())
     parameters = chosen.lora_parameters or {}
@@ -178,8 +176,7 @@ def _work(args: SimpleNamespace, group: mx.distributed.Group | None) -> None:
     from mlx_rgemma import distributed, load
     from mlx_rgemma.tuner import finetune as finetuning
     from mlx_rgemma.tuner.data.datasets import read_examples
-    from mlx_rgemma.tuner.loggers import reporting, service_names
-    from mlx_rgemma.tuner.progress import ProgressLog
+    from mlx_rgemma.tuner.loggers import ProgressLog, reporting, service_names
 
     services = service_names(args.report_to) if args.train and distributed.rank() == 0 else []
     print("Loading pretrained model")

@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.perplexity`: how well a model predicts a text."""
+"""The command `mlx_rgemma.perplexity`: perplexity of a text, and distance from another model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add(
         "--reference",
-        help="Folder or Hub repository of another model, as a rule the unquantized one: mean KL"
-        " divergence and the share of equal top tokens are reported too.",
+        help="Folder or Hub repository of another model, usually the unquantized one: report the"
+        " mean KL divergence and the top-1 agreement too.",
     )
     add(
         "--data-path",
         metavar="FILE",
-        help="A text file (one document), a .jsonl file (one object a line, with 'text', 'prompt'"
-        " and 'completion', or 'messages'), or - for text on stdin. Default: a few short stories"
-        " that come with the package.",
+        help="Text file (one document), .jsonl file (one object per line: 'text', 'prompt' and"
+        " 'completion', or 'messages'), or - for text on stdin. Default: the stories of this"
+        " package.",
     )
     add_reading(group)
     parser.add_argument("--json", action="store_true", help="Print JSON, and nothing else.")
@@ -40,37 +40,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_reading(parser: argparse._ActionsContainer) -> None:
-    """Add the arguments that say how a text is read."""
+    """Add the arguments for splitting a text into sequences."""
     count = cli.int_at_least
     add = parser.add_argument
     add(
         "--batch-size",
         type=count(1),
         default=8,
-        help="Rows that are read together. Default: %(default)s.",
+        help="Sequences per batch. Default: %(default)s.",
     )
     add(
         "--sequence-length",
         type=count(2),
-        help="Lay all documents end to end and cut them into rows of so many tokens, as mlx-lm"
-        " does. Default: each document is a row, however long it is.",
+        help="Concatenate all documents and split them into sequences of this many tokens, as"
+        " mlx-lm does. Default: each document is a sequence, of any length.",
     )
     add(
         "--num-samples",
         type=count(1, unlimited=True),
         default=-1,
-        help="Rows to read, chosen by chance; -1 for all. Default: %(default)s.",
+        help="Random sequences to evaluate; -1 for all. Default: %(default)s.",
     )
     add(
         "--seed",
         type=count(0, MAX_SEED),
         default=123,
-        help="Seed of that choice. Default: %(default)s.",
+        help="Seed of --num-samples. Default: %(default)s.",
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _perplexity(args))
 
@@ -80,7 +80,7 @@ def _perplexity(args: argparse.Namespace) -> None:
 
     import mlx.core as mx
 
-    from mlx_rgemma.evaluation.perplexity import encode_rows
+    from mlx_rgemma.evaluation.perplexity import tokenize_documents
     from mlx_rgemma.evaluation.report import as_json, measure_folder, reference_of, table
     from mlx_rgemma.io.hub import locate
     from mlx_rgemma.io.text import read_documents
@@ -88,7 +88,7 @@ def _perplexity(args: argparse.Namespace) -> None:
 
     source = locate(args.model)
     tokenizer = load_tokenizer(source.folder, name=source.name)
-    rows = encode_rows(
+    text = tokenize_documents(
         tokenizer,
         read_documents(args.data_path, tokenizer),
         sequence_length=args.sequence_length,
@@ -99,18 +99,19 @@ def _perplexity(args: argparse.Namespace) -> None:
     options = {"dtype": args.dtype, "window": args.window}
     reference = None
     if args.reference is not None:
-        reference = reference_of(args.reference, rows, **options)
+        reference = reference_of(args.reference, text, **options)
     started = time.perf_counter()
     entry = measure_folder(
-        source.name, args.model, rows, reference, adapter_path=args.adapter_path, **options
+        source.name, args.model, text, reference, adapter_path=args.adapter_path, **options
     )
     seconds = time.perf_counter() - started
     if args.json:
         print(as_json([entry]))
         return
     print(table([entry]))
+    count = len(text.sequences)
     print(
-        f"\n{entry.quality.tokens} tokens in {len(rows.tokens)} rows,"
+        f"\n{entry.quality.tokens} tokens in {count} sequence{'s' if count != 1 else ''},"
         f" {entry.quality.bits_per_byte:.4f} bits per byte;"
         f" {seconds:.2f} s with loading, peak memory {mx.get_peak_memory() / 1e9:.3f} GB"
     )

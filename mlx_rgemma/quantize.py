@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.quantize`: what each quantization costs; learned ones."""
+"""The command `mlx_rgemma.quantize`: compare quantizations, or learn one from a text."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rgemma import cli
-from mlx_rgemma.checkpoints.quantization import MODES
-from mlx_rgemma.checkpoints.recipes import RECIPES, RGEMMA
+from mlx_rgemma.checkpoints.quantization import MODES, RECIPES, RGEMMA
 from mlx_rgemma.convert import build_parser as convert_parser
 from mlx_rgemma.perplexity import add_reading
 
 LEARNED = {
-    "dwq": "Adjust scales and biases so that the quantized model predicts what the model does.",
-    "gptq": "Choose the rounding of each weight by what its layer's input looks like.",
-    "dynamic_quant": "Give more bits to the layers that need them, up to a size.",
+    "dwq": "Fine-tune scales and biases by distillation from the unquantized model.",
+    "gptq": "Choose the rounding of each weight by the statistics of its layer's input.",
+    "dynamic_quant": "Give more bits to the most sensitive layers, up to a target size.",
 }
-"""mlx-lm's quantizers that look at a text."""
+"""mlx-lm's quantizers that need calibration text."""
 
 ALL_SETTINGS = (
     "--dtype float32",
@@ -31,11 +30,11 @@ ALL_SETTINGS = (
     *(f"-q --quant-predicate {recipe}" for recipe in RECIPES if recipe != RGEMMA),
     "-q",
 )  # fmt: skip
-"""Every setting of `convert`, as its command line has it."""
+"""Every setting of `convert`, as command-line flags."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the command's parser."""
     parser = cli.make_parser(
         "mlx_rgemma.quantize",
         "Compare the quantizations of a model, or learn one from a text.",
@@ -44,13 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     compare = commands.add_parser(
         "compare",
-        help="Convert a model with every setting, and print what each costs.",
+        help="Convert a model with every setting, and print size and quality of each.",
         description="Convert a model with every setting, one after the other, to a temporary"
-        " folder; print what each takes and how far it is from the model.",
+        " folder; print the size and the perplexity of each, and its distance from the model.",
     )
     add = compare.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
-    add("--data-path", metavar="FILE", help="The text, as for mlx_rgemma.perplexity.")
+    add("--data-path", metavar="FILE", help="Text, as for mlx_rgemma.perplexity.")
     add_reading(compare)
     add(
         "--setting",
@@ -59,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Flags of mlx_rgemma.convert to try, as one argument (--setting='-q --q-bits 4');"
         " repeatable. Default: all.",
     )
-    add("--work-dir", type=Path, help="Where the temporary folders go. Default: the system's.")
+    add("--work-dir", type=Path, help="Parent of the temporary folders. Default: the system's.")
     add("--json", action="store_true", help="Print JSON, and nothing else.")
     for name, what in LEARNED.items():
         learned = commands.add_parser(
@@ -73,14 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
         learned.add_argument(
             "--data-path",
             metavar="FILE",
-            help="The text to learn from, as for mlx_rgemma.perplexity. Default: mlx-lm's own,"
-            " which is downloaded.",
+            help="Calibration text, as for mlx_rgemma.perplexity. Default: mlx-lm's, which is"
+            " downloaded.",
         )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if args.command == "compare":
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from mlx_rgemma.evaluation.perplexity import encode_rows
+    from mlx_rgemma.evaluation.perplexity import tokenize_documents
     from mlx_rgemma.evaluation.report import as_json, sweep, table
     from mlx_rgemma.io.hub import locate
     from mlx_rgemma.io.text import read_documents
@@ -100,7 +99,7 @@ def _compare(args: argparse.Namespace) -> None:
     source = locate(args.model)
     settings = {flags: _options(flags) for flags in args.setting or ALL_SETTINGS}
     tokenizer = load_tokenizer(source.folder, name=source.name)
-    rows = encode_rows(
+    text = tokenize_documents(
         tokenizer,
         read_documents(args.data_path, tokenizer),
         sequence_length=args.sequence_length,
@@ -108,18 +107,18 @@ def _compare(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    entries, skipped = sweep(source, settings, rows, args.work_dir)
+    entries, skipped = sweep(source, settings, text, args.work_dir)
     if args.json:
         print(as_json(entries))
         return
     print(table(entries))
-    print(f"\n{rows.predicted} tokens, compared with {source.name}.")
+    print(f"\n{text.predicted} tokens, compared with {source.name}.")
     for name, reason in skipped.items():
         print(f"Left out: {name}: {reason}")
 
 
 def _options(flags: str) -> dict[str, Any]:
-    """What the flags of `convert` mean."""
+    """Parse flags of `convert`."""
     from mlx_rgemma.errors import UserError, shown
 
     try:

@@ -13,7 +13,7 @@ from mlx_rgemma.griffin.cache import state_nbytes
 from mlx_rgemma.griffin.config import SHAPES
 from mlx_rgemma.io.hub import EMBEDDED
 
-TINY = SHAPES["tiny"]
+TINY = SHAPES["micro"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def bandwidth(monkeypatch):
 def report(tmp_path_factory):
     """The JSON object of one run of all cases."""
     file = tmp_path_factory.mktemp("benchmark") / "figures.json"
-    command = "--shape tiny -p 16,24 -g 4 -n 2 -b 1,2 -t 8 --after 5 -q none,8 --dtype float32"
+    command = "--shape micro -p 16,24 -g 4 -n 2 -b 1,2 -t 8 --after 5 -q none,8 --dtype float32"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlx_rgemma.evaluation.machine.copy_bandwidth", lambda: 1e9)
         command += " --fine-tune-type lora"
@@ -76,13 +76,13 @@ def test_quantized_weights_are_fewer_bytes(report):
 
 def test_the_printed_report_names_the_machine_and_ends_with_tables(capsys):
     assert (
-        main(["--shape", "tiny", "-p", "8", "-g", "2", "-n", "1", "--warmup", "0", "-t", "4"]) == 0
+        main(["--shape", "micro", "-p", "8", "-g", "2", "-n", "1", "--warmup", "0", "-t", "4"]) == 0
     )
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("Machine: ")
     products = "MLX" if mx.default_device() == mx.Device(mx.gpu) else "in NumPy"
     assert "matrix products: " in printed[2] and products in printed[2]
-    assert printed[3] == "Model: tiny, random weights"
+    assert printed[3] == "Model: micro, random weights"
     assert any(line.startswith("Trial 1:  prompt 8: prompt_tps=") for line in printed)
     tables = [line for line in printed if line.startswith("| ")]
     assert len(tables) == 6 and tables[0].startswith("| dtype   | quantization | batch | prompt |")
@@ -98,13 +98,16 @@ def test_quick_is_short(capsys):
 
 
 BAD = {
-    "two models": ("--model x --shape tiny", "found both, expected one"),
+    "two models": ("--model x --shape micro", "found both, expected one"),
     "no such model": ("--model /nope", "/nope: no such folder"),
-    "no such quantization": ("--shape tiny -q 9", "--quantize: found '9', expected one of none, 2"),
-    "no folder": ("--shape tiny --output /nope/x.json", "there is no folder /nope"),
-    "no file": ("--shape tiny --output /", "a folder, expected the name of a file"),
+    "no such quantization": (
+        "--shape micro -q 9",
+        "--quantize: found '9', expected one of none, 2",
+    ),
+    "no folder": ("--shape micro --output /nope/x.json", "there is no folder /nope"),
+    "no file": ("--shape micro --output /", "a folder, expected the name of a file"),
     "training of quantized weights": (
-        "--shape tiny -q 4 -p 4 -g 2 -n 1 -t 4",
+        "--shape micro -q 4 -p 4 -g 2 -n 1 -t 4",
         "trains quantized weights with LoRA only",
     ),
 }

@@ -48,7 +48,9 @@ def test_reports_what_was_kept(tmp_path, capsys):
     arguments = ["--model", str(GOLDEN / "tiny-2b"), "--mlx-path", str(tmp_path / "out")]
     assert main([*arguments, "-q", "--q-group-size", "32"]) == 0
     printed = capsys.readouterr().out
-    assert "Not quantized, no integer of groups: model.embed_tokens, " in printed
+    assert (
+        "Not quantized (the group size does not divide the width): model.embed_tokens, " in printed
+    )
     assert "and 22 more." in printed
     assert f"Note: There is no tokenizer in {GOLDEN / 'tiny-2b'}." in printed
 
@@ -63,7 +65,7 @@ FAILURES = {
         "q-bits, q-group-size, q-mode and quant-predicate need -q",
     ),
     "both ways": (["-q", "-d"], "exclude each other"),
-    "nothing to dequantize": (["-d"], "there is nothing to dequantize"),
+    "nothing to dequantize": (["-d"], "not quantized; leave out --dequantize"),
     "existing folder": (["--mlx-path", "."], "exists already"),
 }
 

@@ -45,7 +45,7 @@ def test_perplexity_beside_a_reference(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "mean KL" in printed.splitlines()[0] and printed.splitlines()[2].startswith("| q4 ")
     tokens = len(load()[1].encode(TEXT))  # and end-of-text, but the first is not predicted
-    assert f"{tokens} tokens in 1 rows" in printed and "peak memory" in printed
+    assert f"{tokens} tokens in 1 sequence," in printed and "peak memory" in printed
 
 
 def test_the_text_may_come_from_anywhere(tmp_path, monkeypatch, capsys):
@@ -185,8 +185,7 @@ def test_compare(tmp_path, capsys):
 
 def test_compare_knows_every_setting():
     """All modes, bits, group sizes and recipes that convert offers are among its defaults."""
-    from mlx_rgemma.checkpoints.quantization import MODES
-    from mlx_rgemma.checkpoints.recipes import RECIPES
+    from mlx_rgemma.checkpoints.quantization import MODES, RECIPES
     from mlx_rgemma.quantize import _options
 
     tried = [_options(flags) for flags in ALL_SETTINGS]

@@ -71,7 +71,7 @@ def mlx_step(
         from mlx_rgemma import load_model
         from mlx_rgemma.adapters.files import AdapterConfig, add_adapters
         from mlx_rgemma.cpu.adam import fuse_adam
-        from mlx_rgemma.tuner.data.batch import Batch
+        from mlx_rgemma.tuner.data.packing import Batch
         from mlx_rgemma.tuner.loss import batch_loss
 
         model: Any = load_model(folder, dtype="float32")[0]

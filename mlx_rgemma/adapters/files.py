@@ -1,9 +1,8 @@
-"""Trained adapters as mlx-lm keeps them: a folder with their weights and how they were made.
+"""Adapters in mlx-lm's format: configuration, loading and saving.
 
-`adapter_config.json` says which layers have adapters; `adapters.safetensors` holds the weights (of
-a model trained in full: all that was trained). A folder made here loads in mlx-lm and the other way
-round, with one exception: adapters on the RG-LRU's gates are this package's own, so a model with
-those is fused first.
+`adapter_config.json` has the layers and the kind of adapters; `adapters.safetensors` has the trained
+weights. mlx-lm and this package load each other's folders, except for adapters on the RG-LRU's
+gates, which mlx-lm does not know: fuse these first.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma.errors import CheckpointError, UserError, shortened, shown
 from mlx_rgemma.io.atomic import atomic_file
-from mlx_rgemma.io.reading import read_json
+from mlx_rgemma.io.reading import is_integer, is_number, read_json, reason
+from mlx_rgemma.io.safetensors import load_arrays, save_arrays
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -29,8 +29,8 @@ WEIGHTS_FILE = "adapters.safetensors"
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 FLOATS = ("float32", "bfloat16", "float16")
 RUN = "run_digest"
-"""Key of `adapter_config.json` and of the metadata of `adapters.safetensors`. A run that is killed
-between writing the two leaves files of two runs, which this tells apart."""
+"""Key of `adapter_config.json` and of the metadata of `adapters.safetensors`. If a run is killed
+between writing the two, their values differ."""
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RANK = 1 << 16
@@ -42,14 +42,14 @@ OTHER_MODEL = "; the adapters were trained on another model, or in another way."
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained, as in mlx-lm's `adapter_config.json`.
+    """Trained parameters, as in mlx-lm's `adapter_config.json`.
 
     Attributes:
         fine_tune_type: "lora", "dora" or "full" (the layers themselves).
-        num_layers: How many layers, from the last; -1 for all.
-        rank, scale, dropout: Of the adapters.
-        keys: Names of the linear layers that have adapters, within a layer; None for all.
-        gates: Whether the RG-LRU's gates have adapters, too.
+        num_layers: Number of layers, from the last; -1 for all.
+        rank, scale, dropout: Settings of the adapters.
+        keys: Names within a layer of the linear layers that have adapters; None for all.
+        gates: Whether the RG-LRU's gates have adapters too.
     """
 
     fine_tune_type: str = "lora"
@@ -62,14 +62,14 @@ class AdapterConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str) -> AdapterConfig:
-        """From mlx-lm's keys.
+        """Read mlx-lm's keys.
 
         Args:
-            values: They may hold other keys, too.
-            where: What they came from, for messages.
+            values: The settings; other keys are ignored.
+            where: Beginning of a message.
 
         Raises:
-            UserError: Naming the first that is missing or cannot be.
+            UserError: Naming the first key that is missing or wrong.
         """
 
         def refuse(key: str, value: Any, expected: str) -> UserError:
@@ -81,20 +81,22 @@ class AdapterConfig:
         parameters = values.get("lora_parameters") or {}
         if kind not in FINE_TUNE_TYPES:
             raise refuse("fine_tune_type", kind, f"one of {', '.join(FINE_TUNE_TYPES)}")
-        if not is_whole(layers, -1, MAX_LAYERS):
-            raise refuse("num_layers", layers, "an integer of layers (-1 for all)")
+        if not is_integer(layers, -1, MAX_LAYERS):
+            raise refuse("num_layers", layers, f"an integer up to {MAX_LAYERS} (-1 for all)")
         if type(gates) is not bool:
             raise refuse("lora_gates", gates, "true or false")
         if kind == "full":
             if gates:
-                raise UserError(f"{where}: lora_gates: full training trains the gates themselves.")
+                raise UserError(
+                    f"{where}: lora_gates: fine_tune_type full trains the gates anyway."
+                )
             return cls(kind, layers)
         if not isinstance(parameters, Mapping):
             raise refuse("lora_parameters", parameters, "rank, scale and dropout")
         rank, dropout = parameters.get("rank", 8), parameters.get("dropout", 0.0)
         scale: Any = parameters.get("scale")
         keys: Any = parameters.get("keys")
-        if not is_whole(rank, 1, MAX_RANK):
+        if not is_integer(rank, 1, MAX_RANK):
             raise refuse("lora_parameters.rank", rank, f"an integer from 1 to {MAX_RANK}")
         if scale is None and "alpha" in parameters:
             raise UserError(f"{where}: lora_parameters has alpha, expected scale (alpha / rank).")
@@ -110,16 +112,16 @@ class AdapterConfig:
 
     @property
     def lora_parameters(self) -> dict[str, Any]:
-        """As mlx-lm has them."""
+        """mlx-lm's `lora_parameters`."""
         values = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout}
         return {**values, "keys": list(self.keys)} if self.keys is not None else values
 
 
 def add_adapters(model: Model, config: AdapterConfig) -> None:
-    """Freeze a model but for what is to be trained: new adapters, or (in full) its last layers.
+    """Freeze a model, and add adapters or (fine_tune_type full) unfreeze its last layers.
 
     Raises:
-        UserError: If the model has fewer layers, or none of the names, or cannot be trained so.
+        UserError: If the model has fewer layers, lacks a name, or does not support the settings.
     """
     _check_layers(model, config, "num-layers", "; -1 stands for all.")
     _check_rank(model, config)
@@ -128,7 +130,7 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
         for layer in model.layers[-max(config.num_layers, 0) :]:
             layer.unfreeze()
             for module in layer.modules():
-                if "scales" in module:  # quantized: there is no gradient of integers
+                if "scales" in module:  # quantized: integers have no gradient
                     module.freeze(recurse=False)
         return
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -146,13 +148,13 @@ def add_adapters(model: Model, config: AdapterConfig) -> None:
             use_dora=config.fine_tune_type == "dora",
         )
     except (ValueError, KeyError) as error:
-        raise UserError(f"lora_parameters: {' '.join(str(error).split())}") from error
+        raise UserError(f"lora_parameters: {reason(error)}") from error
     if config.gates:
         add_gate_adapters(model, config.num_layers, config.rank, config.scale)
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
-    """How the adapters in a folder were made; what it takes to use them is there.
+    """Return the configuration of the adapters in a folder, which must be complete.
 
     Raises:
         CheckpointError: If a file is missing or damaged.
@@ -163,41 +165,39 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
 def _read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     """Return the configuration in a folder, checked, and all values of its file."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; adapters are what lora writes.")
+        raise CheckpointError(f"{folder}: no such folder; give a folder that lora wrote.")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: no such file; the adapters are incomplete.")
     file = folder / CONFIG_FILE
-    if (size := file.stat().st_size) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{file}: {size} bytes, expected at most {MAX_CONFIG_BYTES}.")
-    values = read_json(file)
+    values = read_json(file, MAX_CONFIG_BYTES)
     return AdapterConfig.of(values, str(file)), values
 
 
 def load_adapters(model: Model, folder: str | os.PathLike[str]) -> AdapterConfig:
-    """Put trained adapters on a model, in evaluation mode.
+    """Load trained adapters into a model, in evaluation mode.
 
-    Everything is checked before a weight is read: that both files are there and sound, and that the
-    weights are those of such adapters on this very model. After an error the model is of no use.
+    Files, names, shapes and dtypes are checked before a weight is used. After an error the model
+    cannot be used.
 
     Args:
-        model: The model that they were trained on.
-        folder: With `adapter_config.json` and `adapters.safetensors`.
+        model: The model that the adapters were trained on.
+        folder: Folder of `adapter_config.json` and `adapters.safetensors`.
 
     Returns:
-        How they were made.
+        The configuration of the adapters.
 
     Raises:
-        CheckpointError: If anything is missing, damaged, or of another model.
+        CheckpointError: If a file is missing, damaged, or of another model.
     """
     folder = Path(folder).expanduser()
     config, values = _read_config(folder)
     file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    weights, metadata = _read_weights(weights_file)
+    weights, metadata = load_arrays(weights_file)
     if (run := metadata.get(RUN)) is not None and run != values.get(RUN):
         raise CheckpointError(
             f"{file}: of another run than {WEIGHTS_FILE} ({RUN} is {shown(values.get(RUN))} and"
-            f" {shown(run)}); train again, or put back the file that belongs to it."
+            f" {shown(run)}); train again, or restore the matching file."
         )
     _check_layers(model, config, f"{file}: num_layers", OTHER_MODEL)
     try:
@@ -213,10 +213,10 @@ def load_adapters(model: Model, folder: str | os.PathLike[str]) -> AdapterConfig
 def load_adapter_weights(
     model: Model, file: str | os.PathLike[str], *, partial: bool = False
 ) -> None:
-    """Give the adapters of a model their weights.
+    """Load weights into the adapters of a model.
 
     Args:
-        model: Its trainable parameters are the adapters.
+        model: The model; its trainable parameters are the adapters.
         file: The weights, in safetensors.
         partial: Whether the file may lack some of them.
 
@@ -224,19 +224,13 @@ def load_adapter_weights(
         CheckpointError: If the file is damaged or of another model.
     """
     path = Path(file).expanduser()
-    _set_weights(model, path, _read_weights(path)[0], partial=partial)
-
-
-def _read_weights(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    from mlx_rgemma.io.arrays import load_arrays
-
-    return load_arrays(path)
+    _set_weights(model, path, load_arrays(path)[0], partial=partial)
 
 
 def _set_weights(
     model: Model, path: Path, weights: dict[str, mx.array], *, partial: bool = False
 ) -> None:
-    """Check weights against the trainable parameters of a model before it gets them."""
+    """Check weights against the trainable parameters of a model, then load them."""
     from mlx.utils import tree_flatten
 
     trained: Any = tree_flatten(model.trainable_parameters())
@@ -259,7 +253,7 @@ def _set_weights(
 
 
 def save_adapter_config(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write `adapter_config.json`, with all settings of a run, as mlx-lm does."""
+    """Write `adapter_config.json` with all settings of a run, as mlx-lm does."""
     text = json.dumps(dict(sorted(values.items())), indent=4, ensure_ascii=False) + "\n"
     with atomic_file(folder / CONFIG_FILE) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -268,18 +262,16 @@ def save_adapter_config(folder: Path, values: Mapping[str, Any]) -> None:
 def save_adapter_weights(
     file: Path, weights: Mapping[str, mx.array], run: str | None = None
 ) -> None:
-    """Write adapters over those before, in one step.
+    """Write the weights of adapters atomically; an earlier file is replaced.
 
     Args:
         file: The file.
         weights: The weights.
-        run: The `RUN` of the configuration beside it.
+        run: The `RUN` of the configuration in the same folder.
 
     Raises:
-        CheckpointError: If they cannot be written; the file that was there stays.
+        CheckpointError: If they cannot be written; an earlier file stays.
     """
-    from mlx_rgemma.io.arrays import save_arrays
-
     save_arrays(file, weights, {} if run is None else {RUN: run})
 
 
@@ -291,7 +283,7 @@ def _check_layers(model: Model, config: AdapterConfig, name: str, hint: str) -> 
 
 
 def _check_rank(model: Model, config: AdapterConfig) -> None:
-    """Refuse adapters that are larger than any matrix of the model."""
+    """Refuse a rank above that of any matrix of the model."""
     args = model.args
     widest = max(args.hidden_size, args.lru_width, args.intermediate_size // 2)
     if config.fine_tune_type != "full" and config.rank > widest:
@@ -302,7 +294,7 @@ def _check_rank(model: Model, config: AdapterConfig) -> None:
 
 
 def _check_keys(model: Model, config: AdapterConfig) -> None:
-    """Refuse names that no linear layer has: mlx-lm would train nothing, and not say so."""
+    """Refuse unknown names, for which mlx-lm would silently train nothing."""
     if config.keys is None:
         return
     names = {name for layer in model.layers for name, _ in layer.named_modules()}
@@ -316,7 +308,7 @@ def _check_keys(model: Model, config: AdapterConfig) -> None:
 
 
 def _check_dora(model: Model) -> None:
-    """Refuse bits that mlx-lm's DoRA miscounts the width of a matrix with."""
+    """Refuse bits for which mlx-lm's DoRA computes a wrong width."""
     for name, module in model.named_modules():
         bits = getattr(module, "bits", None) if "scales" in module else None
         if bits is not None and 32 % bits:
@@ -324,13 +316,3 @@ def _check_dora(model: Model) -> None:
                 f"dora: {name} has {bits} bits, and DoRA takes 2, 4 or 8; use lora, or convert with"
                 " --q-bits 4."
             )
-
-
-def is_number(value: Any, minimum: float, maximum: float) -> bool:
-    """Whether a value is a number of a range, and not NaN, true or false."""
-    return type(value) in (int, float) and minimum <= value <= maximum
-
-
-def is_whole(value: Any, minimum: int, maximum: int) -> bool:
-    """Whether a value is an integer of a range."""
-    return type(value) is int and minimum <= value <= maximum

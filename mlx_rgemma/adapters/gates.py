@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) of the RG-LRU's two block-diagonal gates."""
+"""LoRA (arXiv:2106.09685) for the RG-LRU's two block-diagonal gates."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ GATES = ("input_gate", "recurrent_gate")
 
 
 class LoRAGates(nn.Module):
-    """An RG-LRU whose gates multiply with ``weight + scale * lora_a @ lora_b``, head by head.
+    """An RG-LRU with gate weights ``weight + scale * lora_a @ lora_b`` per head.
 
-    A gate's matrices are small, (heads, D / heads, D / heads), so their sum with the adapters is
-    made anew for each call, and everything else is the RG-LRU's own. Its parameters are frozen.
+    The matrices of a gate are small, (heads, D / heads, D / heads), so their sum with the adapters
+    is computed in each call. The RG-LRU's own parameters are frozen.
 
     Args:
         rg_lru: The RG-LRU.
-        rank: Columns of `lora_a` of each head.
+        rank: Rank of the adapters.
         scale: Factor of the adapters.
     """
 
@@ -68,10 +68,10 @@ class LoRAGates(nn.Module):
         return weight + delta.astype(weight.dtype)
 
     def fuse(self, dequantize: bool = False) -> RGLRU:
-        """A plain RG-LRU that computes the same.
+        """Return the RG-LRU with the adapters fused into its weights.
 
         Args:
-            dequantize: Has no meaning here (mlx-lm's `fuse` gives it to every adapter).
+            dequantize: Unused; mlx-lm's `fuse` passes it to every adapter.
         """
         for gate in GATES:
             self.rg_lru[f"{gate}_weight"] = self._adapted(gate)
@@ -79,11 +79,11 @@ class LoRAGates(nn.Module):
 
 
 def add_gate_adapters(model: Any, num_layers: int, rank: int, scale: float) -> None:
-    """Put adapters on the gates of a model's last recurrent blocks.
+    """Add adapters to the gates of a model's last recurrent blocks.
 
     Args:
         model: A `Model`.
-        num_layers: Layers to look for them in, from the last; -1 for all.
+        num_layers: Number of layers, from the last; -1 for all.
         rank, scale: See `LoRAGates`.
     """
     for layer in model.layers[-max(num_layers, 0) :]:

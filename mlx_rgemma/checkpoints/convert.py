@@ -1,4 +1,8 @@
-"""From a checkpoint to another: its dtype changed, quantized or dequantized, tensor by tensor."""
+"""Conversion of a checkpoint tensor by tensor: dtype, quantization, dequantization.
+
+`convert` opens and validates the source and plans the new tensors; `save.write_checkpoint` then
+pulls them one at a time from `tensors.ConvertedWeights`, so that one tensor is in memory at once.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,8 @@ import mlx.core as mx
 from mlx_rgemma.checkpoints.formats.google import ConfigOverrides
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.formats.open import OpenCheckpoint, open_checkpoint
-from mlx_rgemma.checkpoints.load import read_dtype
 from mlx_rgemma.checkpoints.model_card import ignored_by_mlx_lm
-from mlx_rgemma.checkpoints.quantization import Quantization
-from mlx_rgemma.checkpoints.recipes import Recipe
+from mlx_rgemma.checkpoints.quantization import Quantization, Recipe
 from mlx_rgemma.checkpoints.save import (
     CheckpointSpec,
     dtype_name,
@@ -25,7 +27,7 @@ from mlx_rgemma.checkpoints.save import (
     write_checkpoint,
 )
 from mlx_rgemma.checkpoints.schema import EMBEDDING, PACKED, ValidatedCheckpoint, check_contents
-from mlx_rgemma.checkpoints.tensors import ConvertedWeights
+from mlx_rgemma.checkpoints.tensors import ConvertedWeights, read_dtype
 from mlx_rgemma.checkpoints.upload import check_repository, upload
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import GriffinConfig
@@ -38,16 +40,16 @@ from mlx_rgemma.tokenizers.load import has_tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion made.
+    """Result of a conversion.
 
     Attributes:
         folder: The new folder.
-        nbytes: Size of its weights.
-        parameters: Number of the model's parameters.
-        stored: How the weights are stored, in words.
-        kept: Paths of the matrices that were not quantized although the rest was: their rows are
-            no integer of groups.
-        notes: What the user should know, one sentence each.
+        nbytes: Bytes of its weights.
+        parameters: Number of parameters.
+        stored: Description of the stored weights.
+        kept: Paths of the matrices that could not be quantized: the group size does not divide
+            their width.
+        notes: Notes for the user, one sentence each.
     """
 
     folder: Path
@@ -59,7 +61,7 @@ class Conversion:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a parameter takes on average."""
+        """Mean bits per parameter."""
         return self.nbytes * 8 / self.parameters
 
 
@@ -82,37 +84,40 @@ def convert(
     strict: bool = False,
     progress: bool = False,
 ) -> Conversion:
-    """Convert a checkpoint to a folder that this package and plain mlx-lm run.
+    """Convert a checkpoint to a folder for this package and plain mlx-lm.
 
-    Quantized are the projections and the embedding; gates, convolution, recurrent parameters,
-    biases and norms are stored in `dtype`. Everything is checked before anything is written, one
-    tensor is in memory at a time, and the new folder appears whole or not at all.
+    Projections and the embedding are quantized; gates, convolution, Lambda, biases and norms are
+    stored in `dtype`. The source is validated before anything is written, one tensor is in memory
+    at a time, and the new folder appears atomically.
 
     Args:
-        hf_path: Folder in Hugging Face's layout (also one that was converted before), repository
-            of the Hugging Face Hub, Google's `.pt` file or Flax folder, or a `.tar.gz` of any of
-            these. What it is, is found out by looking.
-        mlx_path: The folder to be; nothing of that name may exist.
+        hf_path: Folder in Hugging Face's layout (also a converted one), repository of the Hugging
+            Face Hub, Google's `.pt` file or Flax folder, or a `.tar.gz` of any of these. The format
+            is detected.
+        mlx_path: The new folder; it must not exist.
         quantize: Quantize the weights.
-        q_group_size: Weights that share a scale, by default the mode's.
-        q_bits: Bits of a weight, by default the mode's; those of the recipe `rgemma` in affine
-            mode.
+        q_group_size: Weights per scale. Default: that of the mode.
+        q_bits: Bits per weight. Default: that of the mode; in affine mode, those of the recipe
+            `rgemma`.
         q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
-        dtype: dtype of what is not quantized, by default what the configuration says.
-        dequantize: Make a quantized checkpoint a plain one.
+        dtype: dtype of unquantized tensors. Default: that of the configuration.
+        dequantize: Dequantize a quantized checkpoint.
         revision: Branch, tag or commit of a repository.
-        quant_predicate: A recipe that gives each matrix its own bits: `rgemma`, or one of
-            mlx-lm's `mixed_2_6`, `mixed_3_4`, `mixed_3_6` and `mixed_4_6`.
+        quant_predicate: Recipe of bits per matrix: `rgemma`, or mlx-lm's `mixed_2_6`, `mixed_3_4`,
+            `mixed_3_6` and `mixed_4_6`.
         upload_repo: Repository of the Hugging Face Hub to upload the new folder to.
-        attention_window_size: Past keys that a query sees, where Google's formats need to be told
-            because the model is of no released shape.
-        logits_soft_cap: Cap of the logits (0: none), in the same case.
-        embeddings_scale: Whether embeddings are multiplied by sqrt(hidden_size), in the same case.
-        strict: Refuse weights that are NaN or infinite; otherwise they are reported.
+        attention_window_size: Attention window of a model in Google's formats that has no released
+            shape.
+        logits_soft_cap: Its soft cap of the logits; 0 for none.
+        embeddings_scale: Whether its embeddings are multiplied by sqrt(hidden_size).
+        strict: Refuse NaN and infinite weights; otherwise they are reported.
         progress: Show a progress bar.
 
+    Returns:
+        A description of the new folder.
+
     Raises:
-        UserError: If the arguments are impossible.
+        UserError: If the arguments contradict each other.
         CheckpointError: If the source is missing, damaged or of another model, or the target
             exists or cannot be written, or the Hub cannot be reached.
     """
@@ -122,8 +127,8 @@ def convert(
     refuse_existing(target)
     if upload_repo is not None:
         check_repository(upload_repo)
-    unsaid = ConfigOverrides(attention_window_size, logits_soft_cap, embeddings_scale)
-    with open_checkpoint(hf_path, revision, target, unsaid, progress=progress) as opened:
+    overrides = ConfigOverrides(attention_window_size, logits_soft_cap, embeddings_scale)
+    with open_checkpoint(hf_path, revision, target, overrides, progress=progress) as opened:
         made = _convert(opened, target, recipe, chosen, dequantize, strict, progress)
     if upload_repo is not None:
         upload(target, upload_repo)
@@ -142,15 +147,15 @@ def _convert(
     source, folder = opened.source, opened.folder
     contents = check_contents(folder)
     if dequantize and not contents.quantized:
-        raise UserError(f"{folder.path}: not quantized, there is nothing to dequantize.")
+        raise UserError(f"{folder.path}: not quantized; leave out --dequantize.")
     chosen = chosen or _stored_dtype(folder, contents)
     config = _with_stops(folder.config, source)
     quantized, kept = _plan(contents, recipe, dequantize, config.num_hidden_layers)
     if recipe is not None and not quantized:
         widths = sorted({wanted.shape[-1] for wanted in contents.expected if wanted.matrix})
         raise UserError(
-            f"q-group-size is {recipe.default.group_size}, which divides no matrix of this model"
-            f" (widths {', '.join(map(str, widths))}); choose a smaller one."
+            f"q-group-size is {recipe.default.group_size}, which divides no width of this model's"
+            f" matrices ({', '.join(map(str, widths))}); choose a smaller one."
         )
     stored = dtype_title(chosen, quantized)
     checkpoint = CheckpointSpec(
@@ -177,10 +182,10 @@ def _convert(
 
 
 def _check_memory(folder: CheckpointFolder, checkpoint: CheckpointSpec) -> None:
-    """Refuse a checkpoint whose largest tensor memory cannot hold, as it is and converted.
+    """Refuse a checkpoint whose largest tensor, before and after conversion, exceeds the memory.
 
     Raises:
-        UserError: Naming what it needs and what is available.
+        UserError: Naming the bytes that are needed and available.
     """
     sizes: Counter[str] = Counter()
     for info in (*folder.tensors.values(), *checkpoint.tensors):
@@ -198,7 +203,7 @@ def _recipe(
     group_size: int | None,
     predicate: str | None,
 ) -> Recipe | None:
-    """What to quantize to, if the arguments go together."""
+    """Return the recipe of the arguments, or None without quantization."""
     if quantize and dequantize:
         raise UserError("quantize and dequantize exclude each other; choose one.")
     recipe = Recipe.choose(mode, bits, group_size, predicate)
@@ -210,18 +215,20 @@ def _recipe(
 
 
 def _stored_dtype(folder: CheckpointFolder, contents: ValidatedCheckpoint) -> mx.Dtype:
-    """The dtype that the configuration names, else the one that the embedding has."""
+    """Return the dtype of the configuration, else that of the embedding."""
     if folder.config.dtype is not None:
-        return getattr(mx, folder.config.dtype)
+        named: mx.Dtype = getattr(mx, folder.config.dtype)
+        return named
     how = contents.quantized.get(EMBEDDING)
     name = "weight" if how is None else "scales"
     if how is not None and how.mode != "affine":
         return mx.bfloat16
-    return getattr(mx, MLX_NAME[folder.tensors[f"{EMBEDDING}.{name}"].dtype])
+    stored: mx.Dtype = getattr(mx, MLX_NAME[folder.tensors[f"{EMBEDDING}.{name}"].dtype])
+    return stored
 
 
 def _with_stops(config: GriffinConfig, source: Source) -> GriffinConfig:
-    """The configuration, with the tokens that the tokenizer knows to end a text or a turn."""
+    """Add the tokenizer's end-of-text and end-of-turn tokens to a configuration."""
     if not has_tokenizer(source.folder):
         return config
     tokenizer = load_tokenizer(source.folder, config.eos_token_ids, name=source.name)
@@ -233,19 +240,19 @@ def _with_stops(config: GriffinConfig, source: Source) -> GriffinConfig:
 def _plan(
     contents: ValidatedCheckpoint, recipe: Recipe | None, dequantize: bool, num_layers: int
 ) -> tuple[dict[str, Quantization], tuple[str, ...]]:
-    """How each matrix will be quantized, and which will not though they were meant to be."""
+    """Return the quantization of each matrix, and the paths of those that cannot be quantized."""
     if recipe is None:
         return ({} if dequantize else contents.quantized), ()
     shapes = {wanted.path: wanted.shape for wanted in contents.expected if wanted.matrix}
-    meant = {path: recipe.of(path, num_layers) for path in shapes}
-    quantized = {path: how for path, how in meant.items() if how.fits(shapes[path])}
+    planned = {path: recipe.of(path, num_layers) for path in shapes}
+    quantized = {path: how for path, how in planned.items() if how.fits(shapes[path])}
     return quantized, tuple(path for path in shapes if path not in quantized)
 
 
 def _layout(
     contents: ValidatedCheckpoint, quantized: dict[str, Quantization], dtype: str
 ) -> Iterator[TensorInfo]:
-    """Name, dtype and shape of what will be written."""
+    """Yield name, dtype and shape of the new tensors."""
     for wanted in contents.expected:
         if wanted.matrix and wanted.path in quantized:
             yield from quantized[wanted.path].packed(wanted.path, wanted.shape, dtype)
@@ -261,10 +268,10 @@ def _notes(
     recipe: Recipe | None,
 ) -> Iterator[str]:
     if contents.redundant:
-        yield "lm_head.weight says again what the embedding says and was left out."
+        yield "lm_head.weight is a copy of the embedding and was omitted."
     if recipe is not None and contents.quantized:
-        yield "The source was quantized already; converting the original gives a better model."
-    if weights.not_finite:
+        yield "The source was already quantized; converting the original gives a better model."
+    if weights.nonfinite:
         yield f"NaN or infinite values in: {weights.nonfinite_summary}."
     if not has_tokenizer(source.folder):
         yield f"There is no tokenizer in {source.folder}."

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that runs."""
+"""Loading a checkpoint: the model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mlx_rgemma.adapters.files import load_adapters, read_adapter_config
 from mlx_rgemma.checkpoints.formats.detect import refuse_unconverted
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.schema import FLOATS, ValidatedCheckpoint, check_contents
-from mlx_rgemma.checkpoints.sharded_reader import read_parts
-from mlx_rgemma.errors import CheckpointError, UserError, shown
-from mlx_rgemma.griffin.config import DTYPES, GriffinConfig
+from mlx_rgemma.checkpoints.sharded_reader import read_shards
+from mlx_rgemma.checkpoints.tensors import read_dtype, read_tensors
+from mlx_rgemma.errors import UserError
+from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.io.hub import locate
 from mlx_rgemma.io.memory import check_memory
-from mlx_rgemma.io.reading import reason
 from mlx_rgemma.io.safetensors import verify_checksums
 from mlx_rgemma.tokenizers.fast import plain_tokenizer
 from mlx_rgemma.tokenizers.load import load_tokenizer
@@ -39,37 +39,35 @@ def load(
     plain: bool = False,
     verify: bool = False,
 ) -> tuple[Model, Any]:
-    """A model and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
-        path_or_repo: A folder in Hugging Face's layout, also one that mlx-lm wrote; a repository
-            of the Hugging Face Hub; or None for the small model that comes with the package.
-        dtype: dtype of the weights ("float32", "bfloat16", "float16"). By default that of the
-            files, but float32 on a CPU, where MLX multiplies the others slowly.
-        adapter_path: Folder with adapters that `lora` trained, here or in mlx-lm.
+        path_or_repo: Folder in Hugging Face's layout (mlx-lm's too), repository of the Hugging
+            Face Hub, or None for the small model of this package.
+        dtype: dtype of the weights ("float32", "bfloat16", "float16"). Default: that of the files
+            on a GPU; float32 on a CPU, where MLX multiplies the others slowly.
+        adapter_path: Folder with trained adapters, of this package or mlx-lm.
         lazy: Leave the weights in their files until they are used.
-        window: "google" for the attention window that the released models were trained with,
-            "hf" for one key less, as transformers and mlx-lm have it.
+        window: "google" for W + 1 keys, as the released models were trained; "hf" for W keys, as
+            in transformers and mlx-lm.
         revision: Branch, tag or commit of a repository.
-        group: Processes that share the model; each keeps its part of the weights only.
-        plain: Leave transformers and mlx-lm alone, which take a second to import, where the
-            tokenizer is a plain one.
-        verify: Compare the weights with the checksums that `convert` stored, which reads the
-            files once more. Weights without checksums pass.
+        group: Ranks that share the model; each keeps its shard of the weights.
+        plain: Return a `FastTokenizer` if possible: it needs neither transformers nor mlx-lm,
+            which take a second to import.
+        verify: Compare the weights with their checksums, which reads all files once more. Files
+            without checksums pass.
 
     Returns:
-        The model, and mlx-lm's `TokenizerWrapper`; where `plain` was asked for and is possible, a
-        `FastTokenizer`, which loads the wrapper when it is asked for more than it knows.
+        The model, and mlx-lm's `TokenizerWrapper` (with `plain`, a `FastTokenizer` if possible).
 
     Raises:
-        CheckpointError: If anything is missing, damaged or does not fit; the message says what.
-        UserError: If the processes cannot share the model, or are to share adapters; if memory
-            cannot hold the weights.
+        CheckpointError: If a file is missing, damaged or does not fit; the message names it.
+        UserError: If the ranks cannot share the model, or memory cannot hold it.
     """
     chosen = _choose_dtype(dtype)
     if group is not None and adapter_path is not None:
         raise UserError(
-            "adapters cannot be shared by several processes; put them into the model first, with"
+            "a sharded model cannot have adapters; fuse them into the model first, with"
             " mlx_rgemma.fuse."
         )
     if adapter_path is not None:
@@ -101,10 +99,13 @@ def load_model(
     window: str = "google",
     revision: str | None = None,
 ) -> tuple[Model, GriffinConfig]:
-    """A model without its tokenizer, and its configuration; the arguments are those of `load`.
+    """Load a model without its tokenizer; the arguments are those of `load`.
+
+    Returns:
+        The model and its configuration.
 
     Raises:
-        CheckpointError: If anything is missing, damaged or does not fit; the message says what.
+        CheckpointError: If a file is missing, damaged or does not fit; the message names it.
     """
     chosen = _choose_dtype(dtype)
     source = locate(path, revision)
@@ -116,35 +117,6 @@ def load_model(
     return _load_model(folder, contents, chosen, lazy, window)
 
 
-def read_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
-    """A dtype by its name.
-
-    Raises:
-        UserError: If weights cannot have it.
-    """
-    name = str(dtype).removeprefix("mlx.core.")
-    if name not in DTYPES:
-        raise UserError(f"dtype is {shown(name)}, expected one of {', '.join(DTYPES)}.")
-    return getattr(mx, name)
-
-
-def read_tensors(folder: CheckpointFolder, contents: ValidatedCheckpoint) -> dict[str, mx.array]:
-    """All tensors of a checkpoint, left in their files until they are used.
-
-    Raises:
-        CheckpointError: If MLX cannot read a file.
-    """
-    tensors: dict[str, mx.array] = {}
-    for file in folder.files:
-        try:
-            tensors.update(mx.load(str(file)))  # type: ignore[arg-type]
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({reason(error)}).") from error
-    for name in contents.redundant:
-        del tensors[name]
-    return tensors
-
-
 def _load_tokenizer(folder: Path, eos_token_ids: Iterable[int], name: str, plain: bool) -> Any:
     def wrapper() -> Any:
         return load_tokenizer(folder, eos_token_ids, name=name)
@@ -154,7 +126,7 @@ def _load_tokenizer(folder: Path, eos_token_ids: Iterable[int], name: str, plain
 
 
 def _choose_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
-    """The dtype that was asked for, or float32 on a CPU; None leaves weights as they are."""
+    """Return the requested dtype, by default float32 on a CPU; None keeps that of the files."""
     if dtype is not None:
         return read_dtype(dtype)
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
@@ -169,7 +141,7 @@ def _check_memory(
     """Refuse weights that memory cannot hold.
 
     Raises:
-        UserError: Naming what they need and what is available.
+        UserError: Naming the bytes that are needed and available.
     """
     size = None if dtype is None else dtype.size
     needed = sum(
@@ -192,7 +164,7 @@ def _load_model(
     window: str,
     group: mx.distributed.Group | None = None,
 ) -> tuple[Model, GriffinConfig]:
-    # A file that was made for the other rule keeps it unless it is asked for.
+    # "google" is the default, so it does not override the window that a file names.
     config = folder.config if window == "google" else folder.config.with_window(window)
     model = Model(config)
     quantized = {path: how.as_dict() for path, how in contents.quantized.items()}
@@ -201,7 +173,7 @@ def _load_model(
     weights = model.sanitize(read_tensors(folder, contents))
     if group is not None:
         model.shard(group)
-        weights = read_parts(weights, folder.tensors, group.rank(), group.size())
+        weights = read_shards(weights, folder.tensors, group.rank(), group.size())
     if dtype is not None:
         weights = {
             name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value

@@ -1,4 +1,4 @@
-"""The README.md of a folder that this package wrote: a model card, as the Hub reads it."""
+"""Model cards (README.md) of written folders, with the Hub's metadata."""
 
 from __future__ import annotations
 
@@ -14,26 +14,23 @@ from mlx_rgemma.io.reading import read_limited
 MODEL_CARD = "README.md"
 MAX_CARD_BYTES = 1_000_000
 MAX_FRONT_MATTER = 50_000
-MAX_BRACKETS = 500
+
 THIS_FOLDER = "<this folder>"
-"""How a card calls the model, until it is uploaded and has a name."""
+"""Placeholder for the model's name until it is uploaded."""
 
 FRONT_MATTER = re.compile(r"---\r?\n(?P<yaml>.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 RELEASED = re.compile(r"recurrentgemma-(2b|9b)(-it)?", re.IGNORECASE)
-"""Names of the released models, whose publisher and licence are known."""
+"""Names of the released models, whose license is known."""
 
 
 def write_model_card(folder: Path, source: Source | None, how: str, config: GriffinConfig) -> None:
-    """Write the model card of a checkpoint.
-
-    What the card of the source says (its licence, languages, tags, the model that it is based on)
-    is kept.
+    """Write the model card of a checkpoint, with the metadata of its source's card.
 
     Args:
-        folder: The folder that holds the new checkpoint.
-        source: Where the model came from, if it was converted.
-        how: One sentence on how its weights are stored.
-        config: The shape of the model.
+        folder: Folder of the new checkpoint.
+        source: Source of the model, if it was converted.
+        how: One sentence about the stored weights.
+        config: Configuration of the model.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -79,7 +76,7 @@ print(generate(model, tokenizer, "Once upon a time"))
 
 
 def ignored_by_mlx_lm(config: GriffinConfig) -> list[str]:
-    """What plain mlx-lm does not look at, where that changes the model."""
+    """Return the settings of a model that plain mlx-lm ignores."""
     width, heads = config.hidden_size, config.num_attention_heads
     limits = {
         "it takes lru_width to be hidden_size": config.lru_width != width,
@@ -101,7 +98,7 @@ def _in_mlx_lm(config: GriffinConfig) -> str:
 
 
 def _stated(source: Source | None) -> dict[str, Any]:
-    """The metadata of the source's own card, as far as there is one that can be read."""
+    """Return the metadata of the source's card, if there is one that can be read."""
     from huggingface_hub import hf_hub_download
 
     if source is None:
@@ -113,20 +110,11 @@ def _stated(source: Source | None) -> dict[str, Any]:
         text = read_limited(card, MAX_CARD_BYTES).decode("utf-8")
         header = FRONT_MATTER.match(text)
         return {} if header is None else _front_matter(header["yaml"])
-    except Exception:  # a card is welcome, but nothing depends on it
+    except Exception:  # the card is optional
         return {}
 
 
 def _front_matter(text: str) -> dict[str, Any]:
-    """Return metadata that can be written again in bounded time and memory; else nothing."""
-    import yaml
+    from mlx_rgemma.io.yaml import parse_yaml
 
-    # PyYAML takes time by the square of the brackets that are open.
-    if len(text) > MAX_FRONT_MATTER or text.count("[") + text.count("{") > MAX_BRACKETS:
-        return {}
-    # A few aliases of aliases are larger than the memory when they are written.
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        return {}
-    values = yaml.safe_load(text)
-    yaml.safe_dump(values)
-    return values if isinstance(values, dict) else {}
+    return parse_yaml(text, MODEL_CARD) if len(text) <= MAX_FRONT_MATTER else {}

@@ -1,12 +1,13 @@
-"""MLX's quantizations: which there are, what a user may ask for, what a file turns out to hold."""
+"""MLX's quantization modes, their detection in files, and recipes that choose bits per matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlx_rgemma.errors import UserError, shown
+from mlx_rgemma.griffin.parameters import MODULES
 from mlx_rgemma.io.safetensors import TensorInfo
 
 MODES = {
@@ -18,10 +19,19 @@ MODES = {
 """Group sizes and bits of each mode; the first of each is its default."""
 
 PACKED_TOGETHER = 32
-"""Weights that MLX packs in one go, also where a group is smaller."""
+"""Weights that MLX packs together; a group may be smaller."""
 
 READ_ONLY_BITS = (1,)
-"""Affine bits that MLX runs and `convert` does not offer: too coarse for this model."""
+"""Affine bits that MLX runs but `convert` does not offer: too coarse for this model."""
+
+MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+"""mlx-lm's recipes: low bits, and high bits for some value and down projections."""
+
+RGEMMA = "rgemma"
+RECIPES = (RGEMMA, *MIXED)
+
+RGEMMA_BITS = (4, 5)
+"""Low bits, and high bits for the `high_precision` modules of `griffin.parameters`."""
 
 SCALE_DTYPES = {
     "affine": ("F32", "BF16", "F16"),
@@ -33,7 +43,7 @@ SCALE_DTYPES = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a matrix is quantized: groups of `group_size` weights share a scale."""
+    """Quantization of a matrix: groups of `group_size` weights share a scale."""
 
     group_size: int
     bits: int
@@ -43,10 +53,10 @@ class Quantization:
     def choose(
         cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None
     ) -> Quantization:
-        """A quantization with the mode's defaults for what is not given.
+        """Return a quantization; arguments left out get the defaults of the mode.
 
         Raises:
-            UserError: Naming the values that are possible.
+            UserError: If a value is not supported; the message lists those that are.
         """
         if mode not in MODES:
             raise UserError(f"q-mode is {shown(mode)}, expected one of {', '.join(MODES)}.")
@@ -69,7 +79,7 @@ class Quantization:
     def of_tensors(
         cls, shape: tuple[int, ...], weight: TensorInfo, scales: TensorInfo
     ) -> Quantization | None:
-        """What a matrix of `shape` was packed with, or None if its tensors fit nothing."""
+        """Return the quantization of a matrix of `shape`, or None if its tensors fit none."""
         rows, columns = shape
         if len(weight.shape) != 2 or len(scales.shape) != 2 or weight.dtype != "U32":
             return None
@@ -90,16 +100,16 @@ class Quantization:
         return None
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether MLX can quantize a matrix: its rows must be an integer of groups."""
+        """Return whether MLX can quantize a matrix: the group size must divide its width."""
         return shape[-1] % max(self.group_size, PACKED_TOGETHER) == 0
 
     def packed(self, path: str, shape: tuple[int, ...], dtype: str) -> tuple[TensorInfo, ...]:
-        """The tensors of a quantized matrix.
+        """Return the tensors of a quantized matrix.
 
         Args:
             path: Name of its module.
-            shape: Its shape, unquantized.
-            dtype: dtype of the scales, where the mode leaves a choice.
+            shape: Its shape before quantization.
+            dtype: dtype of the scales and biases in affine mode.
         """
         rows, columns = shape
         groups = (rows, columns // self.group_size)
@@ -113,15 +123,15 @@ class Quantization:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """As `config.json` has it, and `nn.quantize` takes it."""
+        """Return the entry of `config.json`, which `nn.quantize` takes too."""
         return asdict(self)
 
 
 def agrees(found: Quantization, written: Any) -> bool:
-    """Return whether a layer's own entry in `config.json` says what the file holds.
+    """Return whether a layer's entry in `config.json` matches its tensors.
 
-    A missing entry or key says nothing. mlx-lm's mixed recipes write null for the group size (and
-    may for the bits): the mode's default, as `mx.quantize` takes it.
+    Missing entries and keys match. mlx-lm's mixed recipes write null for the group size (and may
+    for the bits): the default of the mode, as in `mx.quantize`.
     """
     if written is None:
         return True
@@ -130,7 +140,81 @@ def agrees(found: Quantization, written: Any) -> bool:
     group_sizes, all_bits = MODES[found.mode]
     defaults = {"group_size": group_sizes[0], "bits": all_bits[0]}
     for key, value in found.as_dict().items():
-        said = written.get(key, value)
-        if (defaults.get(key) if said is None else said) != value:
+        stated = written.get(key, value)
+        if (defaults.get(key) if stated is None else stated) != value:
             return False
     return True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Quantization of all matrices of a model.
+
+    Attributes:
+        default: Mode, group size and, without a recipe, bits.
+        name: One of `RECIPES`, or None if all matrices get the same bits.
+    """
+
+    default: Quantization
+    name: str | None = None
+
+    @classmethod
+    def choose(
+        cls,
+        mode: str = "affine",
+        bits: int | None = None,
+        group_size: int | None = None,
+        predicate: str | None = None,
+    ) -> Recipe:
+        """Return the recipe for a command's arguments.
+
+        Args:
+            mode, bits, group_size: As for `Quantization.choose`.
+            predicate: Name of a recipe. Default: `rgemma` in affine mode without bits, else none.
+
+        Raises:
+            UserError: If a value is not supported; the message lists those that are.
+        """
+        how = Quantization.choose(mode, bits, group_size)
+        if predicate is None:
+            return cls(how, RGEMMA if mode == "affine" and bits is None else None)
+        if predicate not in RECIPES:
+            raise UserError(
+                f"quant-predicate is {shown(predicate)}, expected one of {', '.join(RECIPES)}."
+            )
+        if mode != "affine":
+            raise UserError(f"quant-predicate goes with q-mode affine, not with {mode}.")
+        if bits is not None:
+            raise UserError(f"the recipe {predicate} sets the bits; leave out q-bits.")
+        return cls(how, predicate)
+
+    def of(self, path: str, num_layers: int) -> Quantization:
+        """Return the quantization of a matrix.
+
+        Args:
+            path: Path of its module, for example `model.layers.3.mlp_block.down_proj`.
+            num_layers: Number of residual blocks of the model.
+        """
+        if self.name is None:
+            return self.default
+        if self.name == RGEMMA:
+            bits = RGEMMA_BITS
+            module = MODULES.get(path.rpartition(".")[2])
+            high = module is not None and module.high_precision
+        else:
+            bits = MIXED[self.name]
+            high = _mlx_lm_high_precision(path, num_layers)
+        return replace(self.default, bits=bits[high])
+
+
+def _mlx_lm_high_precision(path: str, num_layers: int) -> bool:
+    """Return whether mlx-lm's mixed recipes give a matrix their high bits.
+
+    They do in the first and last eighth of the layers and in every third layer between. They look
+    for a separate LM head; a tied embedding gets the low bits.
+    """
+    parts = path.split(".")
+    if parts[-1] not in ("v_proj", "down_proj"):
+        return False
+    layer, eighth = int(parts[2]), num_layers // 8
+    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2

@@ -1,4 +1,4 @@
-"""A model as a folder that this package, plain mlx-lm and transformers can read."""
+"""Writing a checkpoint folder that this package, plain mlx-lm and transformers can read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from mlx_rgemma.checkpoints.formats.huggingface import (
     GENERATION_CONFIG,
     INDEX,
     SINGLE_FILE,
-    read_json,
 )
 from mlx_rgemma.checkpoints.model_card import write_model_card
 from mlx_rgemma.checkpoints.quantization import Quantization
@@ -24,6 +23,7 @@ from mlx_rgemma.checkpoints.schema import expected_tensors
 from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.io.atomic import atomic_directory
 from mlx_rgemma.io.hub import Source
+from mlx_rgemma.io.reading import read_json
 from mlx_rgemma.io.safetensors import MLX_NAME, TensorInfo, write_file
 from mlx_rgemma.tokenizers.load import (
     SENTENCEPIECE,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mlx_rgemma.griffin.model import Model
 
 SHARD_BYTES = 5_000_000_000
-"""Most that a weight file holds, unless a single tensor is larger."""
+"""Maximum size of a weight file, unless a single tensor is larger."""
 
 SUPERSEDED = (
     "_block_types",
@@ -50,22 +50,21 @@ SUPERSEDED = (
     "rope_scaling",
     "window",
 )
-"""Keys of a source's configuration that what is written says otherwise, or not at all."""
+"""Keys of the source's configuration that are not copied."""
 
 FILE_NAME = {mlx_name: name for name, mlx_name in MLX_NAME.items()}
 
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """A checkpoint that is about to be written.
+    """Description of a checkpoint to write.
 
     Attributes:
-        config: Its configuration, with its dtype and quantization.
-        tensors: Its tensors, in order.
-        source: What it was made from, if anything: keys of the configuration that this package
-            does not know, tokenizer and model card are taken over.
+        config: Configuration, with dtype and quantization.
+        tensors: Tensors, in order.
+        source: Source of the tokenizer, the model card and unknown keys of the configuration.
         values: The `config.json` of the source.
-        how: One sentence on how it was made, for its model card.
+        how: One sentence about the weights, for the model card.
     """
 
     config: GriffinConfig
@@ -76,7 +75,7 @@ class CheckpointSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size of the weights."""
+        """Bytes of the weights."""
         return sum(info.nbytes for info in self.tensors)
 
 
@@ -89,21 +88,20 @@ def save_model(
     torch_layout: bool = False,
     progress: bool = False,
 ) -> None:
-    """Save a model as a new folder, which appears whole or not at all.
+    """Save a model as a new folder, atomically.
 
     Args:
-        folder: The folder to be; nothing of that name may exist.
+        folder: The new folder; it must not exist.
         model: The model.
-        source: Folder of the checkpoint that the model was loaded from, for its tokenizer, model
-            card and the keys of its configuration that this package does not know; or of a
-            tokenizer alone.
-        dtype: dtype of all weights, by default that of the model's.
-        torch_layout: Store convolutions as (D, 1, K), so that transformers can load the folder
-            too; mlx-lm and this package load either.
+        source: Folder of the original checkpoint, for its tokenizer, model card and unknown keys of
+            its configuration; or of a tokenizer alone.
+        dtype: dtype of all weights. Default: that of the model.
+        torch_layout: Store convolutions as (D, 1, K), so that transformers can load the folder;
+            mlx-lm and this package load both layouts.
         progress: Show a progress bar.
 
     Raises:
-        CheckpointError: If the folder exists, or cannot be written.
+        CheckpointError: If the folder exists or cannot be written.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -136,7 +134,7 @@ def save_model(
 
 
 def _config_of(source: Source | None) -> Mapping[str, Any] | None:
-    """The `config.json` of a source that has one: a new model's has a tokenizer alone."""
+    """Return the `config.json` of a source, if there is one."""
     if source is None or not (source.folder / CONFIG).is_file():
         return None
     return read_json(source.folder / CONFIG)
@@ -149,16 +147,16 @@ def write_checkpoint(
     *,
     progress: bool = False,
 ) -> None:
-    """Write a checkpoint, holding one tensor at a time.
+    """Write a checkpoint atomically, with one tensor in memory at a time.
 
     Args:
-        target: The folder to be; nothing of that name may exist.
-        checkpoint: What is to be written.
-        weights: Yields the name and value of each of its tensors, in their order.
+        target: The new folder; it must not exist.
+        checkpoint: Its description.
+        weights: Yields the name and value of each of its tensors, in order.
         progress: Show a progress bar.
 
     Raises:
-        CheckpointError: If the target exists, or cannot be written.
+        CheckpointError: If the target exists or cannot be written.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -182,31 +180,31 @@ def write_checkpoint(
 def stored_config(
     config: GriffinConfig, dtype: mx.Dtype, quantized: Mapping[str, Quantization]
 ) -> GriffinConfig:
-    """A model's configuration, with the dtype and quantization that its weights are stored in."""
+    """Return a configuration with the dtype and quantization of stored weights."""
     section = quantization_section(quantized) if quantized else None
     return replace(config, dtype=MLX_NAME[dtype_name(dtype)], quantization=section)
 
 
 def quantization_section(quantized: Mapping[str, Quantization]) -> dict[str, Any]:
-    """What mlx-lm keeps under `quantization`: the commonest settings, then each exception."""
+    """Return mlx-lm's `quantization` section: the most common settings, then each exception."""
     common = Counter(quantized.values()).most_common(1)[0][0]
     exceptions = {path: how.as_dict() for path, how in quantized.items() if how != common}
     return {**common.as_dict(), **exceptions}
 
 
 def config_values(checkpoint: CheckpointSpec) -> dict[str, Any]:
-    """The `config.json` of a checkpoint: what is known of it, and what its source said besides."""
+    """Return the `config.json` of a checkpoint, with unknown keys of its source."""
     kept = {k: v for k, v in (checkpoint.values or {}).items() if k not in SUPERSEDED}
     return dict(sorted({**kept, **checkpoint.config.to_dict()}.items()))
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    """A dtype in safetensors' spelling."""
+    """Return a dtype in safetensors' spelling."""
     return FILE_NAME[str(dtype).removeprefix("mlx.core.")]
 
 
 def dtype_title(dtype: mx.Dtype, quantized: Mapping[str, Quantization]) -> str:
-    """How the weights are stored, in words."""
+    """Describe how weights are stored."""
     name = str(dtype).removeprefix("mlx.core.")
     if not quantized:
         return name
@@ -231,14 +229,14 @@ def _write_weights(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / name, shard, weights, {"format": "mlx"}, advance)
         places.update(dict.fromkeys((info.name for info in shard), name))
-    parameters = sum(wanted.size for wanted in expected_tensors(checkpoint.config))
+    parameters = sum(tensor.size for tensor in expected_tensors(checkpoint.config))
     metadata = {"total_size": checkpoint.nbytes, "total_parameters": parameters}
     index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
     _write_json(folder / INDEX, index)
 
 
 def split_shards(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
-    """Cut a list of tensors where a file would grow beyond `SHARD_BYTES`."""
+    """Split a list of tensors into files of at most `SHARD_BYTES`."""
     shards: list[list[TensorInfo]] = [[]]
     room = SHARD_BYTES
     for info in tensors:
@@ -251,7 +249,7 @@ def split_shards(tensors: Sequence[TensorInfo]) -> list[list[TensorInfo]]:
 
 
 def _write_tokenizer(folder: Path, source: Source) -> None:
-    """Take over the source's tokenizer; one of SentencePiece gets a `tokenizer.json` beside it."""
+    """Copy the source's tokenizer; a SentencePiece model is converted to `tokenizer.json` too."""
     if not has_tokenizer(source.folder):
         return
     for name in TOKENIZER_FILES:

@@ -1,15 +1,16 @@
-"""What a checkpoint should hold, by its configuration, and whether it does."""
+"""Tensors of a checkpoint: the schema that follows from its configuration, and validation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_rgemma.checkpoints.formats.huggingface import CONFIG, CheckpointFolder
 from mlx_rgemma.checkpoints.quantization import Quantization, agrees
 from mlx_rgemma.errors import CheckpointError, shortened
-from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
+from mlx_rgemma.griffin.config import GriffinConfig
+from mlx_rgemma.griffin.parameters import is_matrix
 from mlx_rgemma.io.safetensors import TensorInfo
 
 FLOATS = ("F32", "BF16", "F16")
@@ -21,22 +22,24 @@ COMPARE_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that a model has.
+    """A parameter of a model.
 
     Attributes:
         name: Hugging Face's name.
-        shape: Its shape in MLX's layout.
-        matrix: Whether it is the matrix of a projection or of the embedding: what may be
-            quantized.
+        shape: Shape in MLX's layout.
     """
 
     name: str
     shape: tuple[int, ...]
-    matrix: bool = False
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it can be quantized."""
+        return is_matrix(self.name)
 
     @property
     def path(self) -> str:
-        """The module that it belongs to."""
+        """Path of its module."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -47,12 +50,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ValidatedCheckpoint:
-    """A checkpoint that holds all it should.
+    """Contents of a complete checkpoint.
 
     Attributes:
-        expected: The model's tensors, in the order of the model.
-        quantized: How each quantized matrix is quantized, by the path of its module.
-        redundant: Names of tensors that say again what others say: the tied head.
+        expected: Parameters of the model, in its order.
+        quantized: Quantization of each quantized matrix, by the path of its module.
+        redundant: Names of duplicate tensors: the LM head, which is the embedding.
     """
 
     expected: tuple[TensorSpec, ...]
@@ -60,53 +63,22 @@ class ValidatedCheckpoint:
     redundant: tuple[str, ...]
 
 
-def expected_tensors(config: GriffinConfig) -> Iterator[TensorSpec]:
-    """The tensors of a model, in order, in MLX's layout."""
-    width, lru, inner = config.hidden_size, config.lru_width, config.intermediate_size // 2
-    heads, block = config.num_attention_heads, config.lru_width // config.num_attention_heads
+def expected_tensors(config: GriffinConfig) -> tuple[TensorSpec, ...]:
+    """Return the parameters of a model, in its order. Nothing is computed or allocated."""
+    from mlx.utils import tree_flatten
 
-    def linear(path: str, rows: int, columns: int, bias: bool = True) -> Iterator[TensorSpec]:
-        yield TensorSpec(f"{path}.weight", (rows, columns), matrix=True)
-        if bias:
-            yield TensorSpec(f"{path}.bias", (rows,))
+    from mlx_rgemma.griffin.model import Model
 
-    yield TensorSpec(f"{EMBEDDING}.weight", (config.vocab_size, width), matrix=True)
-    for i, kind in enumerate(config.layer_types):
-        layer = f"model.layers.{i}"
-        temporal, mlp = f"{layer}.temporal_block", f"{layer}.mlp_block"
-        yield TensorSpec(f"{layer}.temporal_pre_norm.weight", (width,))
-        if kind == RECURRENT:
-            yield from linear(f"{temporal}.linear_y", lru, width)
-            yield from linear(f"{temporal}.linear_x", lru, width)
-            yield from linear(f"{temporal}.linear_out", width, lru)
-            yield TensorSpec(f"{temporal}.conv_1d.weight", (lru, config.conv1d_width, 1))
-            yield TensorSpec(f"{temporal}.conv_1d.bias", (lru,))
-            yield TensorSpec(f"{temporal}.rg_lru.recurrent_param", (lru,))
-            for gate in ("input_gate", "recurrent_gate"):
-                yield TensorSpec(f"{temporal}.rg_lru.{gate}_weight", (heads, block, block))
-                yield TensorSpec(f"{temporal}.rg_lru.{gate}_bias", (heads, block))
-        else:
-            head, bias = config.head_dim, config.attention_bias
-            yield from linear(f"{temporal}.q_proj", heads * head, width, bias)
-            yield from linear(f"{temporal}.k_proj", head, width, bias)
-            yield from linear(f"{temporal}.v_proj", head, width, bias)
-            yield from linear(f"{temporal}.o_proj", width, heads * head)
-        yield TensorSpec(f"{layer}.channel_pre_norm.weight", (width,))
-        yield from linear(f"{mlp}.gate_proj", inner, width)
-        yield from linear(f"{mlp}.up_proj", inner, width)
-        yield from linear(f"{mlp}.down_proj", width, inner)
-    yield TensorSpec("model.final_norm.weight", (width,))
+    parameters: Any = tree_flatten(Model(config).parameters())
+    return tuple(TensorSpec(name, value.shape) for name, value in parameters)
 
 
 def check_contents(folder: CheckpointFolder) -> ValidatedCheckpoint:
-    """Compare a checkpoint's tensors with its configuration.
-
-    Returns:
-        What was found, once everything that should be there is, and nothing else.
+    """Validate the tensors of a checkpoint against its configuration.
 
     Raises:
-        CheckpointError: Listing the tensors that are missing, surplus, misshapen or of a dtype
-            that no weight can have, or naming a head that differs from the embedding.
+        CheckpointError: Listing tensors that are missing, surplus, misshapen or of a wrong dtype;
+            or naming an LM head that differs from the embedding.
     """
     config, tensors = folder.config, folder.tensors
     if config.num_hidden_layers > len(tensors):
@@ -114,7 +86,7 @@ def check_contents(folder: CheckpointFolder) -> ValidatedCheckpoint:
             f"{folder.path / CONFIG}: num_hidden_layers is {config.num_hidden_layers}, but the"
             f" weight files hold {len(tensors)} tensors in all."
         )
-    expected = tuple(expected_tensors(config))
+    expected = expected_tensors(config)
     problems = _Problems()
     unread = dict(tensors)
     quantized: dict[str, Quantization] = {}
@@ -137,7 +109,7 @@ def check_contents(folder: CheckpointFolder) -> ValidatedCheckpoint:
 
 
 class _Problems:
-    """All that does not fit, for one message."""
+    """Problems of a checkpoint, for one message."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
@@ -184,7 +156,7 @@ def _quantization(
     packed: list[TensorInfo | None],
     problems: _Problems,
 ) -> Quantization | None:
-    """How a matrix is quantized, if its tensors and `config.json` agree on that."""
+    """Return the quantization of a matrix, if its tensors and `config.json` agree."""
     weight, scales, biases = packed
     assert weight is not None and scales is not None
     found = Quantization.of_tensors(wanted.shape, weight, scales)
@@ -194,37 +166,32 @@ def _quantization(
             f" {list(scales.shape)}, for {list(wanted.shape)})"
         )
         return None
-    there = tuple((t.name, t.dtype, t.shape) for t in (weight, scales, biases) if t is not None)
-    right = found.packed(wanted.path, wanted.shape, scales.dtype)
-    if there != tuple((t.name, t.dtype, t.shape) for t in right):
+    actual = tuple((t.name, t.dtype, t.shape) for t in (weight, scales, biases) if t is not None)
+    expected = found.packed(wanted.path, wanted.shape, scales.dtype)
+    if actual != tuple((t.name, t.dtype, t.shape) for t in expected):
         problems.unpackable.append(f"{wanted.path} (its biases do not fit {found.mode})")
     section = folder.config.quantization
     if section is None:
         problems.unpackable.append(f"{wanted.path} ({CONFIG} has no 'quantization')")
     elif not agrees(found, section.get(wanted.path)):
-        problems.unpackable.append(f"{wanted.path} (not as {CONFIG} says)")
+        problems.unpackable.append(f"{wanted.path} (differs from {CONFIG})")
     return found
 
 
 def _check_head(tensors: dict[str, TensorInfo], redundant: tuple[str, ...]) -> None:
-    """A head on file must be the embedding, to the bit: it is tied."""
+    """Check that an LM head in the file is bit-identical to the embedding: they are tied."""
     for name in redundant:
         head = tensors[name]
         embedding = tensors.get(name.replace(HEAD, EMBEDDING, 1))
         if embedding is None or not same_bytes(head, embedding):
-            remedy = (  # mlx-lm's mixed recipes give a head on file more bits
-                "; convert the unquantized model with mlx_rgemma.convert"
-                if head.dtype == "U32"
-                else ""
-            )
             raise CheckpointError(
-                f"{head.file}: {name} differs from {EMBEDDING}.weight; RecurrentGemma's head is"
-                f" its embedding, a model with another head is not supported{remedy}."
+                f"{head.file}: {name} differs from {EMBEDDING}.weight; RecurrentGemma's LM head is"
+                " its embedding, another head is not supported."
             )
 
 
 def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
-    """Whether two tensors are equal in dtype, shape and every bit."""
+    """Return whether two tensors have the same dtype, shape and bytes."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     with a.file.open("rb") as left, b.file.open("rb") as right:

@@ -1,4 +1,4 @@
-"""The converted tensors of a checkpoint, one at a time."""
+"""Reading and converting the tensors of a checkpoint, one at a time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
-from mlx_rgemma.checkpoints.load import read_tensors
 from mlx_rgemma.checkpoints.quantization import Quantization
 from mlx_rgemma.checkpoints.schema import PACKED, TensorSpec, ValidatedCheckpoint
-from mlx_rgemma.errors import CheckpointError, shortened
+from mlx_rgemma.errors import CheckpointError, UserError, shortened, shown
+from mlx_rgemma.griffin.config import DTYPES
 from mlx_rgemma.io.reading import reason
 
 EXPONENT = {
@@ -19,17 +19,48 @@ EXPONENT = {
     "bfloat16": (mx.uint16, 0x7F80, 0x007F),
     "float16": (mx.uint16, 0x7C00, 0x03FF),
 }
-"""The integers to look at each dtype with, and the bits of its exponent and fraction."""
+"""Per dtype: integer view, exponent mask, fraction mask."""
 
-CHECKED_TOGETHER = 1 << 22
+ELEMENTS_AT_ONCE = 1 << 22
+
+
+def read_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
+    """Return a dtype of weights, given by itself or by its name.
+
+    Raises:
+        UserError: If weights cannot have it.
+    """
+    name = str(dtype).removeprefix("mlx.core.")
+    if name not in DTYPES:
+        raise UserError(f"dtype is {shown(name)}, expected one of {', '.join(DTYPES)}.")
+    return getattr(mx, name)
+
+
+def read_tensors(folder: CheckpointFolder, contents: ValidatedCheckpoint) -> dict[str, mx.array]:
+    """Return all tensors of a checkpoint, lazily: each stays in its file until it is evaluated.
+
+    Raises:
+        CheckpointError: If MLX cannot read a file.
+    """
+    tensors: dict[str, mx.array] = {}
+    for file in folder.files:
+        try:
+            tensors.update(mx.load(str(file)))  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({reason(error)}).") from error
+    for name in contents.redundant:
+        del tensors[name]
+    return tensors
 
 
 class ConvertedWeights:
-    """The converted tensors, one after the other, each made when its turn comes.
+    """Iterator over converted tensors, each of which is made when it is requested.
+
+    The writer pulls: it requests a tensor, which is then read, converted and checked here.
 
     Attributes:
-        not_finite: How many NaN and how many infinite values the tensors so far hold, by name,
-            of those that hold any.
+        nonfinite: Numbers of NaN and of infinite values, by the name of the tensor; so far, and
+            only of tensors that hold any.
     """
 
     def __init__(
@@ -43,24 +74,24 @@ class ConvertedWeights:
         """
         Args:
             folder: The checkpoint.
-            contents: What it holds.
-            quantized: How each matrix that is to be quantized is.
-            dtype: dtype of what is not quantized.
-            strict: Refuse values that are not finite.
+            contents: Its contents.
+            quantized: Quantization of the converted matrices, by the path of their module.
+            dtype: dtype of all other tensors.
+            strict: Refuse NaN and infinite values.
         """
         self.folder = folder
         self.contents = contents
         self.quantized = quantized
         self.dtype = dtype
         self.strict = strict
-        self.not_finite: dict[str, tuple[int, int]] = {}
+        self.nonfinite: dict[str, tuple[int, int]] = {}
 
     @property
     def nonfinite_summary(self) -> str:
-        """The tensors that hold NaN or infinite values, and how many, in words."""
+        """Names of tensors with NaN or infinite values, and their numbers, as text."""
         return shortened(
             f"{name} ({nan} NaN, {infinite} infinite)"
-            for name, (nan, infinite) in self.not_finite.items()
+            for name, (nan, infinite) in self.nonfinite.items()
         )
 
     def __iter__(self) -> Iterator[tuple[str, mx.array]]:
@@ -94,10 +125,10 @@ class ConvertedWeights:
         if found is not None and found == how:
             packed = [self._cast(part) for part in parts]
             for value in packed[1:]:
-                self._look(wanted.name, value)
+                self._count_nonfinite(wanted.name, value)
         else:
             value = self._dense(wanted, parts, found)
-            self._look(wanted.name, value)
+            self._count_nonfinite(wanted.name, value)
             if how is None:
                 yield wanted.name, value
                 return
@@ -110,10 +141,10 @@ class ConvertedWeights:
     def _dense(
         self, wanted: TensorSpec, parts: list[mx.array], found: Quantization | None
     ) -> mx.array:
-        """A tensor unquantized, in the model's layout and the new dtype."""
+        """Return a tensor dequantized, in MLX's layout and the new dtype."""
         value = parts[0]
         if found is not None:
-            # In float32, so that the values are rounded once, to the new dtype.
+            # In float32, so that values are rounded only once, to the new dtype.
             scales, *biases = (_in_float32(part) for part in parts[1:])
             value = mx.dequantize(
                 value,
@@ -130,12 +161,12 @@ class ConvertedWeights:
     def _cast(self, value: mx.array) -> mx.array:
         return value.astype(self.dtype) if mx.issubdtype(value.dtype, mx.floating) else value
 
-    def _look(self, name: str, value: mx.array) -> None:
-        """Count what is NaN or infinite, as it will be stored."""
-        nan, infinite = count_not_finite(value)
+    def _count_nonfinite(self, name: str, value: mx.array) -> None:
+        """Count the NaN and infinite values of a tensor as it will be stored."""
+        nan, infinite = count_nonfinite(value)
         if nan or infinite:
-            before = self.not_finite.get(name, (0, 0))
-            self.not_finite[name] = (before[0] + nan, before[1] + infinite)
+            before = self.nonfinite.get(name, (0, 0))
+            self.nonfinite[name] = (before[0] + nan, before[1] + infinite)
             if self.strict:
                 file = self.folder.tensors[name].file
                 raise CheckpointError(
@@ -144,14 +175,14 @@ class ConvertedWeights:
                 )
 
 
-def count_not_finite(value: mx.array) -> tuple[int, int]:
-    """How many elements are NaN and how many infinite: of those, all bits of the exponent are set.
+def count_nonfinite(value: mx.array) -> tuple[int, int]:
+    """Return the numbers of NaN and of infinite elements: those with all exponent bits set.
 
-    The bits are looked at directly, a part at a time: nine times as fast on a CPU as asking MLX,
-    without temporaries of the size of the tensor.
+    The bits are compared in NumPy, chunk by chunk: on a CPU nine times as fast as MLX's functions,
+    without temporary arrays of the size of the tensor.
 
     Returns:
-        Both numbers; 0, 0 for what is not of a floating dtype.
+        Both numbers; 0, 0 for integers.
     """
     dtype = str(value.dtype).removeprefix("mlx.core.")
     if dtype not in EXPONENT:
@@ -159,13 +190,13 @@ def count_not_finite(value: mx.array) -> tuple[int, int]:
     unsigned, exponent, fraction = EXPONENT[dtype]
     bits = np.array(value.view(unsigned), copy=False).reshape(-1)
     nan = infinite = 0
-    for at in range(0, bits.size, CHECKED_TOGETHER):
-        part = bits[at : at + CHECKED_TOGETHER]
-        odd = part[(part & exponent) == exponent]
-        if odd.size:
-            nans = int(np.count_nonzero(odd & fraction))
+    for start in range(0, bits.size, ELEMENTS_AT_ONCE):
+        chunk = bits[start : start + ELEMENTS_AT_ONCE]
+        nonfinite = chunk[(chunk & exponent) == exponent]
+        if nonfinite.size:
+            nans = int(np.count_nonzero(nonfinite & fraction))
             nan += nans
-            infinite += odd.size - nans
+            infinite += nonfinite.size - nans
     return nan, infinite
 
 

@@ -1,4 +1,4 @@
-"""A converted folder as a repository of the Hugging Face Hub."""
+"""Uploading a folder to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from mlx_rgemma.io.reading import reason
 
 
 def check_repository(name: str) -> None:
-    """Refuse a name that no repository can have, or a user who is not logged in.
-
-    This is looked at before a conversion begins, which may take long.
+    """Check the name of a repository and the login, before a conversion that may take long.
 
     Raises:
-        UserError: Saying what to do.
+        UserError: If the name is invalid or the user is not logged in.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -32,16 +30,16 @@ def check_repository(name: str) -> None:
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Upload a folder, in one commit; the repository is made if there is none.
+    """Upload a folder in one commit; a missing repository is created.
 
-    Its model card then says how to run the repository, not the folder.
+    The model card then names the repository in place of the folder.
 
     Args:
-        folder: What `convert` made.
-        repository: As in `owner/name`.
+        folder: A folder that `convert` wrote.
+        repository: `owner/name`.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
         CheckpointError: If the Hub refuses it or cannot be reached; the folder stays.
@@ -58,7 +56,7 @@ def upload(folder: Path, repository: str) -> str:
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Upload an MLX model"
         )
-    except Exception as error:  # the network's many ways to fail
+    except Exception as error:  # network errors of many types
         raise CheckpointError(
             f"{repository}: cannot be uploaded ({reason(error)}). {folder} is complete; try again"
             f" with 'hf upload {repository} {folder}'."

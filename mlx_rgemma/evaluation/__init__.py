@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, distance from another model, benchmarks of the field."""
+"""Evaluation: perplexity, distance from another model, the lm-evaluation-harness."""

@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness with this package's model, through mlx-lm's adapter for it."""
+"""The lm-evaluation-harness with this package's model, through mlx-lm's adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.errors import UserError
+from mlx_rgemma.errors import UserError, shown
+from mlx_rgemma.io.atomic import atomic_file
 from mlx_rgemma.io.markdown import markdown_table
 from mlx_rgemma.register import register
 
@@ -41,23 +42,23 @@ def evaluate(
         model, tokenizer: From `load`.
         tasks: Names of tasks or groups of tasks.
         include_path: Folder with more tasks, as YAML files.
-        batch_size: Prompts that are answered at once; the answers are those of each alone.
-        num_shots: Examples before each question; by default what the task says.
-        max_tokens: Most tokens of an answer; by default what the task says.
-        limit: Questions of each task to ask.
-        seed: Of the choice of examples.
+        batch_size: Prompts per batch; the results do not depend on it.
+        num_shots: Examples before each question. Default: the task's.
+        max_tokens: Tokens per answer, at most. Default: the task's.
+        limit: Questions per task.
+        seed: Seed of the choice of examples.
         fewshot_as_multiturn: Give examples as turns of a conversation.
-        apply_chat_template: Put questions in the chat template, by default if there is one.
+        apply_chat_template: Apply the chat template to questions. Default: if there is one.
         chat_template_args: More arguments for the template.
-        confirm_run_unsafe_code: Allow tasks that run code which the model wrote.
-        log_samples: Keep every question and answer.
-        sampler: How tokens are chosen; by default the most probable one.
+        confirm_run_unsafe_code: Allow tasks that run generated code.
+        log_samples: Save every question and answer.
+        sampler: Sampler of tokens. Default: greedy.
 
     Returns:
-        What the harness returns: figures by task under `results`.
+        The result of the harness: metrics by task under `results`.
 
     Raises:
-        UserError: If the harness is not installed, or there is no such task.
+        UserError: If the harness is not installed, or a task is unknown.
     """
     try:
         import lm_eval
@@ -65,7 +66,7 @@ def evaluate(
     except ImportError as error:
         raise UserError(f"{MISSING} ({error})") from error
     register()
-    # mlx-lm's adapter would load the model itself; this one is here already.
+    # mlx-lm's adapter loads a model in its constructor; here is one already.
     adapter = object.__new__(MLXLM)
     super(MLXLM, adapter).__init__()
     adapter._model, adapter.tokenizer = model, tokenizer
@@ -94,7 +95,7 @@ def evaluate(
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | None) -> Any:
-    """Where the harness finds tasks; its own are looked through only if they are asked for."""
+    """Return a task manager; the harness's own tasks are indexed only if they are needed."""
     from lm_eval.tasks import TaskManager
 
     folder = None if include_path is None else os.fspath(include_path)
@@ -104,11 +105,11 @@ def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | N
         unknown = [task for task in tasks if not manager.match_tasks([task])]
         if not unknown:
             return manager
-    raise UserError(f"there is no task {unknown[0]!r}; see 'lm-eval ls tasks'.")
+    raise UserError(f"there is no task {shown(unknown[0])}; see 'lm-eval ls tasks'.")
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the results of tasks as a table in Markdown, one line per metric."""
+    """Return the results of tasks as a Markdown table, one line per metric."""
     rows = []
     for task, figures in results.items():
         for key, value in figures.items():
@@ -117,23 +118,24 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 continue
             error = figures.get(f"{metric}_stderr,{name}")
             spread = f"{error:.4f}" if isinstance(error, (int, float)) else ""
-            rows.append((task, f"{metric} ({name})", f"{value:.4f}", spread))
-    return markdown_table(("task", "metric", "value", "standard error"), rows)
+            rows.append([task, f"{metric} ({name})", f"{value:.4f}", spread])
+    return markdown_table(["task", "metric", "value", "standard error"], rows)
 
 
 def write_results(
     folder: Path, name: str, tasks: Sequence[str], results: Mapping[str, Any]
 ) -> Path:
-    """Keep results as a JSON file, which is named as mlx-lm names it.
+    """Write results as a JSON file with mlx-lm's name, atomically.
 
     Raises:
-        UserError: If the folder cannot be made or written.
+        UserError: If the folder cannot be created or written.
     """
     path = folder / "_".join(["eval", name.replace("/", "_"), *tasks])
     path = path.with_name(f"{path.name[:200]}.json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=4, default=str) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(results, indent=4, default=str) + "\n", encoding="utf-8")
     return path

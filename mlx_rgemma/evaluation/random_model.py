@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mlx_rgemma.checkpoints.quantization import MODES
-from mlx_rgemma.checkpoints.recipes import RECIPES, Recipe
+from mlx_rgemma.checkpoints.quantization import MODES, RECIPES, Recipe
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.evaluation.timing import UNQUANTIZED
 from mlx_rgemma.griffin.config import SHAPES as SHAPES

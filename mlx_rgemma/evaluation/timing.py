@@ -13,7 +13,7 @@ import mlx.optimizers as optim
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.ops.streams import synchronize_streams
-from mlx_rgemma.tuner.data.batch import Batch
+from mlx_rgemma.tuner.data.packing import Batch
 from mlx_rgemma.tuner.loss import batch_loss
 
 UNQUANTIZED = "none"

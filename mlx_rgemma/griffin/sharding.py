@@ -1,10 +1,10 @@
-"""One model on several processes: which part of it each of them keeps.
+"""Tensor parallelism: the shard of a model that each rank keeps.
 
-Tensor parallelism as in Megatron-LM (arXiv:1909.08053, section 3), by MLX's own layers. Layers that
-read the residual stream are cut by their outputs, so that a process computes some heads of the
-attention, some heads of the recurrence with its gates, convolution and state, and some of the MLP's
-channels. Layers that write to the stream are cut by their inputs, and their results summed: two
-sums a layer. The one key/value head, the ring, norms and embedding are whole on every process.
+As in Megatron-LM (arXiv:1909.08053, section 3), with MLX's own layers. Layers that read the
+residual stream are column-parallel: a rank computes some attention heads, some heads of the
+recurrence with its gates, convolution and state, and some channels of the MLP. Layers that write to
+the stream are row-parallel: two all-reduces per layer. The single key/value head, the ring buffer,
+the norms and the embedding are replicated.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mlx.nn.layers.distributed import shard_inplace, shard_linear
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import GriffinCache, RecurrentCache
 from mlx_rgemma.griffin.config import GriffinConfig
+from mlx_rgemma.griffin.parameters import MODULES, Role, modules_of, shard_axis
 
 
 class Shardable(Protocol):
@@ -28,27 +29,6 @@ class Shardable(Protocol):
 
     @property
     def layers(self) -> Any: ...
-
-
-COLUMN_PARALLEL = ("linear_y", "linear_x", "q_proj", "gate_proj", "up_proj")
-"""Linear layers of which each process has some outputs."""
-
-ROW_PARALLEL = ("linear_out", "o_proj", "down_proj")
-"""Linear layers of which each process has some inputs."""
-
-HEAD_PARALLEL = ("conv_1d", "rg_lru")
-"""Modules all of whose parameters begin with the axis of channels or heads."""
-
-
-def shard_axis(name: str) -> int | None:
-    """The axis along which a tensor is cut, by its name; None where every process has all of it."""
-    module, _, parameter = name.rpartition(".")
-    module = module.rpartition(".")[2]
-    if module in COLUMN_PARALLEL or module in HEAD_PARALLEL:
-        return 0
-    if module in ROW_PARALLEL and parameter != "bias":
-        return 1
-    return None
 
 
 def shard_slice(length: int, rank: int, size: int) -> slice:
@@ -82,7 +62,7 @@ def valid_world_sizes(model: Shardable) -> list[int]:
     units = [c.num_attention_heads, c.intermediate_size // 2]
     for layer in model.layers:
         for block in (layer.temporal_block, layer.mlp_block):
-            for name in ROW_PARALLEL:
+            for name in modules_of(Role.OUT_PROJ):
                 linear = block.get(name)
                 if isinstance(linear, nn.QuantizedLinear):
                     units.append(linear["scales"].shape[1])
@@ -116,15 +96,15 @@ def shard_model(model: Shardable, group: mx.distributed.Group) -> None:
 
 
 def _shard_block(block: Any, group: mx.distributed.Group) -> None:
-    for name in COLUMN_PARALLEL:
-        if name in block:
-            # In place: what is computed is a linear layer still, and may be fused as one.
-            shard_inplace(block[name], "all-to-sharded", group=group)
-    for name in ROW_PARALLEL:
-        if name in block:
+    for name, module in MODULES.items():
+        if name not in block or module.shard_axis is None:
+            continue
+        if module.role is Role.OUT_PROJ:
             block[name] = shard_linear(block[name], "sharded-to-all", group=group)
-    for name in HEAD_PARALLEL:
-        if name in block:
+        elif module.role is Role.IN_PROJ:
+            # In place: the result is still a linear layer, which may be fused.
+            shard_inplace(block[name], "all-to-sharded", group=group)
+        else:
             shard_inplace(block[name], lambda path, weight: 0, group=group)
     if "q_proj" in block:
         block.num_heads //= group.size()
@@ -133,7 +113,7 @@ def _shard_block(block: Any, group: mx.distributed.Group) -> None:
 
 
 def gather_state(cache: Sequence[GriffinCache], group: mx.distributed.Group) -> list[GriffinCache]:
-    """A state as one process has it, from the parts of several; all of them must call this."""
+    """Return the whole state from the shards of all ranks; all of them must call this."""
     return [
         _recurrent(layer, lambda array: _gather(array, group))
         if isinstance(layer, RecurrentCache)
@@ -143,7 +123,7 @@ def gather_state(cache: Sequence[GriffinCache], group: mx.distributed.Group) -> 
 
 
 def split_state(cache: Sequence[GriffinCache], rank: int, size: int) -> list[GriffinCache]:
-    """A process's part of a state that `gather_state` or a single process made."""
+    """Return a rank's shard of a whole state."""
 
     def part(array: mx.array) -> mx.array:
         return mx.contiguous(array[..., shard_slice(array.shape[-1], rank, size)])
@@ -161,6 +141,6 @@ def _recurrent(layer: RecurrentCache, change: Any) -> RecurrentCache:
 
 
 def _gather(array: mx.array, group: mx.distributed.Group) -> mx.array:
-    """Parts along the last axis, end to end."""
+    """Concatenate the shards of all ranks along the last axis."""
     parts = mx.distributed.all_gather(array[None], group=group)
     return mx.concatenate(list(parts), axis=-1)

@@ -9,8 +9,8 @@ mx.save_safetensors(path, arrays, {**metadata, CRC32: dump_checksums(sums)})
 
 verify_file(path, read_header(path), metadata.get(CRC32))
 
-A writer that streams its tensors does not know their checksums when it writes the header. All have
-the same length: it can write a header with `UNKNOWN` for each first, and overwrite it at the end.
+A streaming writer does not know the checksums when it writes the header. All have the same length:
+it writes `UNKNOWN` for each first, and overwrites the header at the end.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ def dump_checksums(checksums: Mapping[str, str]) -> str:
 
 
 def verify_file(path: Path, tensors: Mapping[str, Stored], text: str | None) -> None:
-    """Compare the tensors of a file with their checksums, reading a megabyte at a time.
+    """Verify the checksums of a file's tensors, reading a megabyte at a time.
 
     Args:
         path: The file.
-        tensors: All its tensors, from its header, which was checked against the size of the file.
-        text: The entry `CRC32` of its metadata; None where it has none, which passes.
+        tensors: All its tensors, from its validated header.
+        text: The entry `CRC32` of its metadata; None (no entry) passes.
 
     Raises:
-        CheckpointError: Naming the first tensor that is damaged; if the checksums are unreadable or
-            of other tensors; if the file cannot be read.
+        CheckpointError: If a tensor is damaged, the checksums are unreadable or of other tensors,
+            or the file cannot be read.
     """
     if text is None:
         return
@@ -77,8 +77,8 @@ def verify_file(path: Path, tensors: Mapping[str, Stored], text: str | None) -> 
     differing = sorted(expected.keys() ^ tensors.keys())
     if differing:
         raise CheckpointError(
-            f"{path}: its checksums and its tensors do not match, {shown(differing[0])} is only"
-            " among one of them; write or copy the file again."
+            f"{path}: its checksums and its tensors do not match: only one of them has"
+            f" {shown(differing[0])}; write or copy the file again."
         )
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, the Hugging Face Hub, or this package."""
+"""Locating a checkpoint: a folder, a repository of the Hugging Face Hub, or the embedded model."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from mlx_rgemma.errors import CheckpointError, shown
 from mlx_rgemma.io.reading import reason
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
-"""The model that comes with the package."""
+"""The small model of this package."""
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 MAX_PATH = 4096
 
 PATTERNS = ["*.json", "model*.safetensors", "weights*.safetensors", "tokenizer.model", "*.jinja"]
-"""What is downloaded of a repository: of what mlx-lm downloads, all but code."""
+"""Files that are downloaded: those of mlx-lm, without code."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that is on this machine now.
+    """A checkpoint on this machine.
 
     Attributes:
         folder: Its folder.
-        repository: The Hub repository that it was downloaded from, if it was.
-        title: What the model is called, if neither of these tells.
+        repository: Its repository on the Hub, if it was downloaded.
+        title: Name of the model, if neither of these is its name.
     """
 
     folder: Path
@@ -37,14 +37,14 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What its publisher or its folder calls it."""
+        """Name of the model: its title, or that of its repository or folder."""
         if self.title is not None:
             return self.title
         return (self.repository or str(self.folder.resolve())).rpartition("/")[2]
 
 
 def locate(path_or_repo: str | os.PathLike[str] | None, revision: str | None = None) -> Source:
-    """Find a checkpoint, downloading it if it is a repository that is not here yet.
+    """Locate a checkpoint; a repository that is not cached is downloaded.
 
     Args:
         path_or_repo: A folder, a Hub repository (`owner/name`), or None for the embedded model.
@@ -101,5 +101,5 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from error
     except HFValidationError as error:
         raise CheckpointError(f"{repository}: {reason(error)}") from error
-    except Exception as error:  # the network's many ways to fail
+    except Exception as error:  # network errors of many types
         raise CheckpointError(f"{repository}: cannot be downloaded ({reason(error)}).") from error

@@ -1,4 +1,4 @@
-"""Memory that this process may still take."""
+"""Memory that is available to this process."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def physical_memory() -> int:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that this process may still take; None where the system does not say.
+    """Return the bytes available to this process, or None if the system does not report them.
 
-    On a Mac: what Metal recommends as its working set, less what MLX holds. On Linux: what is
-    available without swapping, within the limit of the control group (a container). The page cache
-    counts as available.
+    On a Mac: Metal's recommended working set minus MLX's active memory. On Linux: memory available
+    without swapping, within the limit of the control group (container). The page cache counts as
+    available.
     """
     if sys.platform == "darwin":
         return _on_mac()
@@ -41,23 +41,23 @@ def available_memory() -> int | None:
     available *= 1024
     for limit, used, statistics in CGROUP_FILES:
         try:
-            most, now = (int((CGROUP / name).read_text()) for name in (limit, used))
+            maximum, usage = (int((CGROUP / name).read_text()) for name in (limit, used))
         except (OSError, ValueError):  # no such limit, or "max"
             continue
         cached = _numbers(CGROUP / statistics)
         total = "total_" if "total_inactive_file" in cached else ""
-        now -= sum(cached.get(f"{total}{name}_file", 0) for name in ("active", "inactive"))
-        available = min(available, most - max(0, now))
+        usage -= sum(cached.get(f"{total}{name}_file", 0) for name in ("active", "inactive"))
+        available = min(available, maximum - max(0, usage))
     return max(0, available)
 
 
 def check_memory(what: str, needed: int, remedy: str) -> None:
-    """Refuse to begin what memory cannot hold.
+    """Refuse an operation that needs more memory than is available.
 
     Args:
         what: Beginning of the message, usually a path.
-        needed: Bytes.
-        remedy: What to do, as the end of the message.
+        needed: Bytes that it needs.
+        remedy: End of the message.
 
     Raises:
         UserError: If less is available.
@@ -81,9 +81,9 @@ def _on_mac() -> int | None:
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """Return the first number of each line, by the word before it."""
+    """Parse lines of a name and a number."""
     try:
         lines = [line.split() for line in file.read_text().splitlines()]
     except OSError:
         return {}
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}

@@ -1,4 +1,4 @@
-"""YAML files of settings: plain values only, bounded in size and depth."""
+"""YAML of plain values, bounded in size and depth: settings, and the metadata of model cards."""
 
 from __future__ import annotations
 
@@ -18,17 +18,32 @@ MAX_DIGITS = 400
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the settings of a file: text, finite numbers, booleans, lists and mappings of these.
-
-    Aliases are refused: a few of them make a small file large, or endless.
+    """Return the mapping of a file; see `parse_yaml`.
 
     Raises:
         UserError: If the file is missing, too large, or holds anything else.
     """
     try:
-        values = yaml.load(read_limited(path, MAX_BYTES).decode("utf-8-sig"), _Loader)
+        text = read_limited(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text.") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, path: str) -> dict[str, Any]:
+    """Return a mapping of strings, finite numbers, booleans, and lists and mappings of these.
+
+    Aliases are refused: a few of them expand a small file without bound.
+
+    Args:
+        text: The YAML.
+        path: The beginning of a message.
+
+    Raises:
+        UserError: If the text holds anything else.
+    """
+    try:
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
@@ -44,7 +59,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Constructs JSON values only, and refuses what would be expensive to construct."""
+    """Loader of JSON values, which refuses expensive constructs."""
 
     depth = 0
 
@@ -87,7 +102,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise _refusal("a key that is no text", key_node)
+                raise _refusal("a key that is not text", key_node)
             if key in values:
                 raise _refusal("the same key twice", key_node)
             values[key] = self.construct_object(value_node, deep=True)

@@ -136,25 +136,44 @@ THREADGROUPS = 40
 """Threadgroups that keep the cores of a large GPU busy: beyond, heads share their reads."""
 
 
-def _supports(q, k, v, cos, sin, ring, *_rest, **_options) -> bool:
+def _supports(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    ring: mx.array,
+    *_rest: Any,
+    **_options: Any,
+) -> bool:
     variant = q.dtype, q.shape[-1], heads_per_threadgroup(*q.shape[:2])
     return fits_kernel(q, k, v, ring) and KERNEL.validated(*variant)
 
 
 @DECODE_ATTENTION.implementation(Backend.METAL, supports=_supports, gradient="own")
 @appending
-def _metal(*arrays, write_pos, window, cached_len):
-    return tuple(_launch(*arrays, write_pos, window))
+def _metal(*arrays: Any, write_pos: int, window: int, cached_len: int) -> Any:
+    return tuple(_launch(*[*arrays, write_pos, window]))
 
 
-def _launch(q, k, v, cos, sin, ring, max_lookback, write_pos, window):
+def _launch(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    ring: mx.array,
+    max_lookback: mx.array | None,
+    write_pos: int,
+    window: int,
+) -> Any:
     batch, heads, _, head_dim = q.shape
     share = heads_per_threadgroup(batch, heads)
     pairs = cos.shape[-1]
     angle_stride = 0 if cos.shape[0] == 1 else pairs
     lookback_stride = 0 if max_lookback is None or max_lookback.shape[0] == 1 else 1
-    params = [heads, ring.shape[2], write_pos, window, pairs, angle_stride, lookback_stride]
-    params = mx.array([*params, int(max_lookback is not None)], mx.int32)
+    values = [heads, ring.shape[2], write_pos, window, pairs, angle_stride, lookback_stride]
+    params = mx.array([*values, int(max_lookback is not None)], mx.int32)
     lookback = params if max_lookback is None else max_lookback.astype(mx.int32)
     return KERNEL.run(
         [q, k, v, cos, sin, ring, lookback, params],
@@ -170,7 +189,17 @@ def heads_per_threadgroup(batch: int, heads: int) -> int:
     return 2 if heads % 2 == 0 and batch * heads >= 2 * THREADGROUPS else 1
 
 
-def _definition(q, k, v, cos, sin, ring, max_lookback, write_pos, window):
+def _definition(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    ring: mx.array,
+    max_lookback: mx.array | None,
+    write_pos: int,
+    window: int,
+) -> Any:
     """The definition in fp32, one score for every pair, for small samples."""
     head_dim, slots = q.shape[-1], ring.shape[2]
     q, kv = rotate_heads_reference(q, k, v, cos, sin)
@@ -185,7 +214,7 @@ def _definition(q, k, v, cos, sin, ring, max_lookback, write_pos, window):
     return [(weights[..., None] * values[:, :, None]).sum(-2).astype(q.dtype), kv]
 
 
-def _sample_inputs(dtype, head_dim, share):
+def _sample_inputs(dtype: mx.Dtype, head_dim: int, share: int) -> tuple[Any, ...]:
     window = 75  # more than one round of the threadgroup's simdgroups
     batch, heads = (1, 3) if share == 1 else (2, THREADGROUPS)
     q = sample((batch, heads, 1, head_dim), dtype, 1)

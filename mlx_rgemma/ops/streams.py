@@ -1,7 +1,7 @@
-"""Where tokens are generated: on a stream of their own, a Mac's memory held for the weights.
+"""The stream of generation, and a Mac's wired memory for the weights.
 
-As mlx-lm does it (`generation_stream` and `wired_limit` of `mlx_lm.generate`), which takes a second
-to import: as long as a small model needs to write two hundred tokens.
+The same as `generation_stream` and `wired_limit` of `mlx_lm.generate`, which takes a second to
+import: as long as a small model takes for two hundred tokens.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 generation_stream: Any = mx.new_thread_local_stream(mx.default_device())
-"""The stream of all loops here that generate."""
+"""The stream of all decode loops of this package, one per thread."""
 
 
 @contextmanager
 def wired_limit(model: nn.Module, stream: Any) -> Iterator[None]:
-    """Let a GPU's memory stay wired up to the recommended size while a model generates.
+    """Keep a GPU's memory wired, up to the recommended size, while a model generates.
 
     Args:
-        model: A warning on stderr says if it hardly fits.
-        stream: What is to come to its end before the limit is what it was.
+        model: The model; a warning on stderr is printed if it hardly fits.
+        stream: Synchronized before the limit is restored.
     """
     recommended: Any = mx.device_info().get("max_recommended_working_set_size")
     if recommended is None:  # a CPU
@@ -48,9 +48,9 @@ def wired_limit(model: nn.Module, stream: Any) -> Iterator[None]:
 
 
 def synchronize_streams() -> None:
-    """Let what is under way come to its end, in the loops here and in mlx-lm's.
+    """Synchronize the default stream and the generation streams of this package and mlx-lm.
 
-    Before the processes that share a model go on: messages of two streams must not mix.
+    Needed before ranks communicate: messages of two streams must not interleave.
     """
     mx.synchronize()
     mx.synchronize(generation_stream)

@@ -1,4 +1,4 @@
-"""Dropout for a model that has none: on what each block adds to the stream, and on tokens."""
+"""Dropout on every residual branch and on whole input tokens."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.parameters import Role, modules_of
 
 
 def add_dropout(model: Model, rate: float) -> None:
-    """Have a model drop values while it is trained; its parameters keep their names.
+    """Add dropout to a model, in training mode only; its parameters keep their names.
 
-    The last projection of every temporal block and MLP sets each value to 0 with probability
-    `rate` and scales the others by ``1 / (1 - rate)``; the embedding does so with whole tokens, so
-    that a text cannot be told by its every word. A model in evaluation mode computes as before,
-    and so does the head, which shares the embedding's weights.
+    The output projection of every temporal block and MLP sets values to 0 with probability `rate`
+    and scales the others by ``1 / (1 - rate)``; the embedding does so with whole tokens. The LM
+    head, which shares the embedding's weights, has no dropout.
 
     Args:
-        model: The model, with plain (not quantized) layers.
+        model: The model; its layers are not quantized.
         rate: From 0 to less than 1.
     """
     model.model.embed_tokens = _DropoutEmbedding(model.model.embed_tokens, rate)
     for layer in model.layers:
-        block, mlp = layer.temporal_block, layer.mlp_block
-        last = "linear_out" if "linear_out" in block else "o_proj"
-        setattr(block, last, _DropoutLinear(getattr(block, last), rate))
-        mlp.down_proj = _DropoutLinear(mlp.down_proj, rate)
+        for block in (layer.temporal_block, layer.mlp_block):
+            for name in modules_of(Role.OUT_PROJ):
+                if name in block:
+                    block[name] = _DropoutLinear(block[name], rate)
 
 
 class _DropoutLinear(nn.Linear):
@@ -53,12 +53,12 @@ class _DropoutEmbedding(nn.Embedding):
 
 
 def drop(x: mx.array, rate: float, shape: tuple[int, ...] | None = None) -> mx.array:
-    """Set values to 0 with probability `rate`, scale the others by ``1 / (1 - rate)``.
+    """Set values to 0 with probability `rate` and scale the others by ``1 / (1 - rate)``.
 
     Args:
         x: Any float.
         rate: From 0 to less than 1.
-        shape: Broadcast with that of `x`: values that share a place in it share their fate.
+        shape: Shape of the mask, broadcast to that of `x`.
     """
     kept = mx.random.bernoulli(1.0 - rate, x.shape if shape is None else shape)
     return mx.where(kept, x * (1.0 / (1.0 - rate)), mx.array(0.0, x.dtype))

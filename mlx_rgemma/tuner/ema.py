@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which as a rule predicts better than the last."""
+"""Exponential moving average (EMA) of the weights, which usually has a lower loss than the last."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from mlx.utils import tree_flatten, tree_unflatten
 class EMA:
     """``average = d average + (1 - d) weights`` with ``d = min(decay, (1 + n) / (10 + n))``.
 
-    The smaller `d` of the first updates lets the average forget where it began.
+    `d` is smaller in the first updates, so that the initial weights are soon forgotten.
 
     Args:
-        model: Its trainable parameters are averaged, in fp32.
+        model: The model whose trainable parameters are averaged, in fp32.
         decay: The largest `d`.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        # Copies: arrays that `update` replaces, never writes.
+
         self.weights = {
             name: value.astype(mx.float32) for name, value in _flat(model.trainable_parameters())
         }
 
     def update(self, model: nn.Module, updates: int) -> None:
-        """Take in the weights after `updates` updates of the model."""
+        """Update the average with the weights after `updates` updates of the model."""
         decay = min(self.decay, (1.0 + updates) / (10.0 + updates))
         for name, value in _flat(model.trainable_parameters()):
             old = self.weights[name]
@@ -37,7 +37,7 @@ class EMA:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Give the model the average for a while."""
+        """Give the model the averaged weights within a context."""
         own = dict(_flat(model.trainable_parameters()))
         average = [(name, value.astype(own[name].dtype)) for name, value in self.weights.items()]
         model.update(tree_unflatten(average))

@@ -1,4 +1,4 @@
-"""Fine-tuning: a model, a data set, what is trained, and the files that come of it."""
+"""Fine-tuning of a model on a data set: LoRA, DoRA or all weights of the last layers."""
 
 from __future__ import annotations
 
@@ -27,17 +27,21 @@ from mlx_rgemma.adapters.files import (
 )
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.tuner.data.batch import Batch
 from mlx_rgemma.tuner.data.batches import Batches, DataLoader, PackedDataset, PaddedBatches
 from mlx_rgemma.tuner.data.corpus import digest
-from mlx_rgemma.tuner.data.packing import Documents, Span, build_row, stack_documents
+from mlx_rgemma.tuner.data.packing import Batch, Documents, Span, build_sequence, stack_documents
 from mlx_rgemma.tuner.data.tbptt import StatefulBatches, StatefulLoss
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.memory_estimate import check_memory
-from mlx_rgemma.tuner.optimizers import make_optimizer
-from mlx_rgemma.tuner.parallel import broadcast_initial_state, check_rows
-from mlx_rgemma.tuner.train_state import TrainingState, load_state, save_state
+from mlx_rgemma.tuner.optim import make_optimizer
+from mlx_rgemma.tuner.train_state import (
+    TrainingState,
+    broadcast_initial_state,
+    check_batch_size,
+    load_state,
+    save_state,
+)
 from mlx_rgemma.tuner.trainer import LoopSettings, TrainingCallback, fit
 
 STATE_FILE = "training_state.safetensors"
@@ -62,14 +66,14 @@ FINGERPRINT = (
     "window",
     "seed",
 )
-"""Settings that a resumed run must share with the one that it goes on with."""
+"""Settings that a resumed run must share with the interrupted one."""
 
 
 def check(args: SimpleNamespace) -> None:
-    """Refuse settings that no model could be trained with, before one is loaded.
+    """Check the settings before a model is loaded.
 
     Raises:
-        UserError: Naming the first.
+        UserError: Naming the first that is wrong.
     """
     if args.train:
         AdapterConfig.of({**vars(args), "num_layers": args.num_layers or -1}, "settings")
@@ -81,10 +85,10 @@ def check(args: SimpleNamespace) -> None:
 
 
 def prepare(model: Model, args: SimpleNamespace) -> AdapterConfig:
-    """Freeze a model but for what the arguments say is to be trained.
+    """Add adapters to a model (or select its last layers), and freeze everything else.
 
     Raises:
-        UserError: If the model cannot be trained so, or the weights to begin with are of another.
+        UserError: If the settings or the initial adapter weights do not fit the model.
     """
     config = AdapterConfig.of(vars(args), "settings")
     mx.random.seed(args.seed)
@@ -107,38 +111,38 @@ def train(
     show: Callable[[str], None] = print,
     group: mx.distributed.Group | None = None,
 ) -> None:
-    """Train what `prepare` has left trainable, and write it to the adapters' folder.
+    """Train the trainable parameters of a model, and write them to the adapters' folder.
 
-    The folder gets mlx-lm's files, and `training_state.safetensors`, from which `args.resume` goes
-    on: with the same data and settings, to the same weights, bit for bit, as without a stop. Where
-    there is no such file yet, `args.resume` begins. The caller has locked the folder.
+    The folder gets mlx-lm's files, and `training_state.safetensors`, from which `args.resume`
+    resumes bit-exactly, with the same data and settings; without that file it starts a new run. The
+    caller has locked the folder.
 
     Args:
         model: From `prepare`.
         examples: From `read_examples`.
         args: mlx-lm's settings, and `pack`, `carry_state`, `resume`.
-        callback: Is told how training goes, in the first process.
+        callback: Receives the reports, on rank 0.
         show: Prints a line.
-        group: Processes that share the rows of every batch; the first one reports and writes.
+        group: Ranks that split the sequences of every batch; rank 0 reports and writes.
 
     Raises:
-        UserError: If the data or settings do not fit, or the loss stops being finite.
+        UserError: If data or settings do not fit, or the loss becomes NaN or infinite.
         KeyboardInterrupt: After Ctrl-C, once the checkpoint is written.
     """
     settings = LoopSettings.of(args, steps_per_save=args.save_every)
-    check_rows(args.batch_size, group)
+    check_batch_size(args.batch_size, group)
     if group is not None and args.carry_state:
         raise UserError(
-            "--carry-state is for one process: the rows of a batch hand on their state."
+            "--carry-state is for one process: sequences carry their state to the next batch."
         )
     first = group is None or group.rank() == 0
     documents = examples["train"]
-    check_row_memory(model, documents, args)
+    check_batch_memory(model, documents, args)
     batches = training_batches(documents, args)
     state = TrainingState(model, make_optimizer(args))
     loss: Any = batch_loss
     if args.carry_state:
-        loss = state.carried = StatefulLoss(model, args.batch_size)
+        loss = state.loss_state = StatefulLoss(model, args.batch_size)
     folder = Path(args.adapter_path)
     fingerprint = {
         **{key: getattr(args, key) for key in FINGERPRINT},
@@ -154,14 +158,14 @@ def train(
     if resume:
         show(f"Resuming after iteration {state.progress.iteration}")
     elif args.resume:
-        show(f"No {STATE_FILE} in {folder} yet: beginning at iteration 0")
+        show(f"No {STATE_FILE} in {folder}: starting at iteration 0")
     run = digest([json.dumps(fingerprint, sort_keys=True)])
 
     def save(state: TrainingState) -> None:
         weights: Any = dict(tree_flatten(model.trainable_parameters()))
         iteration = state.progress.iteration
         numbered = folder / f"{iteration:07d}_{WEIGHTS_FILE}"
-        # Not before there are weights: until then, the folder's files are those of one run.
+        # Not earlier: until there are weights, the folder's files belong to one run.
         save_adapter_config(folder, {**vars(args), RUN: run})
         for file in (folder / WEIGHTS_FILE, numbered):
             save_adapter_weights(file, weights, run)
@@ -186,12 +190,12 @@ def train(
 
 
 def warnings(examples: Mapping[str, Documents], args: SimpleNamespace) -> list[str]:
-    """What a user should know of a data set before training on it.
+    """Return warnings about a data set.
 
     Raises:
-        UserError: If there is nothing in it to learn.
+        UserError: If it has no target.
     """
-    found = [] if len(examples["valid"]) else ["no validation set; training goes on without."]
+    found = [] if len(examples["valid"]) else ["no validation set; training without."]
     documents, longest = examples["train"], args.max_seq_length
     whole = args.pack or args.carry_state
     steps = documents.steps if whole else np.minimum(documents.steps, longest - 1)
@@ -204,59 +208,59 @@ def warnings(examples: Mapping[str, Documents], args: SimpleNamespace) -> list[s
     if cut and not whole:
         found.append(
             f"{cut} of {len(documents)} training examples are longer than --max-seq-length"
-            f" {longest} and are cut off there; --carry-state reads all of them."
+            f" {longest} and will be truncated; --carry-state reads them whole."
         )
     return found
 
 
-def check_row_memory(model: Model, documents: Documents, args: SimpleNamespace) -> None:
-    """Refuse batches whose activations memory cannot hold.
+def check_batch_memory(model: Model, documents: Documents, args: SimpleNamespace) -> None:
+    """Refuse batches whose activations exceed the memory.
 
     Raises:
-        UserError: If it cannot.
+        UserError: If they do.
     """
     whole = args.pack or args.carry_state
     longest = int(documents.steps.max(initial=0))
     length = args.max_seq_length if whole else min(args.max_seq_length, longest)
     check_memory(
-        "a batch of such --batch-size and --max-seq-length does not fit into memory",
+        "a batch of this --batch-size and --max-seq-length does not fit into memory",
         4 * args.batch_size * length * model.args.hidden_size,
     )
 
 
 def training_batches(documents: Documents, args: SimpleNamespace) -> Batches:
-    """What each iteration reads: padded rows, packed rows, or chunks with carried state."""
-    length, rows = args.max_seq_length, args.batch_size
+    """Return the training batches: padded, packed, or chunks with carried state."""
+    length, size = args.max_seq_length, args.batch_size
     if args.carry_state:
-        return StatefulBatches(documents, rows, length, args.seed)
+        return StatefulBatches(documents, size, length, args.seed)
     if args.pack:
-        return DataLoader(PackedDataset(documents, length, args.seed), rows)
-    return PaddedBatches(documents, rows, length, args.seed)
+        return DataLoader(PackedDataset(documents, length, args.seed), size)
+    return PaddedBatches(documents, size, length, args.seed)
 
 
-def evaluate(model: Model, documents: Documents, args: SimpleNamespace, most: int) -> float:
-    """Mean loss of the targets that count, in nats.
+def evaluate(model: Model, documents: Documents, args: SimpleNamespace, max_batches: int) -> float:
+    """Return the mean loss per target, in nats.
 
-    With carried state documents are read whole, otherwise as far as `max_seq_length`.
+    With carried state documents are read whole, otherwise up to `max_seq_length`.
 
     Args:
         model: The model; it is put into evaluation mode.
-        documents: What it is measured on.
+        documents: The documents.
         args: Its `batch_size`, `max_seq_length` and `carry_state` are used.
-        most: Batches to read at most; -1 for all.
+        max_batches: Number of batches, at most; -1 for all.
     """
     model.eval()
     loss: Any = batch_loss
     batches: Iterator[Batch]
     if args.carry_state:
-        rows = min(args.batch_size, int((documents.steps > 0).sum()))
-        chunks = StatefulBatches(documents, rows, args.max_seq_length, None)
-        loss, batches = StatefulLoss(model, rows), (chunks[i] for i in range(len(chunks)))
+        size = min(args.batch_size, int((documents.steps > 0).sum()))
+        chunks = StatefulBatches(documents, size, args.max_seq_length, None)
+        loss, batches = StatefulLoss(model, size), (chunks[i] for i in range(len(chunks)))
     else:
         batches = _in_order(documents, args.batch_size, args.max_seq_length)
     total = count = 0.0
     for number, batch in enumerate(batches):
-        if number == most:
+        if number == max_batches:
             break
         of_batch = loss(model, batch)
         mx.eval(of_batch)
@@ -265,20 +269,20 @@ def evaluate(model: Model, documents: Documents, args: SimpleNamespace, most: in
 
 
 def test(model: Model, documents: Documents, args: SimpleNamespace) -> str:
-    """Measure a model on the test set; -> mlx-lm's line."""
-    check_row_memory(model, documents, args)
+    """Evaluate a model on the test set, and return mlx-lm's line."""
+    check_batch_memory(model, documents, args)
     loss = evaluate(model, documents, args, args.test_batches)
     return f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}."
 
 
 def load_trained(model: Model, folder: str) -> None:
-    """Put trained adapters on a model; an empty name stands for none (mlx-lm's habit)."""
+    """Load trained adapters; an empty path means none, as in mlx-lm."""
     if folder:
         load_adapters(model, folder)
 
 
 def parameter_line(model: Model) -> str:
-    """How much of a model is trained, in mlx-lm's words."""
+    """Format the number of trainable parameters like mlx-lm."""
     from mlx_lm.utils import get_total_parameters
 
     total = get_total_parameters(model) / 1e6
@@ -288,12 +292,12 @@ def parameter_line(model: Model) -> str:
 
 
 def _in_order(documents: Documents, batch_size: int, max_length: int) -> Iterator[Batch]:
-    """All documents once, one a row, those of like length together."""
+    """Yield all documents once, one per sequence, documents of similar length together."""
     order = np.argsort(documents.steps, kind="stable")
     steps = np.minimum(documents.steps, max_length - 1)
     for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        length = max(int(steps[rows].max()), 1)
+        chosen = order[start : start + batch_size]
+        length = max(int(steps[chosen].max()), 1)
         yield stack_documents(
-            [build_row(documents, [Span(int(d), 0, int(steps[d]))], length) for d in rows]
+            [build_sequence(documents, [Span(int(d), 0, int(steps[d]))], length) for d in chosen]
         )

@@ -1,4 +1,4 @@
-"""A model with its adapters worked into the weights, as a checkpoint like any other."""
+"""Fusing adapters into the weights of their model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mlx_rgemma.io.reading import read_json
 
 @dataclass(frozen=True)
 class Quantize:
-    """What `convert -q` takes; None for its defaults."""
+    """Arguments of `convert -q`; None for its defaults."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -40,33 +40,33 @@ def fuse_checkpoint(
     quantize: Quantize | None = None,
     progress: bool = False,
 ) -> list[str]:
-    """Write a model with its adapters fused; layers that are quantized stay so.
+    """Write a model with its adapters fused; quantized layers stay quantized.
 
     Args:
-        model: Folder or repository of the model that the adapters are for; None: the embedded one.
+        model: Folder or repository of the adapters' model; None for the embedded model.
         adapter_path: Folder of the adapters.
-        save_path: The folder to be, which plain mlx-lm runs; nothing of that name may exist.
-        dequantize: Write plain weights.
-        quantize: Quantize the fused model, which must be plain by then, as `convert` does.
+        save_path: The new folder, which plain mlx-lm can run; it must not exist.
+        dequantize: Dequantize all layers.
+        quantize: Quantize the fused model, which must not be quantized, as `convert` does.
         progress: Show a progress bar.
 
     Returns:
-        What is worth knowing, a line each.
+        Notes for the user, one line each.
 
     Raises:
-        UserError: If anything does not fit; nothing is written then.
+        UserError: If the model or the adapters do not fit; nothing is written.
     """
     target = Path(save_path).expanduser()
     refuse_existing(target)
     source = locate(model)
     written = read_json(source.folder / CONFIG)
-    # In the dtype of the file also on a CPU: there is nothing to multiply but low-rank matrices.
+    # In the dtype of the file, on a CPU too: only low-rank matrices are multiplied.
     stored = written.get("dtype") or written.get("torch_dtype") or "float32"
     fused, config = load_model(model, dtype=stored, lazy=True)
     if quantize is not None:
         Quantization.choose(quantize.mode, quantize.bits, quantize.group_size)  # before any work
         if config.quantization is not None and not dequantize:
-            raise UserError("the model is quantized already; add --dequantize to quantize it anew.")
+            raise UserError("the model is quantized already; add --dequantize to requantize it.")
     load_adapters(fused, adapter_path)
     fuse_adapters(fused, dequantize=dequantize)
     options: dict[str, Any] = {"source": source.folder, "progress": progress}
@@ -92,11 +92,11 @@ def fuse_checkpoint(
 
 
 def fuse_adapters(model: Model, *, dequantize: bool = False) -> None:
-    """Replace every layer that has adapters by one without them that computes the same.
+    """Fuse the adapters of all layers into their weights.
 
     Args:
-        model: The model; changed.
-        dequantize: Make all quantized layers plain ones.
+        model: The model; changed in place.
+        dequantize: Dequantize all layers.
     """
     adapted = [(n, m) for n, m in model.named_modules() if hasattr(m, "fuse")]
     fused = [(name, module.fuse(dequantize=dequantize)) for name, module in adapted]

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: a layer keeps its input, and computes the rest again going backward."""
+"""Gradient checkpointing: a layer keeps its input and recomputes the rest in the backward pass."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mlx_rgemma.griffin.sequence_info import SequenceInfo
 
 
 def checkpoint_layers(model: Model) -> None:
-    """Have a model's layers compute their activations again when gradients are computed.
+    """Enable gradient checkpointing of each layer.
 
-    A step then takes the time of one forward pass more, and holds the activations of one layer
-    beside the input of each. The parameters keep their names; in evaluation mode nothing changes.
+    A step takes one more forward pass, and holds the activations of one layer and the inputs of
+    all. Parameters keep their names; in evaluation mode nothing changes.
     """
     for layer in model.layers:
         layer.__class__ = _Checkpointed
 
 
 class _Checkpointed(ResidualBlock):
-    """A layer whose `mx.checkpoint` takes and gives all that it reads and writes.
+    """A layer under `mx.checkpoint`.
 
-    The layer runs twice. Its state, going in and coming out, are arguments and results, and dropout
-    has a seed, so that both times it computes the same.
+    The layer runs twice and must compute the same: its state is passed in and returned, and dropout
+    has a seed.
     """
 
     def __call__(
@@ -70,7 +70,7 @@ def _set_arrays(cache: GriffinCache | None, arrays: list[mx.array]) -> None:
 
 
 def _draw_seed() -> int:
-    """A seed from MLX's random state; the state can be set from a number only."""
+    """Return a seed drawn from MLX's random state, which can be set from an integer only."""
     drawn: Any = mx.random.randint(0, 1 << 30, (2,)).tolist()
     high, low = drawn
     return (high << 30) | low

@@ -1,11 +1,11 @@
-"""How the weights of a new model begin (Griffin, arXiv:2402.19427, section 2.4).
+"""Initial weights of a new model (Griffin, arXiv:2402.19427, section 2.4).
 
-Matrices are normal with variance 1 / inputs, as LeCun's; the last projection of each branch into
-the residual stream has 2 / layers of that, as in DeepMind's code, so that the stream does not grow
-with the depth. Norms compute ``1 + weight`` and begin at 0, as do biases. Lambda is drawn so that
-``a^c``, with ``a = exp(-softplus(Lambda))`` and c = 8, is uniform between 0.9 and 0.999: with an
-open recurrence gate, memories of ten to a thousand tokens. (The released code leaves the power c
-out, which makes them eight times shorter.)
+Matrices are normal with variance 1 / inputs (LeCun); the output projections into the residual
+stream have 2 / layers of that, as in DeepMind's code, so that the stream does not grow with the
+depth. Norms compute ``1 + weight`` and begin at 0, as do biases. Lambda is drawn so that ``a^c``,
+with ``a = exp(-softplus(Lambda))`` and c = 8, is uniform between 0.9 and 0.999: with an open
+recurrence gate, memories of 10 to 1,000 tokens. (The released code omits the power c, which makes
+them eight times shorter.)
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.griffin.parameters import A_PARAM, Role, find_module, is_bias
 from mlx_rgemma.ops.rg_lru import C
 
-LOWEST, HIGHEST = 0.9, 0.999
-"""Between them a^c begins."""
+MIN_DECAY, MAX_DECAY = 0.9, 0.999
+"""Range of a^c."""
 
 
 def initialize(model: Model, seed: int) -> None:
-    """Give a model the weights that training begins with, in the dtypes that it has.
+    """Set the initial weights of a model, in its dtypes.
 
     Args:
-        model: Any Griffin model.
-        seed: The weights follow from it, and from the order of the parameters, alone.
+        model: The model.
+        seed: Seed of the weights, which also depend on the order of the parameters.
     """
     key = mx.random.key(seed)
     last_scale = 2.0 / len(model.layers)
@@ -42,20 +43,20 @@ def initialize(model: Model, seed: int) -> None:
 
 
 def _initial(name: str, shape: tuple[int, ...], last_scale: float, key: mx.array) -> mx.array:
-    kind = name.rsplit(".", 1)[-1]
-    if kind == "recurrent_param":
+    if name.endswith(A_PARAM):
         return initial_a_param(shape, key)
-    if kind == "bias" or kind.endswith("_bias") or "norm" in name:
+    role = find_module(name).role
+    if is_bias(name) or role is Role.NORM:
         return mx.zeros(shape)
     # (heads, inputs, outputs), (channels, taps, 1) or (outputs, inputs).
     variance = 1.0 / shape[1]
-    if any(last in name for last in ("linear_out", "o_proj", "down_proj")):
+    if role is Role.OUT_PROJ:
         variance *= last_scale
     return mx.random.normal(shape, key=key) * math.sqrt(variance)
 
 
 def initial_a_param(shape: tuple[int, ...], key: mx.array) -> mx.array:
-    """Lambda such that a^c is uniform between `LOWEST` and `HIGHEST`, fp32."""
-    power = mx.random.uniform(LOWEST, HIGHEST, shape, key=key)
+    """Return Lambda such that a^c is uniform between `MIN_DECAY` and `MAX_DECAY`, fp32."""
+    power = mx.random.uniform(MIN_DECAY, MAX_DECAY, shape, key=key)
     # a^c = exp(-c softplus(Lambda)), and softplus(z) = log(1 + exp(z)).
     return mx.log(mx.expm1(-mx.log(power) / C))

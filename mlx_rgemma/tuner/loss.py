@@ -1,8 +1,8 @@
-"""Cross entropy of the next token, without ever holding the logits of a whole batch.
+"""Cross entropy of the next token, computed without holding the logits of a whole batch.
 
-Head, soft cap and cross entropy go through the tokens in chunks. While a model is trained, the
-gradient of each chunk is computed along with its loss and its logits are dropped: 2,048 tokens of a
-vocabulary of 256,000 would be 2.1 GB in float32, a chunk of 65 is 67 MB.
+LM head, soft cap and cross entropy run on chunks of tokens. In training, the gradient of each chunk
+is computed with its loss, and its logits are dropped: those of 2,048 tokens and a vocabulary of
+256,000 would take 2.1 GB in float32, those of a chunk of 65 tokens take 67 MB.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from mlx_rgemma.ops import inference_mode
 from mlx_rgemma.ops.autograd import custom_function
 from mlx_rgemma.ops.backend import Backend, active
 from mlx_rgemma.ops.cross_entropy import cross_entropies
-from mlx_rgemma.tuner.data.batch import Batch
+from mlx_rgemma.tuner.data.packing import Batch
 
 CHUNK_LOGITS, MIN_CHUNK = 1 << 24, 16
-"""Logits of one chunk, at most: 67 MB in float32; tokens of one, at least, for any vocabulary.
+"""Maximum of logits per chunk (67 MB in float32), and minimum of tokens for any vocabulary.
 
-Up to `tuner.memory.HEAD_CHUNKS` arrays of that size live at a time.
+Up to `memory_estimate.MAX_LOGIT_CHUNKS` arrays of that size exist at once.
 """
 
 CPU_CHUNK_LOGITS, CPU_MIN_CHUNK = 1 << 19, 64
-"""Where a Linux CPU needs no more: products are as fast from 64 tokens on, and caches are small."""
+"""Limits on a Linux CPU: products are as fast from 64 tokens on, and caches are small."""
 
 
 def batch_loss(
     model: Model, batch: Batch, cache: Sequence[GriffinCache] | None = None
 ) -> tuple[mx.array, mx.array]:
-    """The loss of a batch, as a sum: divide by the count once, over all batches of an update.
+    """Return the summed loss of a batch and the number of its targets.
 
-    Logits are computed for the targets that count and no others. Gradients are computed along with
-    the loss if the model is in training mode.
+    Divide once, over all batches of an update. Logits are computed for masked-in targets only. In
+    training mode, gradients are computed with the loss.
 
     Args:
-        model: The model; trainable parameters are whatever is not frozen.
-        batch: What it reads.
-        cache: The state that the rows continue; updated in place. None: they begin.
+        model: The model; all parameters that are not frozen are trained.
+        batch: The batch.
+        cache: State that the sequences continue, updated in place. None: they begin.
 
     Returns:
-        The sum of the cross entropies (in nats) of the targets that count, a fp32 scalar, and how
-        many they are, an int32 scalar.
+        The sum of the cross entropies in nats, a fp32 scalar, and the number of targets, an int32
+        scalar.
     """
     hidden = model.model(batch.tokens, cache, batch.segment_pos)
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -78,25 +78,24 @@ def head_loss(
     training: bool = True,
     chunk: int | None = None,
 ) -> mx.array:
-    """Sum of the cross entropies of ``soft_cap(embedding.as_linear(x))``, in chunks of tokens.
+    """Return the summed cross entropy of ``soft_cap(embedding.as_linear(x))``, in chunks of tokens.
 
-    Differentiable in `x` and in the trainable parameters of the embedding, the matrix or its
-    adapters. Where those are frozen, nothing of the embedding's size is made.
+    Differentiable in `x` and in the trainable parameters of the embedding (its matrix or its
+    adapters). If they are frozen, no array of the embedding's size is allocated.
 
     Args:
-        x: (N, hidden_size), any float, behind the final norm.
-        targets: (N,), int. The token to predict after each.
-        embedding: Anything with `as_linear`: plain, quantized, with adapters.
+        x: (N, hidden_size), any float. Output of the final norm.
+        targets: (N,), int. The next token of each.
+        embedding: A module with `as_linear`: plain, quantized or with adapters.
         cap: Soft cap of the logits; 0 for none.
-        training: Compute gradients along with the loss. Otherwise they are computed when asked for,
-            with the logits a second time.
-        chunk: Tokens whose logits are held at once; by default `chunk_tokens`.
+        training: Compute gradients with the loss. Otherwise a gradient recomputes the logits.
+        chunk: Tokens per chunk. Default: `chunk_tokens`.
 
     Returns:
         A fp32 scalar.
 
     Raises:
-        ValueError: If the shapes do not agree.
+        ValueError: If the shapes do not match.
     """
     if x.ndim != 2 or targets.shape != x.shape[:1] or not targets.size:
         raise ValueError(
@@ -116,7 +115,7 @@ def head_loss(
         total = mx.array(0.0)
         for part, wanted in _chunks(x, targets, size):
             (part,) = mx.depends([part], [total])
-            with inference_mode():  # nothing is kept for a gradient
+            with inference_mode():  # keeps no arrays for a gradient
                 total = total + chunk_loss(part, wanted, arrays)
         return [total]
 
@@ -125,7 +124,7 @@ def head_loss(
         sums = [mx.zeros(z.shape, mx.float32) for z in arrays]
         done = [total]
         for part, wanted in _chunks(x, targets, size):
-            # Nothing of a chunk begins before all of the one before it is done and forgotten.
+            # A chunk begins when the one before is complete and its logits are freed.
             (part,) = mx.depends([part], done)
 
             def of_chunk(part, *arrays, wanted=wanted):
@@ -143,13 +142,13 @@ def head_loss(
 
     @run.vjp
     def gradient(primals, cotangents, outputs):
-        inputs = [primals] if isinstance(primals, mx.array) else primals  # one comes bare
+        inputs = [primals] if isinstance(primals, mx.array) else primals  # a single one is bare
         if training:
             gradients = outputs[1:]
-        else:  # one after the other: each keeps some chunks of logits
+        else:  # after the forward pass: both hold chunks of logits
             x, *arrays = inputs
             gradients = loss_and_gradients(*mx.depends([x], outputs), *arrays)[1:]
-        # Of the outputs, the loss alone is handed out.
+        # Only the first output, the loss, is used.
         return [(g * cotangents[0]).astype(g.dtype) for g in gradients]
 
     loss: mx.array = run(x, *parameters)[0]
@@ -157,7 +156,7 @@ def head_loss(
 
 
 def chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose logits are held at once."""
+    """Return the number of tokens per chunk of logits."""
     most = max(CHUNK_LOGITS // vocabulary, MIN_CHUNK)
     if active() is not Backend.CPU:
         return most
@@ -165,9 +164,9 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 def vocabulary_size(embedding: nn.Module) -> int:
-    """Rows of an embedding's matrix, which adapters keep in a module of their own."""
-    rows: int = embedding.get("embedding", embedding)["weight"].shape[0]
-    return rows
+    """Return the vocabulary size of an embedding, also with adapters, which nest its matrix."""
+    size: int = embedding.get("embedding", embedding)["weight"].shape[0]
+    return size
 
 
 def _chunks(x: mx.array, targets: mx.array, size: int) -> list[tuple[mx.array, mx.array]]:

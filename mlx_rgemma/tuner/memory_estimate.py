@@ -1,4 +1,4 @@
-"""Memory: what there is, and what a step of LoRA training holds."""
+"""Estimates of the memory that training needs."""
 
 from __future__ import annotations
 
@@ -7,51 +7,52 @@ from dataclasses import dataclass
 from mlx_rgemma.checkpoints.schema import expected_tensors
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
+from mlx_rgemma.griffin.parameters import Role, find_module
 from mlx_rgemma.io.atomic import gigabytes
 from mlx_rgemma.io.memory import physical_memory
 from mlx_rgemma.tuner.loss import chunk_tokens
 
-ROW = 4
-"""Bytes of a channel of a token: the residual stream is float32."""
+STREAM_BYTES = 4
+"""Bytes per channel and token: the residual stream is float32."""
 
-KEPT = 1.25
+ARRAYS_PER_LAYER = 1.25
 """(tokens, width) arrays that a checkpointed layer keeps: its input, and small ones."""
 
-WORKING = 100
-"""(tokens, width) arrays that exist at once, at most, while one layer goes forward and backward
-again; two thirds of them are of the MLP, three times as wide. Measured on a CPU, where MLX runs up
+MAX_WORKING_ARRAYS = 100
+"""(tokens, width) arrays that exist at once while a layer is recomputed and differentiated; two
+thirds of them belong to the MLP, which is three times as wide. Measured on a CPU, where MLX runs up
 to 100 operations ahead of what it frees."""
 
-HEAD_CHUNKS = 16
-"""Arrays of one chunk of logits that exist at once, at most; measured on a CPU, too."""
+MAX_LOGIT_CHUNKS = 16
+"""Chunks of logits that exist at once; measured on a CPU."""
 
-OF_ADAPTERS = 4 * 4
-"""Bytes of a trained number: itself, its gradient and Adam's two moments, in float32."""
+BYTES_PER_TRAINED = 4 * 4
+"""Bytes per trained element: weight, gradient and Adam's two moments, in float32."""
 
 
 def check_memory(what: str, nbytes: int) -> None:
-    """Refuse what this machine cannot hold, before it is allocated.
+    """Refuse settings that this machine cannot hold, before anything is allocated.
 
     Args:
-        what: What it is, and what would make it smaller.
-        nbytes: Bytes that it takes at the least.
+        what: Beginning of the message: what is too large.
+        nbytes: Lower bound of the bytes that are needed.
 
     Raises:
-        UserError: If they are more than the machine's memory.
+        UserError: If they exceed the machine's memory.
     """
-    if nbytes > (there := physical_memory()):
+    if nbytes > (available := physical_memory()):
         raise UserError(
-            f"{what}: at least {gigabytes(nbytes)}, and this machine has {gigabytes(there)}."
+            f"{what}: at least {gigabytes(nbytes)}, and this machine has {gigabytes(available)}."
         )
 
 
 def pretraining_bytes(config: GriffinConfig, tokens: int, copies: int) -> int:
-    """Count what training all weights takes at the least.
+    """Return a lower bound of the bytes for training all weights.
 
     Args:
-        config: The model's shape.
-        tokens: Of all rows of a batch.
-        copies: Arrays as large as the weights, in float32: themselves, gradients, moments.
+        config: Shape of the model.
+        tokens: Tokens per batch.
+        copies: Number of float32 arrays per parameter: weight, gradient, moments.
     """
     parameters = sum(tensor.size for tensor in expected_tensors(config))
     inputs = len(config.layer_types) * tokens * config.hidden_size
@@ -59,7 +60,7 @@ def pretraining_bytes(config: GriffinConfig, tokens: int, copies: int) -> int:
 
 
 def state_bytes(config: GriffinConfig) -> int:
-    """Count the keys and values of a sample's state."""
+    """Return the bytes of one sequence's keys and values."""
     attention = sum(kind != RECURRENT for kind in config.layer_types)
     return 4 * 2 * attention * config.attention_window_size * config.head_dim
 
@@ -69,11 +70,11 @@ class StepMemory:
     """Bytes of a step of LoRA training with gradient checkpointing.
 
     Attributes:
-        weights: The model.
-        adapters: Adapters, their gradients, the optimizer.
-        kept: What the layers keep from the forward pass.
-        layer: The layer that is at work.
-        head: A few chunks of logits, before the first layer goes backward.
+        weights: Weights of the model.
+        adapters: Adapters, their gradients and the optimizer.
+        kept: Arrays that the layers keep for the backward pass.
+        layer: Working arrays of one layer.
+        head: Chunks of logits, before the backward pass of the layers.
     """
 
     weights: int
@@ -84,38 +85,30 @@ class StepMemory:
 
     @property
     def peak(self) -> int:
-        """The most that is held at once."""
+        """Peak memory in bytes."""
         return self.weights + self.adapters + self.kept + max(self.layer, self.head)
 
 
 def lora_step(config: GriffinConfig, tokens: int, weights: int, *, rank: int = 8) -> StepMemory:
-    """Count a step with adapters on all linear layers, checkpointed.
+    """Estimate a step with adapters on all linear layers and gradient checkpointing.
 
     Args:
-        config: The model's shape.
-        tokens: Of all rows of a batch.
+        config: Shape of the model.
+        tokens: Tokens per batch.
         weights: Bytes of the model.
-        rank: Of the adapters.
+        rank: Rank of the adapters.
     """
-    row = tokens * config.hidden_size * ROW
+    stream = tokens * config.hidden_size * STREAM_BYTES
     chunk = min(chunk_tokens(config.vocab_size), tokens)
+    projections = (
+        tensor.shape
+        for tensor in expected_tensors(config)
+        if tensor.matrix and find_module(tensor.name).role is not Role.EMBEDDING
+    )
     return StepMemory(
         weights=weights,
-        adapters=OF_ADAPTERS * rank * _inputs_and_outputs(config),
-        kept=int(KEPT * len(config.layer_types) * row),
-        layer=WORKING * row,
-        head=HEAD_CHUNKS * chunk * config.vocab_size * 4,
-    )
-
-
-def _inputs_and_outputs(config: GriffinConfig) -> int:
-    """Inputs and outputs of all linear layers of all layers, added up."""
-    width, inner, lru = config.hidden_size, config.intermediate_size // 2, config.lru_width
-    queries = config.num_attention_heads * config.head_dim
-    of_mlp = 3 * (width + inner)
-    of_recurrent = 3 * (width + lru)
-    of_attention = 2 * (width + queries) + 2 * (width + config.head_dim)
-    return sum(
-        of_mlp + (of_recurrent if kind == RECURRENT else of_attention)
-        for kind in config.layer_types
+        adapters=BYTES_PER_TRAINED * rank * sum(rows + columns for rows, columns in projections),
+        kept=int(ARRAYS_PER_LAYER * len(config.layer_types) * stream),
+        layer=MAX_WORKING_ARRAYS * stream,
+        head=MAX_LOGIT_CHUNKS * chunk * config.vocab_size * 4,
     )

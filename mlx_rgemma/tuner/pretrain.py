@@ -1,4 +1,4 @@
-"""Training a Griffin on text, from scratch or further, in a folder that it can go on from."""
+"""Pre-training of a Griffin on text, from scratch or further, in a folder that it resumes from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import distributed
-from mlx_rgemma.checkpoints.load import load_model, read_dtype
+from mlx_rgemma.checkpoints.load import load_model
 from mlx_rgemma.checkpoints.save import save_model
+from mlx_rgemma.checkpoints.tensors import read_dtype
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.griffin.model import Model
@@ -25,29 +26,39 @@ from mlx_rgemma.io.reading import read_limited
 from mlx_rgemma.ops import backend
 from mlx_rgemma.tokenizers.load import SENTENCEPIECE, load_tokenizer
 from mlx_rgemma.tokenizers.train import DEFAULT_VOCAB_SIZE, train_tokenizer
-from mlx_rgemma.tuner.data.batch import Batch
+from mlx_rgemma.tuner.config import TrainConfig
 from mlx_rgemma.tuner.data.batches import ConcatDataset, DataLoader, MixtureDataset
 from mlx_rgemma.tuner.data.corpus import Source, digest, read_source, split_validation
-from mlx_rgemma.tuner.data.packing import Documents, best_fit_pack, build_row, stack_rows
+from mlx_rgemma.tuner.data.packing import (
+    Batch,
+    Documents,
+    best_fit_pack,
+    build_sequence,
+    stack_sequences,
+)
 from mlx_rgemma.tuner.dropout import add_dropout
 from mlx_rgemma.tuner.ema import EMA
 from mlx_rgemma.tuner.init import initialize
 from mlx_rgemma.tuner.memory_estimate import check_memory, pretraining_bytes
 from mlx_rgemma.tuner.optim import adamw, learning_rate_schedule
-from mlx_rgemma.tuner.parallel import broadcast_initial_state, check_rows
-from mlx_rgemma.tuner.pretrain_config import TrainConfig
-from mlx_rgemma.tuner.train_state import TrainingState, load_state, save_state
+from mlx_rgemma.tuner.train_state import (
+    TrainingState,
+    broadcast_initial_state,
+    check_batch_size,
+    load_state,
+    save_state,
+)
 from mlx_rgemma.tuner.trainer import LoopSettings, TrainingCallback, fit
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
 MODEL = "model"
 EMBEDDED = "embedded"
-"""How a recipe calls the small model that comes with the package."""
+"""Name of the small model of this package, for `init_from`."""
 
 MAX_TOKENIZER_BYTES = 100_000_000
 
-PLACES = (
+NOT_FINGERPRINTED = (
     "data",
     "valid_data",
     "init_from",
@@ -58,23 +69,23 @@ PLACES = (
     "sample_prompt",
     "sample_tokens",
 )
-"""Settings that may differ when a run is taken up: where things lie, and what is looked at."""
+"""Settings that a resumed run may change: paths and reports."""
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Text to measure a model on while it is trained.
+    """Text to evaluate a model on during training.
 
     Attributes:
-        batches: Packed, documents whole where a row holds them.
-        nbytes: Bytes of UTF-8, with one for the end of each document.
+        batches: Packed batches; documents are whole if a sequence holds them.
+        nbytes: Bytes of the UTF-8 text, plus one for the end of each document.
     """
 
     batches: Sequence[Batch]
     nbytes: int
 
     def measure(self, model: Model, loss: Any) -> dict[str, float]:
-        """The mean loss of a token, in nats, and the bits that a byte takes."""
+        """Return the mean loss per token, in nats, and the bits per byte."""
         total, tokens = 0.0, 0
         for batch in self.batches:
             found, counted = loss(model, batch)
@@ -86,60 +97,60 @@ class ValidationSet:
 
 
 class Pretraining:
-    """One training run.
+    """A training run.
 
     Args:
-        recipe: How.
-        folder: Where checkpoint, log, tokenizer and the exported model lie. A checkpoint that is
-            there is gone on from.
-        group: Processes that share the work.
+        config: The configuration.
+        folder: Folder of the checkpoint, log, tokenizer and exported model. The run resumes from
+            an existing checkpoint.
+        group: Ranks that share the sequences of each batch.
 
     Raises:
-        UserError: If the recipe and its texts do not make a run.
-        CheckpointError: If what is in the folder cannot be gone on from.
+        UserError: If the configuration or its texts are wrong.
+        CheckpointError: If the checkpoint is damaged or of another run.
     """
 
     def __init__(
-        self, recipe: TrainConfig, folder: Path, group: mx.distributed.Group | None = None
+        self, config: TrainConfig, folder: Path, group: mx.distributed.Group | None = None
     ) -> None:
-        self.recipe, self.folder, self.group = recipe, folder, group
+        self.config, self.folder, self.group = config, folder, group
         self.first = group is None or group.rank() == 0
-        check_rows(recipe.batch_size, group)
-        sources, held = _texts(recipe)
+        check_batch_size(config.batch_size, group)
+        sources, validation = _texts(config)
         folder.mkdir(parents=True, exist_ok=True)
-        trained = self._tokenizer_file(sources)
+        trained = self._write_tokenizer(sources)
         try:
-            self._begin(sources, held)
+            self._begin(sources, validation)
         except BaseException:
-            if trained:  # a run that has not begun leaves nothing
+            if trained:  # a run that fails here leaves nothing
                 (folder / SENTENCEPIECE).unlink(missing_ok=True)
             raise
 
-    def _begin(self, sources: Sequence[Source], held: Sequence[str]) -> None:
-        """Build all that is trained, from the folder's checkpoint if it has one."""
-        recipe, folder, group = self.recipe, self.folder, self.group
+    def _begin(self, sources: Sequence[Source], validation: Sequence[str]) -> None:
+        """Build the data sets, the model and its state; load the checkpoint if there is one."""
+        config, folder, group = self.config, self.folder, self.group
         if group is not None:
-            self._share_tokenizer(group)
+            self._broadcast_tokenizer(group)
         self.tokenizer = load_tokenizer(folder)
         self.model = self._model()
-        rows = [
+        datasets = [
             ConcatDataset(
                 encode(self.tokenizer, source.documents),
-                recipe.context_length,
-                _seed(recipe.seed, number),
+                config.context_length,
+                _seed(config.seed, number),
             )
             for number, source in enumerate(sources)
         ]
         weights = [source.weight for source in sources]
         self._shares = [
-            (source.name, int(row.documents.steps.sum()), source.weight / sum(weights))
-            for source, row in zip(sources, rows, strict=True)
+            (source.name, int(dataset.documents.steps.sum()), source.weight / sum(weights))
+            for source, dataset in zip(sources, datasets, strict=True)
         ]
-        mixed = MixtureDataset(rows, weights, recipe.seed)
-        self.batches = DataLoader(mixed, recipe.batch_size)
-        self.held_out = validation_set(self.tokenizer, held, recipe) if held else None
+        mixture = MixtureDataset(datasets, weights, config.seed)
+        self.batches = DataLoader(mixture, config.batch_size)
+        self.validation = validation_set(self.tokenizer, validation, config) if validation else None
         self.state = self._state()
-        settings = {k: v for k, v in recipe.as_dict().items() if k not in PLACES}
+        settings = {k: v for k, v in config.as_dict().items() if k not in NOT_FINGERPRINTED}
         self.fingerprint = {
             **settings,
             "weights": weights,
@@ -152,75 +163,75 @@ class Pretraining:
         broadcast_initial_state(self.state, self.fingerprint, load if self.resumed else None, group)
 
     def description(self) -> list[str]:
-        """What is going to happen, in lines for the terminal."""
-        recipe, progress = self.recipe, self.state.progress
+        """Return the lines that a command prints before training."""
+        config, progress = self.config, self.state.progress
         parameters: Any = tree_flatten(self.model.parameters())
         size = sum(value.size for _, value in parameters)
-        per_iteration = recipe.batch_size * recipe.context_length
-        held = f"{self.held_out.nbytes} bytes" if self.held_out is not None else "nothing"
+        per_iteration = config.batch_size * config.context_length
+        validation = f"{self.validation.nbytes} bytes" if self.validation is not None else "none"
         lines = [
             f"Model: {size / 1e6:.2f} million parameters, vocabulary {self.model.args.vocab_size}",
             *(
-                f"Text: {name}, {tokens} tokens, {share:.1%} of what is read,"
-                f" {share * per_iteration * recipe.iters / tokens:.2f} times"
+                f"Text: {name}, {tokens} tokens, {share:.1%} of the training tokens,"
+                f" {share * per_iteration * config.iters / tokens:.2f} epochs"
                 for name, tokens, share in self._shares
             ),
-            f"Held out: {held}",
+            f"Validation set: {validation}",
         ]
         found = self.model.args.vocab_size
-        chosen = recipe.vocab_size or recipe.tokenizer or recipe.init_from
+        chosen = config.vocab_size or config.tokenizer or config.init_from
         if not chosen and found < DEFAULT_VOCAB_SIZE:
-            lines.append(f"Vocabulary: {found} tokens, as many as a text of this size supports")
+            lines.append(f"Vocabulary: {found} tokens, the most that a text of this size supports")
         if self.resumed:
             lines.append(f"Resuming after iteration {progress.iteration}")
-        return [*lines, f"Starting training..., iters: {recipe.iters}"]
+        return [*lines, f"Starting training..., iters: {config.iters}"]
 
     def run(self, callback: TrainingCallback | None, loss: Any) -> None:
         """Train to the end, then export the model.
 
         Raises:
-            UserError: If the loss stops being a finite number.
-            KeyboardInterrupt: After Ctrl-C, with checkpoint and model as they are then.
+            UserError: If the loss becomes NaN or infinite.
+            KeyboardInterrupt: After Ctrl-C, once the checkpoint is written.
         """
-        recipe = self.recipe
+        config = self.config
         fit(
             self.state,
             self.batches,
-            LoopSettings.of(recipe),
+            LoopSettings.of(config),
             loss,
-            evaluate=(lambda: self.evaluate(loss)) if self.held_out is not None else None,
+            evaluate=(lambda: self.evaluate(loss)) if self.validation is not None else None,
             save=self.save if self.first else None,
             callback=callback if self.first else None,
             group=self.group,
-            compute_dtype=None if recipe.dtype == "float32" else read_dtype(recipe.dtype),
+            compute_dtype=None if config.dtype == "float32" else read_dtype(config.dtype),
         )
         if self.first:
             self.export()
 
     def evaluate(self, loss: Any) -> dict[str, Any]:
-        """Measure the weights that would be exported, and have them write a sample."""
+        """Evaluate the weights that would be exported, and generate a sample from them."""
         found: dict[str, Any] = {}
         with self.exported_weights():
-            assert self.held_out is not None
-            found |= self.held_out.measure(self.model, loss)
-            if self.recipe.sample_prompt:
+            assert self.validation is not None
+            found |= self.validation.measure(self.model, loss)
+            if self.config.sample_prompt:
                 found["sample"] = self.sample()
         return found
 
     def exported_weights(self) -> Any:
-        """A context in which the model has the weights that are exported."""
-        average = self.state.average
-        return nullcontext() if average is None else average.applied(self.model)
+        """Return a context in which the model has the exported weights: the EMA, if any."""
+        ema = self.state.ema
+        return nullcontext() if ema is None else ema.applied(self.model)
 
     def sample(self) -> str:
-        """What the model writes, greedily."""
+        """Return text generated greedily."""
         from mlx_rgemma.generation.api import generate
 
         return generate(
             self.model,
             self.tokenizer,
-            self.recipe.sample_prompt,
-            max_tokens=self.recipe.sample_tokens,
+            self.config.sample_prompt,
+            max_tokens=self.config.sample_tokens,
         )
 
     def save(self, state: TrainingState) -> None:
@@ -228,36 +239,36 @@ class Pretraining:
         save_state(self.folder / CHECKPOINT, state, self.fingerprint)
 
     def export(self) -> None:
-        """Write the model in Hugging Face's layout, in place of the one before."""
+        """Write the model in Hugging Face's layout; an earlier export is replaced."""
         target = self.folder / MODEL
         with scratch_directory(target) as scratch, self.exported_weights():
             save_model(
                 scratch / "new",
                 self.model,
                 source=self.folder,
-                dtype=read_dtype(self.recipe.save_dtype),
+                dtype=read_dtype(self.config.save_dtype),
                 torch_layout=True,
             )
             if target.exists():
                 target.rename(scratch / "old")
             (scratch / "new").rename(target)
 
-    def _tokenizer_file(self, sources: Sequence[Source]) -> bool:
-        """See that the folder has a `tokenizer.model`: a begun run's own, or the recipe's.
+    def _write_tokenizer(self, sources: Sequence[Source]) -> bool:
+        """Write the `tokenizer.model` of a new run: given, of the initial model, or trained.
 
         Returns:
             Whether it was written.
         """
-        recipe, path = self.recipe, self.folder / SENTENCEPIECE
+        config, path = self.config, self.folder / SENTENCEPIECE
         begun = path.exists() and (self.folder / CHECKPOINT).exists()
         if begun or not self.first:
             return False
-        given = recipe.tokenizer
-        if given is None and recipe.init_from is not None:
-            given = str(locate(_place(recipe.init_from)).folder / SENTENCEPIECE)
+        given = config.tokenizer
+        if given is None and config.init_from is not None:
+            given = str(locate(_model_path(config.init_from)).folder / SENTENCEPIECE)
         if given is None:
             texts = [d for source in sources for d in source.documents]
-            data = train_tokenizer(texts, recipe.vocab_size)
+            data = train_tokenizer(texts, config.vocab_size)
         elif Path(given).is_file():
             data = read_limited(Path(given), MAX_TOKENIZER_BYTES)
         else:
@@ -265,69 +276,70 @@ class Pretraining:
         _write(path, data)
         return True
 
-    def _share_tokenizer(self, group: mx.distributed.Group) -> None:
-        """Give the others the first one's tokenizer, which may have been trained just now."""
+    def _broadcast_tokenizer(self, group: mx.distributed.Group) -> None:
+        """Broadcast the tokenizer of rank 0, which may have trained it."""
         path = self.folder / SENTENCEPIECE
         data = distributed.broadcast_object(path.read_bytes() if self.first else None, group)
         if not self.first and not (path.exists() and path.read_bytes() == data):
             _write(path, data)
 
     def _model(self) -> Model:
-        recipe = self.recipe
-        if recipe.init_from is not None:
-            model, _ = load_model(_place(recipe.init_from), dtype="float32", lazy=True)
+        config = self.config
+        if config.init_from is not None:
+            model, _ = load_model(_model_path(config.init_from), dtype="float32", lazy=True)
             self._check_memory(model.args)
         else:
-            config = recipe.config(len(self.tokenizer.get_vocab()))
-            self._check_memory(config)
-            model = Model(config)
-            initialize(model, recipe.seed)
+            shape = config.model_config(len(self.tokenizer.get_vocab()))
+            self._check_memory(shape)
+            model = Model(shape)
+            initialize(model, config.seed)
         tokens = len(self.tokenizer.get_vocab())
         if tokens > model.args.vocab_size:
             raise UserError(
-                f"the tokenizer has {tokens} tokens, the model {model.args.vocab_size}; train it"
-                " with its own tokenizer."
+                f"the tokenizer has {tokens} tokens, but the model {model.args.vocab_size}; train"
+                " it with its own tokenizer."
             )
         backend.prepare(model, dequantize=False)
-        if recipe.dropout:
-            add_dropout(model, recipe.dropout)
+        if config.dropout:
+            add_dropout(model, config.dropout)
         return model
 
-    def _check_memory(self, config: GriffinConfig) -> None:
-        recipe = self.recipe
-        rows = recipe.batch_size // (1 if self.group is None else self.group.size())
-        copies = 5 if recipe.average_decay else 4
+    def _check_memory(self, shape: GriffinConfig) -> None:
+        config = self.config
+        sequences = config.batch_size // (1 if self.group is None else self.group.size())
+        copies = 5 if config.average_decay else 4
         check_memory(
-            "such a model, --batch-size and --context-length do not fit into memory",
-            pretraining_bytes(config, rows * recipe.context_length, copies),
+            "this model, --batch-size and --context-length do not fit into memory",
+            pretraining_bytes(shape, sequences * config.context_length, copies),
         )
 
     def _state(self) -> TrainingState:
-        recipe = self.recipe
+        config = self.config
         schedule = learning_rate_schedule(
-            recipe.learning_rate,
-            recipe.iters // recipe.grad_accumulation_steps,
-            warmup=recipe.warmup,
-            decay=recipe.lr_decay,
-            end=recipe.min_learning_rate,
+            config.learning_rate,
+            config.iters // config.grad_accumulation_steps,
+            warmup=config.warmup,
+            decay=config.lr_decay,
+            end=config.min_learning_rate,
         )
-        optimizer = adamw(schedule, weight_decay=recipe.weight_decay)
-        average = EMA(self.model, recipe.average_decay) if recipe.average_decay else None
-        return TrainingState(self.model, optimizer, average)
+        optimizer = adamw(schedule, weight_decay=config.weight_decay)
+        ema = EMA(self.model, config.average_decay) if config.average_decay else None
+        return TrainingState(self.model, optimizer, ema)
 
 
 def encode(tokenizer: Any, documents: Sequence[str]) -> Documents:
-    """Texts in tokens, each between begin-of-text and end-of-text."""
+    """Tokenize texts; each is between begin-of-text and end-of-text."""
     eos = tokenizer.eos_token_id
     return Documents.of([[*tokenizer.encode(text), eos] for text in documents])
 
 
-def validation_set(tokenizer: Any, documents: Sequence[str], recipe: TrainConfig) -> ValidationSet:
-    """Lay held-out texts into batches."""
+def validation_set(tokenizer: Any, documents: Sequence[str], config: TrainConfig) -> ValidationSet:
+    """Pack texts into a validation set."""
     encoded = encode(tokenizer, documents)
-    length, size = recipe.context_length, recipe.batch_size
-    rows = [build_row(encoded, pieces, length) for pieces in best_fit_pack(encoded.steps, length)]
-    batches = [stack_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
+    length, size = config.context_length, config.batch_size
+    packed = best_fit_pack(encoded.steps, length)
+    sequences = [build_sequence(encoded, spans, length) for spans in packed]
+    batches = [stack_sequences(sequences[i : i + size]) for i in range(0, len(sequences), size)]
     return ValidationSet(batches, sum(len(d.encode()) + 1 for d in documents))
 
 
@@ -336,28 +348,28 @@ def _write(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
-def _texts(recipe: TrainConfig) -> tuple[list[Source], list[str]]:
-    """What is read, and what is held out."""
-    if not recipe.data:
+def _texts(config: TrainConfig) -> tuple[list[Source], list[str]]:
+    """Read the training sources and the validation documents."""
+    if not config.data:
         raise UserError("there is no text to train on; name it with --data.")
     sources: list[Source] = []
-    held: list[str] = []
-    for place in recipe.data:
-        source = read_source(place, whole_files=recipe.whole_files)
-        if not recipe.valid_data and recipe.valid_fraction:
-            source, part = split_validation(source, recipe.valid_fraction)
-            held.extend(part)
+    validation: list[str] = []
+    for place in config.data:
+        source = read_source(place, whole_files=config.whole_files)
+        if not config.valid_data and config.valid_fraction:
+            source, part = split_validation(source, config.valid_fraction)
+            validation.extend(part)
         sources.append(source)
-    for place in recipe.valid_data:
-        held.extend(read_source(place, whole_files=recipe.whole_files).documents)
-    return sources, held
+    for place in config.valid_data:
+        validation.extend(read_source(place, whole_files=config.whole_files).documents)
+    return sources, validation
 
 
-def _place(init_from: str) -> str | None:
-    """What `load_model` calls the place of a model."""
+def _model_path(init_from: str) -> str | None:
+    """Return the argument of `load_model`."""
     return None if init_from == EMBEDDED else init_from
 
 
 def _seed(seed: int, number: int) -> int:
-    """Another seed for each source."""
+    """Return a different seed for each source."""
     return seed * 1000 + number

@@ -1,4 +1,4 @@
-"""The folder of a training run: one run at a time, and no empty folder after a run that failed."""
+"""Folder of a training run: one run at a time, and no empty folder after a failed run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mlx_rgemma.errors import UserError
 from mlx_rgemma.io.atomic import NO_LOCKS
 
 LOCK_FILE = ".lock"
-"""Locked by the run that writes into the folder. A killed run leaves it, unlocked."""
+"""Locked by the run that writes into the folder. After a kill the file remains, unlocked."""
 
 
 @contextmanager
 def run_folder(
     folder: Path, *, lock: bool = True, show: Callable[[str], None] = print
 ) -> Iterator[None]:
-    """Create a run's folder and lock it; folders that are empty at the end are removed again.
+    """Create a run's folder and lock it; created folders that are empty at the end are removed.
 
-    On a file system without locks, one line warns that nothing keeps two runs apart.
+    On a file system without locks, one line warns that two runs are not kept apart.
 
     Args:
         folder: The folder; it may exist.
-        lock: Whether to lock it. Of the processes that share a run, the first one does.
+        lock: Whether to lock it. Of several ranks, rank 0 does.
         show: Prints a line.
 
     Raises:
@@ -63,17 +63,17 @@ def _locked(file: Path, show: Callable[[str], None]) -> int | None:
             os.close(handle)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UserError(
-                    f"{file.parent}: another run is training in this folder; wait for its end, or"
+                    f"{file.parent}: another run is training in this folder; wait until it ends, or"
                     " name another folder."
                 ) from error
             if error.errno not in NO_LOCKS:
                 raise
             show(
-                f"Warning: {file.parent} is on a disk without file locks; see that no other run"
-                " writes into it."
+                f"Warning: {file.parent} is on a disk without file locks; make sure that no other"
+                " run writes into it."
             )
             return None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(file)):
                 return handle
-        os.close(handle)  # the run before removed the file between opening and locking
+        os.close(handle)  # another run removed the file between opening and locking

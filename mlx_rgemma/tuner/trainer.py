@@ -19,36 +19,37 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.tuner.data.batch import Batch
+from mlx_rgemma.griffin.parameters import A_PARAM
 from mlx_rgemma.tuner.data.batches import Batches
+from mlx_rgemma.tuner.data.packing import Batch
 from mlx_rgemma.tuner.train_state import Progress, TrainingState
 
 Loss = Callable[[Any, Batch], tuple[mx.array, mx.array]]
-"""(model, batch) -> (sum of the counted targets' losses, fp32; how many counted)."""
+"""(model, batch) -> (summed loss of the targets, fp32; number of targets)."""
 
 
 class TrainingCallback:
-    """Is told how training goes, with mlx-lm's keys; mlx-lm's own callbacks serve too."""
+    """Receiver of training reports, with mlx-lm's keys; mlx-lm's callbacks work too."""
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        """Every `steps_per_report` iterations."""
+        """Receive a report, every `steps_per_report` iterations."""
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
-        """After each evaluation."""
+        """Receive the result of an evaluation."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long, and when something is done on the way; the names are mlx-lm's.
+    """Length of a run and its intervals; the names are mlx-lm's.
 
     Attributes:
-        iters: Iterations of the run: each reads one batch.
-        grad_accumulation_steps: Iterations to an update of the weights.
-        max_grad_norm: Gradients longer than this are shortened to it; 0 leaves them.
+        iters: Iterations of the run, one batch each.
+        grad_accumulation_steps: Iterations per update of the weights.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
         steps_per_report: Iterations between two reports.
         steps_per_eval: Iterations between two evaluations.
         steps_per_save: Iterations between two checkpoints.
-        seed: Of dropout.
+        seed: Seed of dropout.
     """
 
     iters: int
@@ -61,7 +62,7 @@ class LoopSettings:
 
     @classmethod
     def of(cls, settings: Any, **others: Any) -> LoopSettings:
-        """From attributes of the same names; what is not among them keeps its default."""
+        """Take settings from attributes of the same names; the others keep their defaults."""
         names = {field.name for field in fields(cls)}
         found = {name: value for name, value in vars(settings).items() if name in names}
         return cls(**{**found, **others})
@@ -79,36 +80,35 @@ def fit(
     group: mx.distributed.Group | None = None,
     compute_dtype: mx.Dtype | None = None,
 ) -> None:
-    """Train a model's trainable parameters until `settings.iters` iterations are done.
+    """Train the trainable parameters of a model for `settings.iters` iterations.
 
-    The loss of an update is the mean over all targets that count in its iterations, whatever their
-    number and however many processes share the rows: ``sum of losses / number of targets``.
-    Ctrl-C and SIGTERM end the run after the update at hand, with a checkpoint; a second Ctrl-C ends
-    it at once.
+    The loss of an update is the mean over all targets of its iterations and ranks:
+    ``sum of losses / number of targets``. Ctrl-C and SIGTERM end the run after the current update,
+    with a checkpoint; a second Ctrl-C ends it at once.
 
     Args:
-        state: The run, at its beginning or from a checkpoint.
-        batches: What iteration i reads is ``batches[i]``.
-        settings: How long.
-        loss: Of a batch.
-        evaluate: Measures the model on text held out; what it returns must hold `val_loss`, and is
-            reported. Called before the first iteration, every `steps_per_eval`, and at the end.
+        state: State of the run, new or from a checkpoint.
+        batches: Iteration i reads ``batches[i]``.
+        settings: Length and intervals.
+        loss: Loss of a batch.
+        evaluate: Evaluates the model on the validation set; returns a report with `val_loss`.
+            Called before the first iteration, every `steps_per_eval` iterations and at the end.
         save: Writes a checkpoint. Called after an update only.
-        callback: Is told how training goes.
-        group: Processes that share the rows of every batch. All of them must call this function,
-            with the same arguments; only the first needs `save` and `callback`.
-        compute_dtype: Compute with weights of this dtype, while those that are trained, and their
-            gradients' sums, keep theirs. `recurrent_param` stays as it is.
+        callback: Receives the reports.
+        group: Ranks that split every batch. All of them must call this function with the same
+            arguments; only rank 0 needs `save` and `callback`.
+        compute_dtype: dtype of the weights in computation (but for the RG-LRU's Lambda); trained
+            weights and accumulated gradients keep theirs.
 
     Raises:
-        UserError: If the loss stops being a finite number.
+        UserError: If the loss becomes NaN or infinite.
         KeyboardInterrupt: After Ctrl-C, once the checkpoint is written.
     """
     Loop(state, batches, settings, loss, group, compute_dtype).run(evaluate, save, callback)
 
 
 class Loop:
-    """See `fit`."""
+    """The training loop; see `fit`."""
 
     def __init__(
         self,
@@ -164,30 +164,30 @@ class Loop:
                     save(self.state)
                     saved = iteration
                 if stop and not last:
-                    self._any(False)  # not before the first process has written its checkpoint
+                    self._any(False)  # wait until rank 0 has written its checkpoint
                     raise KeyboardInterrupt
 
     def step(self, iteration: int, *, update: bool) -> tuple[float, int]:
-        """Read one batch, and update the weights if it is the last one of an update.
+        """Compute the gradients of one batch, and update the weights if `update`.
 
         Returns:
-            The sum of the losses of its targets, and how many counted, over all processes.
+            The summed loss of its targets and their number, over all ranks.
         """
         model = self.state.model
         model.train()
         seed = np.random.SeedSequence([self.settings.seed, iteration, self.rank])
         mx.random.seed(int(seed.generate_state(1, np.uint64)[0]))
-        batch = self.batches[iteration].share(self.rank, self.size)
+        batch = self.batches[iteration].shard(self.rank, self.size)
         parameters = model.trainable_parameters()
         (loss, tokens), gradients = self.gradients(parameters, batch)
         model.update(parameters)
         if self.sums is not None:
             gradients = tree_map(mx.add, self.sums, gradients)
         elif self.settings.grad_accumulation_steps > 1:
-            # Sums of many bfloat16 gradients would lose the small ones.
+            # Accumulate in float32: bfloat16 sums lose small gradients.
             gradients = tree_map(lambda g: g.astype(mx.float32), gradients)
         self.sums = gradients
-        del parameters, gradients  # what an update replaces is held by nobody else
+        del parameters, gradients  # so that an update frees the arrays it replaces
         mx.eval(self.sums, loss, tokens)
         sums = mx.stack([loss.astype(mx.float32), tokens.astype(mx.float32)])
         if self.size > 1:
@@ -197,7 +197,7 @@ class Loop:
         if not math.isfinite(batch_loss):
             raise UserError(
                 f"the loss became {batch_loss} at iteration {iteration + 1}; try a lower learning"
-                " rate, or begin again from the last checkpoint."
+                " rate, or rerun from the last checkpoint."
             )
         self.update_tokens += batch_tokens
         if update:
@@ -209,17 +209,17 @@ class Loop:
         gradients, self.sums = self.sums, None
         if self.size > 1:
             gradients = nn.average_gradients(gradients, self.group)
-        # The mean over processes times their number is the sum.
+        # The mean over ranks times their number is the sum.
         scale = self.size / max(self.update_tokens, 1.0)
         gradients = tree_map(lambda g: g * scale, gradients)
         if self.settings.max_grad_norm:
             gradients, _ = optim.clip_grad_norm(gradients, self.settings.max_grad_norm)
         state.optimizer.update(state.model, gradients)
-        del gradients  # their memory serves the update
+        del gradients  # frees memory for the update
         state.progress.updates += 1
-        if state.average is not None:
-            state.average.update(state.model, state.progress.updates)
-        mx.async_eval(state.arrays())  # the next batch is prepared meanwhile
+        if state.ema is not None:
+            state.ema.update(state.model, state.progress.updates)
+        mx.async_eval(state.arrays())  # overlaps with preparing the next batch
         self.update_tokens = 0.0
 
     def _evaluate(
@@ -235,7 +235,7 @@ class Loop:
             callback.on_val_loss_report({"iteration": iteration, **found, "val_time": seconds})
 
     def _any(self, here: bool) -> bool:
-        """Whether any of the processes was interrupted: they stop together."""
+        """Return whether any rank was interrupted: all stop together."""
         if self.size == 1:
             return here
         count = mx.distributed.all_sum(mx.array(float(here)), group=self.group, stream=mx.cpu)
@@ -243,7 +243,7 @@ class Loop:
 
 
 class _Report:
-    """What is told between two reports, and how fast it went since the last one or a resume."""
+    """Loss and speed since the last report or a resume."""
 
     def __init__(self, settings: LoopSettings, optimizer: optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -255,7 +255,7 @@ class _Report:
         self.tokens, self.iterations = self.tokens + tokens, self.iterations + 1
 
     def info(self, progress: Progress) -> dict[str, Any]:
-        """mlx-lm's keys; begins anew."""
+        """Return the report with mlx-lm's keys, and reset the counters."""
         info = {
             "iteration": progress.iteration,
             "train_loss": progress.mean_loss(),
@@ -271,12 +271,12 @@ class _Report:
 
 
 def cast_weights(parameters: Any, dtype: mx.Dtype | None) -> Any:
-    """Weights in another dtype; the RG-LRU's `recurrent_param` stays as it is."""
+    """Return weights in another dtype; the RG-LRU's Lambda keeps its own."""
     if dtype is None:
         return parameters
     if isinstance(parameters, dict):
         return {
-            name: value if name == "recurrent_param" else cast_weights(value, dtype)
+            name: value if name == A_PARAM else cast_weights(value, dtype)
             for name, value in parameters.items()
         }
     if isinstance(parameters, list):
@@ -286,10 +286,10 @@ def cast_weights(parameters: Any, dtype: mx.Dtype | None) -> Any:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C and SIGTERM instead of ending at once; a second Ctrl-C does end it.
+    """Record Ctrl-C and SIGTERM instead of raising at once; a second Ctrl-C raises.
 
     Yields:
-        A function that says whether there was one.
+        A function that returns whether there was one.
     """
     seen = False
 

@@ -15,7 +15,7 @@ from mlx_rgemma.evaluation.launch_count import count_model, small_model
 from mlx_rgemma.evaluation.random_model import SHAPES
 from mlx_rgemma.griffin.cache import state_nbytes
 
-TINY = SHAPES["tiny"]
+TINY = SHAPES["micro"]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def answer(tmp_path_factory):
     """JSON and output of one run of all cases, beside mlx-lm."""
     file = tmp_path_factory.mktemp("benchmark") / "figures.json"
     command = (
-        "-m benchmarks.compare --shape tiny -p 16,24 -g 4 -n 2 -b 1,2 -t 8 --after 5,9"
+        "-m benchmarks.compare --shape micro -p 16,24 -g 4 -n 2 -b 1,2 -t 8 --after 5,9"
         " -q none,4 --compare mlx-lm --dtype float32 --json"
     )
     result = subprocess.run(
@@ -119,13 +119,13 @@ def test_the_machine_and_the_packages_are_named(answer):
     assert f"{machine['cpu']}, {machine['cores']} cores" in said
     assert f"matrix products: {machine['products']}" in said and "kernels: " in said
     assert answer[0]["baselines"]["mlx-lm"]["products"] in said
-    assert "Model: tiny, random weights, 3.1 million parameters" in said
+    assert "Model: micro, random weights, 0.2 million parameters" in said
     assert said.count("Trial 1:") == said.count("Trial 2:") == len(answer[0]["results"])
 
 
 def test_tables_are_printed(capsys, monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
-    command = "--shape tiny -p 8 -g 2 -n 1 --warmup 0 -t 4 --fine-tune-type lora"
+    command = "--shape micro -p 8 -g 2 -n 1 --warmup 0 -t 4 --fine-tune-type lora"
     assert main(command.split()) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("Machine: ")
@@ -140,12 +140,15 @@ def test_tables_are_printed(capsys, monkeypatch):
 
 
 BAD = {
-    "two models": ("--model x --shape tiny", "found both, expected one"),
+    "two models": ("--model x --shape micro", "found both, expected one"),
     "no such model": ("--model /nope", "/nope: no such folder"),
-    "no such quantization": ("--shape tiny -q 9", "--quantize: found '9', expected one of none, 2"),
-    "no picture": ("--shape tiny --plot x.jpg", "x.jpg: a picture is one of .svg"),
-    "no folder": ("--shape tiny --output /nope/x.json", "there is no folder /nope"),
-    "no file": ("--shape tiny --output /", "a folder, expected the name of a file"),
+    "no such quantization": (
+        "--shape micro -q 9",
+        "--quantize: found '9', expected one of none, 2",
+    ),
+    "no picture": ("--shape micro --plot x.jpg", "x.jpg: a picture is one of .svg"),
+    "no folder": ("--shape micro --output /nope/x.json", "there is no folder /nope"),
+    "no file": ("--shape micro --output /", "a folder, expected the name of a file"),
 }
 
 
@@ -177,7 +180,7 @@ def test_a_baseline_that_is_not_installed(capsys, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name)
     )
-    assert main(["--shape", "tiny", "--compare", "mlx-lm,transformers"]) == 1
+    assert main(["--shape", "micro", "--compare", "mlx-lm,transformers"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "torch is not installed" in error
     assert "pip install '.[parity]'" in error
@@ -185,5 +188,5 @@ def test_a_baseline_that_is_not_installed(capsys, monkeypatch):
 
 def test_pictures_need_matplotlib(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["--shape", "tiny", "--plot", str(tmp_path / "x.svg")]) == 1
+    assert main(["--shape", "micro", "--plot", str(tmp_path / "x.svg")]) == 1
     assert "pip install '.[plot]'" in capsys.readouterr().err

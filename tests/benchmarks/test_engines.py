@@ -24,17 +24,7 @@ from mlx_rgemma.evaluation.random_model import (
     recipe,
 )
 
-TINY = replace(
-    SHAPES["tiny"],
-    vocab_size=512,
-    hidden_size=64,
-    lru_width=64,
-    intermediate_size=384,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    head_dim=32,
-    attention_window_size=2048,
-)
+TINY = SHAPES["micro"]
 PARAMETERS = sum(w.size for _, w in random_weights(TINY, mx.float32))
 TOKENS = [[int(t) for t in np.random.default_rng(0).integers(0, 512, 24)]]
 
@@ -49,9 +39,9 @@ def folder(tmp_path_factory):
 def test_shapes():
     sizes = {
         name: sum(w.size for _, w in random_weights(SHAPES[name], mx.float32))
-        for name in ("tiny", "small", "2b", "9b")
+        for name in ("micro", "40m", "2b", "9b")
     }
-    assert sizes["small"] == 39_686_656
+    assert sizes["40m"] == 39_686_656
     assert sizes["2b"] == 2_682_862_080 and sizes["9b"] == 8_579_977_216
 
 
@@ -154,7 +144,7 @@ def test_lora_trains_little(folder, name):
         engine.train(TOKENS, "full")
     engine.train(TOKENS, "lora")
     trained = sum(v.size for _, v in tree_flatten(engine.model.trainable_parameters()))
-    assert 0 < trained < PARAMETERS / 3
+    assert 0 < trained < 60_000
 
 
 def test_what_is_held_in_float32_is_read_in_float32(folder, monkeypatch):

@@ -185,10 +185,10 @@ def test_quantized_against_its_config(quantized):
     section = {"group_size": 32, "bits": 4, "mode": "affine"}
     path = "model.layers.0.mlp_block.up_proj"
     for settings, message in (
-        ({**section, path: {"group_size": 32, "bits": 8}}, rf"{path} \(not as config.json says\)"),
-        ({**section, path: False}, rf"{path} \(not as config.json says\)"),
-        ({**section, path: {"group_size": None}}, rf"{path} \(not as config.json says\)"),  # 64
-        ({**section, path: {"mode": None}}, rf"{path} \(not as config.json says\)"),
+        ({**section, path: {"group_size": 32, "bits": 8}}, rf"{path} \(differs from config.json\)"),
+        ({**section, path: False}, rf"{path} \(differs from config.json\)"),
+        ({**section, path: {"group_size": None}}, rf"{path} \(differs from config.json\)"),  # 64
+        ({**section, path: {"mode": None}}, rf"{path} \(differs from config.json\)"),
         (None, "config.json has no 'quantization'"),
     ):
         edit_json(quantized / CONFIG, quantization=settings, quantization_config=settings)

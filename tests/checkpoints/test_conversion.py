@@ -31,7 +31,7 @@ from mlx_rgemma.checkpoints import save as writing
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.save import save_model
 from mlx_rgemma.checkpoints.schema import check_contents
-from mlx_rgemma.checkpoints.tensors import count_not_finite
+from mlx_rgemma.checkpoints.tensors import count_nonfinite
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.tokenizers.load import load_tokenizer
@@ -146,7 +146,7 @@ def test_quantized_source(tmp_path):
     scales = all_tensors(tmp_path / "q8 in float32")["model.embed_tokens.scales"]
     assert scales.dtype == mx.float32
     again = convert(tmp_path / "q8", tmp_path / "q4", quantize=True, q_bits=4)
-    assert any("quantized already" in note for note in again.notes)
+    assert any("already quantized" in note for note in again.notes)
     quantized = check_contents(CheckpointFolder.open(tmp_path / "q4")).quantized
     assert {how.bits for how in quantized.values()} == {4}
 
@@ -176,9 +176,9 @@ def test_impossible_options_are_refused_before_any_work(tmp_path, options, messa
 
 
 def test_nothing_to_do(tmp_path):
-    with pytest.raises(UserError, match="nothing to dequantize"):
+    with pytest.raises(UserError, match="not quantized; leave out --dequantize"):
         convert(EMBEDDED, tmp_path / "out", dequantize=True)
-    with pytest.raises(UserError, match=r"q-group-size is 128, which divides no matrix .* 80, 96"):
+    with pytest.raises(UserError, match=r"q-group-size is 128, which divides no width .* \(80, 96"):
         convert(GOLDEN / "tiny-2b", tmp_path / "out", quantize=True, q_group_size=128)
     assert list(tmp_path.iterdir()) == []
 
@@ -224,14 +224,14 @@ def test_what_a_new_dtype_makes_infinite_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_count_not_finite(dtype):
+def test_count_nonfinite(dtype):
     largest = 65504.0 if dtype == mx.float16 else 3e38
     value = mx.array([[0.0, -largest, 1e-30], [largest, 1.0, -0.0]]).astype(dtype)
-    assert count_not_finite(value) == count_not_finite(value.T) == (0, 0)
+    assert count_nonfinite(value) == count_nonfinite(value.T) == (0, 0)
     value[1, 2] = -mx.inf
-    assert count_not_finite(value) == (0, 1)
+    assert count_nonfinite(value) == (0, 1)
     value[0, 0] = mx.nan
-    assert count_not_finite(value.T) == (1, 1)
+    assert count_nonfinite(value.T) == (1, 1)
 
 
 def test_notes(tmp_path):
@@ -332,7 +332,7 @@ def test_broken_tokenizer_stops_the_conversion(tmp_path):
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
 def test_save_model(tmp_path, quantized, monkeypatch):
-    monkeypatch.setenv("MLX_RGEMMA_EXPAND", "off")  # float32 copies round less than bfloat16
+    monkeypatch.setenv("MLX_RGEMMA_DEQUANTIZE", "off")  # float32 copies round less than bfloat16
     model, _ = load_model(EMBEDDED, dtype="bfloat16")
     if quantized:
         nn.quantize(

@@ -99,17 +99,17 @@ BROKEN = {
     "index above": (
         "tiny-sharded",
         lambda f: remap(f, NORM, "../model.safetensors"),
-        "outside of the folder",
+        "outside the folder",
     ),
     "index absolute": (
         "tiny-sharded",
         lambda f: remap(f, NORM, "/etc/x.safetensors"),
-        "outside of the folder",
+        "outside the folder",
     ),
     "index with a backslash": (
         "tiny-sharded",
         lambda f: remap(f, NORM, "..\\x.safetensors"),
-        "outside of the folder",
+        "outside the folder",
     ),
     "index to no file": ("tiny-sharded", lambda f: remap(f, NORM, 3), "no safetensors file"),
     "index to a pickle": (

@@ -58,7 +58,7 @@ def expected():
 def test_the_same_bits_and_googles_logits(tmp_path, source, expected):
     made = convert(source, tmp_path / "out", **SAID)
     assert_same_tensors(all_tensors(tmp_path / "out"), expected)
-    assert "Attention window 16, soft cap 30, embeddings scaled: as the options say." in made.notes
+    assert "Attention window 16, soft cap 30, embeddings scaled: from the options." in made.notes
     model, config = load_model(tmp_path / "out", dtype="float32")
     original = GriffinConfig.from_dict(json.loads((GOLDEN / "tiny-2b" / CONFIG).read_text()))
     assert config == replace(original, block_types=config.block_types)

@@ -24,7 +24,7 @@ KILLS = 20
 
 KILLER = f"""
 import json, os, random, signal, sys, time
-from mlx_rgemma.checkpoints.convert import convert as conversion
+from mlx_rgemma.checkpoints.convert import convert
 from mlx_rgemma.checkpoints.formats import open as opening
 from mlx_rgemma.tokenizers import load as tokenizer
 from mlx_rgemma.checkpoints import tensors as weights
@@ -38,7 +38,7 @@ def start(target):
     if child == 0:
         status = 1
         try:
-            conversion.convert(source, target, **options)
+            convert(source, target, **options)
             status = 0
         finally:
             os._exit(status)

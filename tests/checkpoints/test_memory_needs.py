@@ -55,11 +55,12 @@ def test_converting(tmp_path, available):
     convert(source, tmp_path / "out")
 
 
-def test_a_sparse_file_of_any_size(tmp_path):
-    """A header, a configuration and a file without content say that there is a terabyte."""
+def test_a_sparse_file_of_any_size(tmp_path, monkeypatch):
+    """Header, configuration and a file without content say that there are 5 GB of weights."""
+    monkeypatch.setattr(memory, "available_memory", lambda: 1_000_000_000)
     source = golden_copy("tiny-2b", tmp_path)
     config = json.loads((source / "config.json").read_text())
-    rows = (1 << 40) // config["hidden_size"] // 4
+    rows = 1 << 24
     config["vocab_size"] = rows
     (source / "config.json").write_text(json.dumps(config))
     path = source / "model.safetensors"
@@ -84,5 +85,5 @@ def test_a_sparse_file_of_any_size(tmp_path):
         lambda: load_model(source),
         lambda: convert(source, tmp_path / "out"),
     ):
-        with pytest.raises(UserError, match=r"needs \d{4}\.\d\d GB of memory"):
+        with pytest.raises(UserError, match=r"needs \d{1,2}\.\d\d GB of memory"):
             work()

@@ -22,7 +22,7 @@ DTYPES = [mx.float32, mx.bfloat16, mx.float16, mx.uint32, mx.uint8]
 @pytest.fixture(params=DTYPES, ids=str)
 def file(request, tmp_path) -> Path:
     """Two matrices between others, of rows that are more than are asked for at once."""
-    values = mx.random.randint(0, 250, (parts.ROWS_ASKED_FOR + 6, 12), key=mx.random.key(0))
+    values = mx.random.randint(0, 250, (parts.READ_AHEAD_ROWS + 6, 12), key=mx.random.key(0))
     value = values.astype(request.param)
     path = tmp_path / "x.safetensors"
     tensors = {"a": value[:3], ROWS: value, "n": value[:5], COLUMNS: value[::-1], "z": value}
@@ -41,7 +41,7 @@ def bytes_read() -> int:
 def test_a_part_is_that_of_the_whole(file, name, size):
     whole = mx.load(str(file))
     for rank in range(size):
-        got = parts.read_parts({name: whole[name]}, read_header(file), rank, size)[name]
+        got = parts.read_shards({name: whole[name]}, read_header(file), rank, size)[name]
         expected = local_shard(name, whole[name], rank, size)
         assert got.dtype == expected.dtype and mx.array_equal(got, expected)
 
@@ -52,7 +52,7 @@ def test_no_more_is_read(file, name):
     whole, header = mx.load(str(file)), read_header(file)
     counting = -bytes_read() + bytes_read()
     before = bytes_read()
-    part = parts.read_parts({name: whole[name]}, header, 1, 2)[name]
+    part = parts.read_shards({name: whole[name]}, header, 1, 2)[name]
     assert bytes_read() - before - counting == part.nbytes == whole[name].nbytes // 2
 
 
@@ -61,10 +61,10 @@ def test_a_file_that_becomes_shorter_is_told(file):
     data = file.read_bytes()
     file.write_bytes(data[: header[COLUMNS].start + 100])
     with pytest.raises(CheckpointError, match=r"x.safetensors: cannot be read \(it has become"):
-        parts.read_parts({COLUMNS: whole[COLUMNS]}, header, 0, 2)
+        parts.read_shards({COLUMNS: whole[COLUMNS]}, header, 0, 2)
 
 
 def test_what_is_not_cut_stays_whole(file):
     whole = mx.load(str(file))
-    got = parts.read_parts({"a": whole["a"]}, read_header(file), 1, 2)["a"]
+    got = parts.read_shards({"a": whole["a"]}, read_header(file), 1, 2)["a"]
     assert np.array_equal(np.array(got.view(mx.uint8)), np.array(whole["a"].view(mx.uint8)))

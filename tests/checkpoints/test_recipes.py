@@ -11,8 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_rgemma import GriffinConfig, Model, convert, load, load_model, register
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
-from mlx_rgemma.checkpoints.quantization import Quantization
-from mlx_rgemma.checkpoints.recipes import MIXED, RECIPES, Recipe
+from mlx_rgemma.checkpoints.quantization import MIXED, RECIPES, Quantization, Recipe
 from mlx_rgemma.checkpoints.save import save_model
 from mlx_rgemma.checkpoints.schema import check_contents
 from mlx_rgemma.errors import UserError

@@ -64,13 +64,13 @@ def test_several(tmp_path):
 
 
 OTHERS = {
-    "text": (b"hello", "x.txt", "a file of no known format; give the folder"),
-    "empty": (b"", "x", "a file of no known format"),
+    "text": (b"hello", "x.txt", "unknown format; give the folder"),
+    "empty": (b"", "x", "unknown format"),
     "safetensors": (b"\x10\0\0\0\0\0\0\0{}", "model.safetensors", "give the folder that holds"),
-    "empty .pt": (b"", "x.pt", "not a sound PyTorch file"),
-    "damaged .pt": (b"PK\3\4", "x.pt", "not a sound PyTorch file"),
-    "empty .tar": (b"", "x.tar", "not a sound archive"),
-    "damaged .gz": (b"\x1f\x8bxxxxxxxxxxxxx", "x.gz", "not a sound archive"),
+    "empty .pt": (b"", "x.pt", "not a valid PyTorch file"),
+    "damaged .pt": (b"PK\3\4", "x.pt", "not a valid PyTorch file"),
+    "empty .tar": (b"", "x.tar", "not a valid archive"),
+    "damaged .gz": (b"\x1f\x8bxxxxxxxxxxxxx", "x.gz", "not a valid archive"),
 }
 
 

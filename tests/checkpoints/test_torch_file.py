@@ -110,7 +110,7 @@ def test_nothing_runs(tmp_path, name, protocol):
         )
     content = pickle.dumps({"x": value}, protocol)
     torch_zip(tmp_path / "x.pt", content, [])
-    with pytest.raises(CheckpointError, match=f"its pickle asks for .*{shown}"):
+    with pytest.raises(CheckpointError, match=f"its pickle names .*{shown}"):
         convert(tmp_path / "x.pt", tmp_path / "out", **SAID)
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
@@ -177,26 +177,29 @@ def laughs(levels: int) -> bytes:
 HOSTILE = {
     "laughs as key": (b"\x80\x02}" + laughs(60) + b"Ns.", "key of type tuple"),
     "laughs as keys": (b"\x80\x02}(" + laughs(60) + b"Nu.", "key of type tuple"),
-    "laughs as value": (b"\x80\x02}\x8c\x01x" + laughs(60) + b"s.", "'x' is no tensor but a tuple"),
+    "laughs as value": (
+        b"\x80\x02}\x8c\x01x" + laughs(60) + b"s.",
+        "'x' is a tuple, expected a tensor",
+    ),
     "laughs as shape": (
         torch_pickle({"x": torch_entry((4, 6), "F32", "0").replace(b"K\x04K\x06\x86", laughs(60))}),
-        "'x' has no proper storage and shape",
+        "'x' has no valid storage and shape",
     ),
-    "laughs as storage": (b"\x80\x02" + laughs(60) + b"Q.", "a storage that torch has not"),
+    "laughs as storage": (b"\x80\x02" + laughs(60) + b"Q.", "an unknown kind of storage"),
     "deep key": (b"\x80\x02})" + b"\x85" * 400_000 + b"Ns.", "key of type tuple"),
     "deep value": (b"\x80\x02}\x8c\x01x)" + b"\x85" * 400_000 + b"s.", "no tensor but a tuple"),
     "memo": (b"\x80\x02]r\xff\xff\xff\x1f.", "not a dictionary of tensors"),
     "opcodes": (b"\x80\x02" + b"N" * 600_000 + b".", "more than 500,000 opcodes"),
     "marks": (b"\x80\x02" + b"(" * 600_000 + b".", "more than 500,000 opcodes"),
-    "bytes": (b"\x80\x02" + b"N" * 4_000_000 + b".", "too large for names and shapes"),
+    "bytes": (b"\x80\x02" + b"N" * 4_000_000 + b".", "data.pkl has more than 4,000,000 bytes"),
     "long key": (
         b"\x80\x02}X\x40\x42\x0f\x00" + b"x" * 1_000_000 + b"Ns.",
-        "'xxxx.* is no tensor but a NoneType",
+        "'xxxx.* is a NoneType, expected a tensor",
     ),
     "list that holds itself": (b"\x80\x02]q\x00h\x00a.", "not a dictionary of tensors"),
     "dictionary that holds itself": (
         b"\x80\x02}q\x00\x8c\x01xh\x00s.",
-        "'x' is no tensor but a dict",
+        "'x' is a dict, expected a tensor",
     ),
 }
 
@@ -235,17 +238,17 @@ def test_hostile_zip_directories(tmp_path):
 
 MISPLACED = {
     "offset": ({"offset": 1}, "does not lie in its storage"),
-    "negative offset": ({"offset": -1}, "no proper strides and offset"),
-    "huge offset": ({"offset": 1 << 70}, "no proper strides and offset"),
-    "huge strides": ({"strides": (1 << 70, 1)}, "no proper storage and shape"),
-    "many strides": ({"strides": (1,) * 1000}, "no proper storage and shape"),
-    "no offset": ({"offset": "0"}, "no proper strides and offset"),
+    "negative offset": ({"offset": -1}, "no valid strides and offset"),
+    "huge offset": ({"offset": 1 << 70}, "no valid strides and offset"),
+    "huge strides": ({"strides": (1 << 70, 1)}, "no valid storage and shape"),
+    "many strides": ({"strides": (1,) * 1000}, "no valid storage and shape"),
+    "no offset": ({"offset": "0"}, "no valid strides and offset"),
     "strides": ({"strides": (7, 1)}, "does not lie"),
-    "negative strides": ({"strides": (-6, 1)}, "no proper storage and shape"),
-    "few strides": ({"strides": (1,)}, "no proper strides"),
+    "negative strides": ({"strides": (-6, 1)}, "no valid storage and shape"),
+    "few strides": ({"strides": (1,)}, "no valid strides"),
     "no strides": (
         {"strides": "x"},
-        "no proper storage and shape",
+        "no valid storage and shape",
     ),
 }
 
@@ -269,9 +272,9 @@ def test_wrong_storages(tmp_path):
         torch_file(tmp_path, {"x": torch_entry((4, 6), "F32", "0")}, BYTES[:92])
     with pytest.raises(CheckpointError, match="the storage of 'x' is missing"):
         torch_file(tmp_path, {"x": torch_entry((4, 6), "F32", "../0")})
-    with pytest.raises(CheckpointError, match="'x' is no tensor but a int"):
+    with pytest.raises(CheckpointError, match="'x' is a int, expected a tensor"):
         torch_file(tmp_path, {"x": b"K\x01"})
-    with pytest.raises(CheckpointError, match="'x' is no tensor but a dict"):
+    with pytest.raises(CheckpointError, match="'x' is a dict, expected a tensor"):
         torch_file(tmp_path, {"x": b"}"})
     with pytest.raises(CheckpointError, match="not a dictionary of tensors"):
         torch_file(tmp_path, {})

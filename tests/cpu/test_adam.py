@@ -14,10 +14,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_rgemma.cpu import numba_runtime
 from mlx_rgemma.cpu.adam import fuse_adam
-from mlx_rgemma.tuner.data.batch import Batch
+from mlx_rgemma.tuner.data.packing import Batch
 from mlx_rgemma.tuner.loss import batch_loss
-from mlx_rgemma.tuner.optim import adamw
-from mlx_rgemma.tuner.optimizers import make_optimizer
+from mlx_rgemma.tuner.optim import adamw, make_optimizer
 
 
 @pytest.fixture

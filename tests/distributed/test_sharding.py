@@ -16,7 +16,7 @@ from thread_group import ThreadGroup, run_threads
 
 from mlx_rgemma import GriffinConfig, Model
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
-from mlx_rgemma.checkpoints.sharded_reader import read_parts
+from mlx_rgemma.checkpoints.sharded_reader import read_shards
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.sharding import (
     gather_state,
@@ -244,7 +244,7 @@ def test_parts_are_read_from_the_files_as_they_would_be_cut(rank):
     weights: dict[str, mx.array] = {}
     for file in folder.files:
         weights.update(mx.load(str(file)))
-    parts = read_parts(whole.sanitize(weights), folder.tensors, rank, 2)
+    parts = read_shards(whole.sanitize(weights), folder.tensors, rank, 2)
     cut = 0
     for name, value in tree_flatten(whole.parameters()):
         expected = local_shard(name, value, rank, 2)

@@ -13,7 +13,7 @@ from mlx_rgemma import GriffinConfig, convert, load
 from mlx_rgemma.checkpoints.save import save_model
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.evaluation import perplexity as measures
-from mlx_rgemma.evaluation.perplexity import Reference, Rows, encode_rows, measure
+from mlx_rgemma.evaluation.perplexity import Reference, TokenizedText, measure, tokenize_documents
 from mlx_rgemma.evaluation.report import (
     Result,
     Size,
@@ -30,9 +30,9 @@ from mlx_rgemma.io.text import read_documents
 
 @pytest.fixture(scope="module")
 def rows():
-    """Rows of unequal length, longer than the window of 16 and than a chunk."""
+    """TokenizedText of unequal length, longer than the window of 16 and than a chunk."""
     rng = np.random.default_rng(0)
-    return Rows([rng.integers(3, 97, n).tolist() for n in (2, 9, 40, 150)], 500)
+    return TokenizedText([rng.integers(3, 97, n).tolist() for n in (2, 9, 40, 150)], 500)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def rounded_model():
 def directly(model, rows, other=None):
     """The same figures from whole rows, one at a time, in float64."""
     nats, kl, same = [], [], []
-    for row in rows.tokens:
+    for row in rows.sequences:
         logp = [log_softmax64(m, row) for m in (model, other) if m is not None]
         nats.append(-logp[0][np.arange(len(row) - 1), row[1:]])
         if other is not None:
@@ -71,7 +71,7 @@ def log_softmax64(model, row):
 @pytest.mark.parametrize("tokens_at_once", [4, 256])
 def test_against_whole_rows(monkeypatch, rows, models, batch_size, tokens_at_once):
     monkeypatch.setattr(measures, "TOKENS_AT_ONCE", tokens_at_once)
-    rows = Rows(rows.tokens, rows.nbytes, batch_size)
+    rows = TokenizedText(rows.sequences, rows.nbytes, batch_size)
     found = measure(models[0], rows, Reference(models[1], rows))
     perplexity, error, kl, same = directly(*models[:1], rows, models[1])
     assert found.tokens == rows.predicted == 197
@@ -108,7 +108,7 @@ def test_memory_does_not_grow_with_the_text():
     rng = np.random.default_rng(1)
     peaks = []
     for length in (1000, 4000):
-        rows = Rows([rng.integers(3, 97, length).tolist()], 1)
+        rows = TokenizedText([rng.integers(3, 97, length).tolist()], 1)
         found = []
         for _ in range(4):  # MLX's thread lets go of arrays earlier or later
             mx.clear_cache()
@@ -130,18 +130,18 @@ def test_models_of_different_vocabularies(rows, models):
 def test_rows():
     _, tokenizer = load()
     texts = ["Once upon a time.", "The cat sat on the mat and slept."]
-    rows = encode_rows(tokenizer, texts)
-    assert rows.tokens == [[*tokenizer.encode(t), tokenizer.eos_token_id] for t in texts]
-    assert rows.tokens[0][0] == tokenizer.bos_token_id
+    rows = tokenize_documents(tokenizer, texts)
+    assert rows.sequences == [[*tokenizer.encode(t), tokenizer.eos_token_id] for t in texts]
+    assert rows.sequences[0][0] == tokenizer.bos_token_id
     assert rows.nbytes == sum(len(t) + 1 for t in texts)
-    cut = encode_rows(tokenizer, texts, sequence_length=5)
-    stream = [token for row in rows.tokens for token in row]
+    cut = tokenize_documents(tokenizer, texts, sequence_length=5)
+    stream = [token for row in rows.sequences for token in row]
     assert [t for row in cut.tokens for t in row] == stream[: len(stream) // 5 * 5]
     assert {len(row) for row in cut.tokens} == {5}
-    some = encode_rows(tokenizer, texts, sequence_length=5, num_samples=2)
+    some = tokenize_documents(tokenizer, texts, sequence_length=5, num_samples=2)
     assert len(some.tokens) == 2 and all(row in cut.tokens for row in some.tokens)
-    with pytest.raises(UserError, match="holds no row of 500 tokens"):
-        encode_rows(tokenizer, texts, sequence_length=500)
+    with pytest.raises(UserError, match="holds no sequence of 500 tokens"):
+        tokenize_documents(tokenizer, texts, sequence_length=500)
 
 
 def test_size(tmp_path):
@@ -166,7 +166,7 @@ def test_size_of_the_released_shapes():
 def surveyed(tmp_path_factory):
     """The embedded model in several settings, on two of the stories."""
     _, tokenizer = load()
-    rows = encode_rows(tokenizer, read_documents()[:2])
+    rows = tokenize_documents(tokenizer, read_documents()[:2])
     settings = {
         "plain": {},
         "rgemma": {"quantize": True},
@@ -186,7 +186,7 @@ def test_survey(surveyed):
     assert list(entries) == ["plain", "rgemma", "4", "4, groups of 32", "5"]
     kl = {name: entry.quality.mean_kl for name, entry in entries.items()}
     assert kl["plain"] < 1e-9 < 0.005 < kl["5"] < kl["rgemma"] < kl["4"] < 0.2
-    assert "divides no matrix" in skipped["groups of 128"]
+    assert "divides no width" in skipped["groups of 128"]
     sizes = {name: entry.size.file_bytes for name, entry in entries.items()}
     assert sizes["plain"] > 2 * sizes["5"] > 2 * sizes["rgemma"] > 2 * sizes["4"]
 
@@ -207,7 +207,7 @@ def test_our_recipe_beats_equal_bits_of_its_size(surveyed):
 
 def test_table():
     size = Size(3_400_000_000, 3_300_000_000, 17_000_000, 2_700_000_000)
-    found = measure(golden_model("tiny-9b"), Rows([[1, 2, 3]], 9))
+    found = measure(golden_model("tiny-9b"), TokenizedText([[1, 2, 3]], 9))
     text = table([Result("a model", size, found)])
     assert [line.count("|") for line in text.splitlines()] == [6, 6, 6]
     assert "3.40 GB" in text and "9.78" in text and "mean KL" not in text
@@ -216,7 +216,7 @@ def test_table():
 def test_folders_are_measured_one_after_the_other(tmp_path):
     save_model(tmp_path / "half", load(dtype="bfloat16")[0], source=EMBEDDED)
     _, tokenizer = load()
-    rows = encode_rows(tokenizer, ["Once upon a time there was a cat."])
+    rows = tokenize_documents(tokenizer, ["Once upon a time there was a cat."])
     entry = measure_folder("half", tmp_path / "half", rows, reference_of(None, rows))
     assert entry.quality.mean_kl < 1e-9
     assert entry.as_dict()["bits_per_weight"] == 16.0

@@ -287,7 +287,7 @@ def test_a_used_cache_keeps_its_rows():
     model = golden_model("tiny-2b")
     cache = model.make_cache()
     model(mx.array([[5, 6]]), cache=cache)
-    with pytest.raises(ValueError, match="holds 1 sequences, the tokens are of 2"):
+    with pytest.raises(ValueError, match="holds 1 sequences, the tokens 2"):
         model(mx.array([[5], [6]]), cache=cache)
 
 

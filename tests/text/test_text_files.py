@@ -12,8 +12,8 @@ from mlx_rgemma.io import text as files
 from mlx_rgemma.io.text import read_documents
 
 LINES = {
-    "brackets": ("[" * 500_000, "line 1 is not JSON"),
-    "digits": ('{"text": ' + "9" * 5000 + "}", "line 1 is not JSON"),
+    "brackets": ("[" * 500_000, "line 1 is nested too deeply"),
+    "digits": ('{"text": ' + "9" * 5000 + "}", "line 1 has a number of too many digits"),
     "half a pair": (r'{"text": "\ud800"}', "line 1 holds half a surrogate pair"),
 }
 

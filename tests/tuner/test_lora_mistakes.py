@@ -35,10 +35,10 @@ def test_command_line_wins_over_the_file(tmp_path):
         ("optimizer: adamax\n", "expected one of adam, adamw, muon, sgd, adafactor"),
         ("train: 1\n", "train is 1, expected true or false"),
         ("model: [a]\n", r"model is \['a'\], expected text"),
-        ("learnin_rate: 1e-4\n", "no such setting: learnin_rate; did you mean learning_rate?"),
-        ("wandb: me\n", "no such setting: wandb; --help lists them"),
+        ("learnin_rate: 1e-4\n", "unknown setting learnin_rate; did you mean learning_rate?"),
+        ("wandb: me\n", "unknown setting wandb; --help lists them"),
         ("lora_parameters: 3\n", "lora_parameters is 3, expected rank, scale"),
-        ("lora_parameters: {rnak: 3}\n", "lora_parameters: no such setting: rnak; did you mean"),
+        ("lora_parameters: {rnak: 3}\n", "lora_parameters: unknown setting rnak; did you mean"),
         ("a: [\n", "not a YAML file"),
         ("just text\n", "expected lines of the form"),
     ],
@@ -126,7 +126,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, lines, flags, message):
     ],
 )
 def test_optimizers_that_cannot_be(settings, message):
-    from mlx_rgemma.tuner.optimizers import make_optimizer
+    from mlx_rgemma.tuner.optim import make_optimizer
 
     values = {"optimizer": "adam", "optimizer_config": {}, "learning_rate": 1e-4}
     with pytest.raises(UserError, match=message.replace("?", r"\?")) as error:

@@ -84,7 +84,7 @@ def test_several_data_sets_are_one(questions):
     [
         ({"path": None}, "hf_dataset: path is None, expected a name"),
         ({"path": "no/such/place"}, "hf_dataset: cannot be loaded"),
-        ({"train_splt": "train"}, "no such setting: train_splt; did you mean train_split?"),
+        ({"train_splt": "train"}, "unknown setting train_splt; did you mean train_split?"),
         ({"train_split": "nothing"}, "hf_dataset: cannot be loaded"),
         ({"prompt_feature": "prompt"}, "hf_dataset: cannot be loaded .*Unsupported data format"),
         ({"config": 3}, "config is 3, expected names with values"),

@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding
 from mlx_rgemma.ops import backend
 from mlx_rgemma.ops.backend import Backend
 from mlx_rgemma.tuner import loss
-from mlx_rgemma.tuner.data.batch import Batch
+from mlx_rgemma.tuner.data.packing import Batch
 from mlx_rgemma.tuner.dropout import add_dropout
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.loss import batch_loss, head_loss

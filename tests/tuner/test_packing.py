@@ -18,7 +18,7 @@ from mlx_rgemma.tuner.data.batches import (
     PackedDataset,
     PaddedBatches,
 )
-from mlx_rgemma.tuner.data.packing import Documents, best_fit_pack, build_row
+from mlx_rgemma.tuner.data.packing import Documents, best_fit_pack, build_sequence
 
 TEXTS = st.lists(st.lists(st.integers(4, 99), min_size=0, max_size=40), min_size=1, max_size=12)
 
@@ -54,36 +54,41 @@ def is_part(piece, document) -> bool:
 
 @settings(max_examples=60, deadline=None)
 @given(TEXTS, st.integers(1, 25))
-def test_whole_rows_hold_each_step_once(texts, row_length):
+def test_whole_rows_hold_each_step_once(texts, sequence_length):
     documents = Documents.of(texts)
-    rows = [build_row(documents, p, row_length) for p in best_fit_pack(documents.steps, row_length)]
+    rows = [
+        build_sequence(documents, p, sequence_length)
+        for p in best_fit_pack(documents.steps, sequence_length)
+    ]
     assert steps_in(rows) == steps_of(texts)
     for row in rows:
         for piece in pieces_in(row):
             assert any(is_part(piece, text) for text in texts)
     for text in texts:  # a document that fits is not cut
-        if 2 <= len(text) <= row_length + 1:
+        if 2 <= len(text) <= sequence_length + 1:
             assert any(text[:-1] == piece for row in rows for piece in pieces_in(row))
 
 
 @settings(max_examples=60, deadline=None)
 @given(TEXTS, st.integers(1, 25), st.integers(0, 5))
-def test_streamed_rows_are_full_and_hold_each_step_once_an_epoch(texts, row_length, seed):
+def test_streamed_rows_are_full_and_hold_each_step_once_an_epoch(texts, sequence_length, seed):
     documents = Documents.of(texts)
     total = int(documents.steps.sum())
-    if total < row_length:
-        with pytest.raises(UserError, match=f"{total} tokens, fewer than one row of {row_length}"):
-            ConcatDataset(documents, row_length, seed)
+    if total < sequence_length:
+        with pytest.raises(
+            UserError, match=f"{total} tokens, fewer than one sequence of {sequence_length}"
+        ):
+            ConcatDataset(documents, sequence_length, seed)
         return
-    rows = ConcatDataset(documents, row_length, seed)
+    rows = ConcatDataset(documents, sequence_length, seed)
     for epoch in (0, 1):
-        first = epoch * rows.rows_per_epoch
-        read = [rows[first + i] for i in range(rows.rows_per_epoch)]
+        first = epoch * rows.sequences_per_epoch
+        read = [rows[first + i] for i in range(rows.sequences_per_epoch)]
         assert all((row[2] == 1).all() for row in read)
         found, wanted = steps_in(read), steps_of(texts)
         for pair in found:
             wanted.remove(pair)
-        assert len(wanted) == total % row_length
+        assert len(wanted) == total % sequence_length
         for row in read:
             assert all(any(is_part(p, text) for text in texts) for p in pieces_in(row))
 
@@ -91,7 +96,7 @@ def test_streamed_rows_are_full_and_hold_each_step_once_an_epoch(texts, row_leng
 def test_prompts_are_read_and_not_predicted():
     documents = Documents.of([[5, 6, 7, 8], [9, 10, 11]], first_targets=[3, 1])
     (pieces,) = best_fit_pack(documents.steps, 8)
-    tokens, targets, mask, positions = build_row(documents, pieces, 8)
+    tokens, targets, mask, positions = build_sequence(documents, pieces, 8)
     assert tokens.tolist() == [5, 6, 7, 9, 10, 0, 0, 0]
     assert targets.tolist() == [6, 7, 8, 10, 11, 0, 0, 0]
     assert mask.tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
@@ -112,7 +117,7 @@ def test_the_order_is_a_function_of_the_step_alone():
     def batches():
         return DataLoader(MixtureDataset(sources(), [1, 2, 3], seed=4), batch_size=3)
 
-    forwards = [np.array(batches().rows[i]) for i in range(300)]
+    forwards = [np.array(batches().dataset[i]) for i in range(300)]
     one = batches()
     for step in reversed(range(100)):
         assert (
@@ -131,19 +136,19 @@ def test_sources_get_their_shares():
 
 def test_processes_share_rows():
     batch = DataLoader(sources()[0], batch_size=5)[3]
-    shares = [batch.share(rank, 2) for rank in (0, 1)]
+    shares = [batch.shard(rank, 2) for rank in (0, 1)]
     assert [share.shape for share in shares] == [(3, 10), (2, 10)]
     joined = mx.concatenate([share.targets for share in shares])
     assert (joined[mx.array([0, 3, 1, 4, 2])] == batch.targets).all()
-    with pytest.raises(ValueError, match="5 rows cannot be shared by 6 processes"):
-        batch.share(0, 6)
+    with pytest.raises(ValueError, match="5 sequences cannot be split by 6 ranks"):
+        batch.shard(0, 6)
 
 
 def test_whole_rows_are_shuffled_anew_in_each_epoch():
     documents = Documents.of([[i] * 7 for i in range(4, 40)])
     rows = PackedDataset(documents, 6, seed=0)
     epochs = [
-        [int(rows[e * rows.rows_per_epoch + i][0, 0]) for i in range(rows.rows_per_epoch)]
+        [int(rows[e * rows.sequences_per_epoch + i][0, 0]) for i in range(rows.sequences_per_epoch)]
         for e in (0, 1)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(4, 40))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.tuner.progress import ProgressLog, read_log, train_line
+from mlx_rgemma.tuner.loggers import ProgressLog, read_log, train_line
 
 INFO = {
     "iteration": 10,
@@ -46,7 +46,7 @@ def test_time_left_is_printed_and_not_logged(tmp_path):
 def test_a_log_that_is_none_is_one_line(line, tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"iteration": 1}\n' + line + '\n{"iteration": 3}\n')
-    with pytest.raises(UserError, match=r"log\.jsonl: line 2 is no report of training"):
+    with pytest.raises(UserError, match=r"log\.jsonl: line 2 is not a training report"):
         ProgressLog(log, 3)
     log.write_text('{"iteration": 1}\n' + line)
     assert read_log(log) == [{"iteration": 1}]  # cut off by a kill

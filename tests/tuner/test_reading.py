@@ -43,7 +43,7 @@ def refusal(call) -> str:
         (b'{"text": "\\ud800"}', "cannot be used"),
         (b'{"text": "' + b"x" * MAX_LINE_BYTES, "is longer than 16,000,000 bytes"),
         (b'{"text": "a"', "is not JSON (Expecting ',' delimiter)"),
-        (b'{"message": "a"}', "lacks what the first has: text"),
+        (b'{"message": "a"}', "lacks keys of the first line: text"),
     ],
     ids=lambda value: str(value[:12]),
 )

@@ -45,7 +45,7 @@ LAUGHS = "\n".join(
         ("1: 2", "line 1: a key that is no text"),
         ('"\\UFFFFFFFF": 1', "an invalid escape"),
         ("iters: 1\niters: 2", "line 2: the same key twice"),
-        ("x" * 1000 + ": 1", "no such setting: xxx"),
+        ("x" * 1000 + ": 1", "unknown setting xxx"),
         ("iters: " + "x" * 100_000, "iters is 'xxx"),
         ("#" * (MAX_BYTES + 1), "200,001 bytes, expected at most 200,000"),
         (b"iters: \xff", "not UTF-8 text"),
@@ -67,7 +67,7 @@ def test_devices_and_pipes_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path / "pipe", "/dev/zero", tmp_path):
         with pytest.raises(UserError, match="not a regular file"):
-            train.read_recipe(["-c", str(file)])
+            train.read_config(["-c", str(file)])
         with pytest.raises(UserError, match="not a regular file"):
             lora.settings(lora.build_parser().parse_args(["-c", str(file)]))
 

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_rgemma import GriffinConfig, Model
 from mlx_rgemma.adapters.files import AdapterConfig, add_adapters
 from mlx_rgemma.griffin.config import PRESETS
-from mlx_rgemma.tuner.data.batch import Batch
+from mlx_rgemma.tuner.data.packing import Batch
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.memory_estimate import lora_step

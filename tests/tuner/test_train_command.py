@@ -213,7 +213,7 @@ def test_mistakes(text, trained, tmp_path, capsys):
     [
         ("iters: many", "iters is 'many', expected an integer"),
         ("iters: 0", "iters is 0: 0 is not at least 1"),
-        ("itres: 5", "no such setting: itres; did you mean iters?"),
+        ("itres: 5", "unknown setting itres; did you mean iters?"),
         ("shape: huge", "shape is 'huge', expected one of tiny, small, 2b, 9b"),
         ("whole_files: 1", "whole_files is 1, expected true or false"),
         ("data: [[a]]", "data is [['a']], expected text, or a list of texts"),
@@ -268,10 +268,10 @@ def test_an_exploding_run_says_so(text, tmp_path, capsys):
 def test_the_recipe_of_the_embedded_model():
     """It can be read, and makes a model of the embedded one's shape."""
     from mlx_rgemma import load_model
-    from mlx_rgemma.train import read_recipe
+    from mlx_rgemma.train import read_config
 
     examples = Path(__file__).parents[2] / "examples" / "train"
-    recipe, _, _ = read_recipe(["-c", str(examples / "embedded.yaml")])
+    recipe, _, _ = read_config(["-c", str(examples / "embedded.yaml")])
     shape = recipe.config(vocab_size=2048).to_dict()
     embedded = load_model(None, lazy=True)[1].to_dict()
     assert shape == {k: v for k, v in embedded.items() if k not in ("dtype", "torch_dtype")}

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.tuner.config import TrainConfig
 from mlx_rgemma.tuner.data.batches import ConcatDataset, DataLoader, PackedDataset
 from mlx_rgemma.tuner.data.packing import Documents
 from mlx_rgemma.tuner.dropout import add_dropout
@@ -23,7 +24,6 @@ from mlx_rgemma.tuner.ema import EMA
 from mlx_rgemma.tuner.init import initial_a_param, initialize
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.optim import adamw, learning_rate_schedule, use_weight_decay
-from mlx_rgemma.tuner.pretrain_config import TrainConfig
 from mlx_rgemma.tuner.train_state import TrainingState, load_state, save_state
 from mlx_rgemma.tuner.trainer import Loop, LoopSettings, TrainingCallback, fit
 
@@ -140,11 +140,11 @@ def test_a_row_costs_what_its_documents_cost_alone():
     model = golden_model("tiny-2b")
     docs = documents()
     packed, alone = PackedDataset(docs, 64, seed=0), PackedDataset(docs, 64, seed=0)
-    alone.pieces = [[piece] for row in packed.pieces for piece in row]
-    assert len(alone.pieces) > len(packed.pieces)
+    alone.spans = [[span] for spans in packed.spans for span in spans]
+    assert len(alone.spans) > len(packed.spans)
 
     def total(rows) -> float:
-        losses = [batch_loss(model, DataLoader(rows, 1)[i])[0] for i in range(len(rows.pieces))]
+        losses = [batch_loss(model, DataLoader(rows, 1)[i])[0] for i in range(len(rows.spans))]
         return float(sum(losses).item())
 
     assert total(packed) == pytest.approx(total(alone), rel=2e-6)

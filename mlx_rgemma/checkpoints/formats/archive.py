@@ -1,4 +1,4 @@
-"""Tar archives as they are downloaded, unpacked so that nothing leaves its folder."""
+"""Safe unpacking of downloaded tar archives."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mlx_rgemma.io.safetensors import RECOVERY_HINT
 
 MAX_MEMBERS = 20_000
 MAX_HEADER_BYTES = 100_000
-"""Bytes of the headers before a member: its name in Unicode takes 1.5 kB."""
+"""Bytes of the headers before a member; a Unicode name needs 1.5 kB."""
 
 MAX_HEADERS_BYTES = 64_000_000
 MAX_NAME, MAX_LEVELS = 1000, 30
 
 MAX_RATIO = 10
-"""Weights are nearly random bits, and hardly become smaller when they are compressed."""
+"""Ratio of unpacked to packed size: weights hardly compress."""
 
 MIN_LIMIT = 100_000_000
-"""Any archive may hold as many bytes."""
+"""Unpacked size that is allowed in any case."""
 
 BLOCK = 512
 COPIED_TOGETHER = 1 << 22
@@ -42,21 +42,21 @@ def unpack(
 ) -> None:
     """Unpack a tar or tar.gz archive.
 
-    Only files and folders are unpacked, and only below `folder`; the archive is read once, to its
-    end, and its checksums are verified. A member is checked before a byte of it is written.
+    Only regular files and folders below `folder` are unpacked; the archive is read once, to its
+    end, and its checksums are verified. A member is checked before it is written.
 
     Args:
         archive: The archive.
         folder: An empty folder.
-        advance: Told how many bytes of the archive were read.
+        advance: Receives the bytes read of the archive, for a progress bar.
 
     Raises:
-        CheckpointError: If the archive is damaged, holds what would leave the folder, links or
-            devices, or more than a model can be, or the disk has not enough room.
+        CheckpointError: If the archive is damaged or too large, has a path out of the folder, a
+            link or a device, or the disk has not enough room.
     """
     size = archive.stat().st_size
     limit = max(MAX_RATIO * size, MIN_LIMIT)
-    check_room(folder, size)  # weights hardly shrink; each member is checked again
+    check_room(folder, size)  # each member is checked again
     try:
         with open_regular(archive) as raw:
             zipped = raw.read(2) == GZIP
@@ -66,7 +66,7 @@ def unpack(
             end = headers = count = 0
             stream.expect_header()  # opening reads the first
             with tarfile.open(fileobj=stream, mode="r|", bufsize=COPIED_TOGETHER) as members:
-                # tarfile reads headers of any size into memory, and past them, a buffer at a time.
+                # tarfile reads headers of any size into memory: bound them.
                 while True:
                     stream.expect_header()
                     member = members.next()
@@ -85,8 +85,8 @@ def unpack(
     except DAMAGE as error:
         raise _damaged(archive, reason(error)) from error
     if stream.content_end > end or stream.position < end + BLOCK:
-        # tarfile takes a broken header for the end.
-        raise _damaged(archive, f"it breaks off after {end} bytes")
+        # tarfile stops at a broken header as at the end.
+        raise _damaged(archive, f"it is truncated after {end} bytes")
 
 
 def _unpack_member(
@@ -98,7 +98,7 @@ def _unpack_member(
     if name.is_absolute() or ".." in name.parts or "\0" in member.name:
         raise _refused(archive, member, "leads out of the archive's folder")
     if not (member.isreg() or member.isdir()) or member.issparse():
-        raise _refused(archive, member, "is no plain file or folder")
+        raise _refused(archive, member, "is not a regular file or folder")
     target = folder.joinpath(*name.parts)
     if member.isdir():
         target.mkdir(parents=True, exist_ok=True)
@@ -127,22 +127,22 @@ def _refused(archive: Path, member: tarfile.TarInfo, why: str) -> CheckpointErro
 
 
 def _damaged(archive: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{archive}: not a sound archive: {what}; {RECOVERY_HINT}.")
+    return CheckpointError(f"{archive}: not a valid archive: {what}; {RECOVERY_HINT}.")
 
 
 def _too_large(archive: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{archive}: unpacks to {what}, which no model is that takes"
-        f" {gigabytes(archive.stat().st_size)} packed; this is refused."
+        f"{archive}: unpacks to {what}, but has only {gigabytes(archive.stat().st_size)}; this is"
+        " refused."
     )
 
 
 class _Stream:
-    """A stream that knows how far it was read, and where the last byte was that is not zero.
+    """Stream with limits, which records its position and that of the last nonzero byte.
 
     Attributes:
-        limit: Bytes that may be read in all.
-        end: Position up to which may be read at present, if that is bounded.
+        limit: Maximum of bytes in all.
+        end: Current maximum of the position, or None.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class _Stream:
         self.end: int | None = None
 
     def expect_header(self) -> None:
-        """Bound what is read until `end` is set again."""
+        """Limit the next reads to a header."""
         self.end = self.position + MAX_HEADER_BYTES + COPIED_TOGETHER
 
     def read(self, size: int) -> Any:

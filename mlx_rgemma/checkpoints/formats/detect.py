@@ -1,4 +1,4 @@
-"""What a path holds, found out by looking at it."""
+"""Detection of a checkpoint's format from its files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_rgemma.errors import CheckpointError, shortened
 from mlx_rgemma.io.reading import open_regular
 
 LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
-"""A torch file of before 1.6: its magic number, pickled."""
+"""Beginning of a torch file from before 1.6: its magic number, pickled."""
 
 ORBAX_FILES = ("_METADATA", "manifest.ocdbt", "_sharding")
 TORCH_NAMES = ("*.pt", "*.pth", "*.ckpt")
@@ -23,7 +23,7 @@ ARRAY = ".zarray"
 
 
 class CheckpointFormat(Enum):
-    """The formats that this package tells apart; the values are their names in messages."""
+    """Formats of checkpoints; the values are their names in messages."""
 
     FOLDER = "a folder in Hugging Face's layout"
     PYTORCH = "a checkpoint in Google's PyTorch format"
@@ -33,11 +33,11 @@ class CheckpointFormat(Enum):
 
 @dataclass(frozen=True)
 class Detected:
-    """What is there.
+    """A detected checkpoint.
 
     Attributes:
         kind: Its format.
-        path: The folder, the `.pt` file, the folder that Orbax wrote, or the archive.
+        path: The folder, `.pt` file, Orbax folder or archive.
     """
 
     kind: CheckpointFormat
@@ -45,18 +45,18 @@ class Detected:
 
 
 def detect_format(path: Path) -> Detected:
-    """Find out what a file or folder holds.
+    """Detect the format of a file or folder.
 
-    A folder that is no checkpoint itself may hold one: a `.pt` file or an archive as it was
-    downloaded, or the folder of a Flax checkpoint beside its tokenizer.
+    A folder may contain the checkpoint: a downloaded `.pt` file or archive, or the folder of a Flax
+    checkpoint beside its tokenizer.
 
     Raises:
-        CheckpointError: If there is nothing known, or more than one thing.
+        CheckpointError: If a file has an unknown format, or a folder several checkpoints.
     """
     if path.is_file():
         return Detected(_kind_of_file(path), path)
     if not path.is_dir() or (path / CONFIG).exists():
-        return Detected(CheckpointFormat.FOLDER, path)  # opening it says what is wrong
+        return Detected(CheckpointFormat.FOLDER, path)  # opening it reports any problem
     if _is_orbax(path):
         return Detected(CheckpointFormat.FLAX, path)
     if any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
@@ -75,10 +75,10 @@ def detect_format(path: Path) -> Detected:
 
 
 def refuse_unconverted(path: Path) -> None:
-    """Say how to convert a checkpoint that cannot be loaded as it is.
+    """Refuse a checkpoint that must be converted first.
 
     Raises:
-        CheckpointError: If it is in one of Google's formats, or an archive.
+        CheckpointError: If it is in one of Google's formats, or an archive; with the command.
     """
     found = detect_format(path)
     if found.kind is not CheckpointFormat.FOLDER:
@@ -89,16 +89,16 @@ def refuse_unconverted(path: Path) -> None:
 
 
 def _files(path: Path, names: Iterable[str]) -> list[Path]:
-    """Files of some names, but for hidden ones (a Mac's archives hold a `._x` for each x)."""
+    """Return files by pattern, without hidden ones (archives of a Mac have a `._x` for each x)."""
     found = (file for name in names for file in path.glob(name))
     return [file for file in found if file.is_file() and not file.name.startswith(".")]
 
 
 def _orbax_folders(path: Path) -> list[Path]:
-    """Orbax folders in a folder, also those that a step or an item's name lies around."""
+    """Return the Orbax folders in a folder, also inside a step's or an item's folder."""
     found = []
     for child in sorted(path.iterdir()):
-        with suppress(PermissionError):  # what cannot be looked at is not what was meant
+        with suppress(PermissionError):
             if not child.is_dir() or child.is_symlink():
                 continue
             if _is_orbax(child):
@@ -109,7 +109,7 @@ def _orbax_folders(path: Path) -> list[Path]:
 
 
 def _is_orbax(path: Path) -> bool:
-    """Whether a folder holds arrays that Orbax wrote."""
+    """Return whether a folder holds Orbax arrays."""
     if any((path / name).is_file() for name in ORBAX_FILES):
         return True
     return next(path.glob(f"*/{ARRAY}"), None) is not None
@@ -123,7 +123,7 @@ def _kind_of_file(path: Path) -> CheckpointFormat:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
     if start.startswith(LEGACY_TORCH):
         raise CheckpointError(
-            f"{path}: a PyTorch file of before version 1.6, which only unpickling could read; load"
+            f"{path}: a PyTorch file from before version 1.6, which only unpickling can read; load"
             " it with torch and save it again with torch.save."
         )
     if start.startswith(b"\x1f\x8b") or start[257:262] == b"ustar":
@@ -133,10 +133,10 @@ def _kind_of_file(path: Path) -> CheckpointFormat:
     if path.suffix == ".tar":
         return CheckpointFormat.ARCHIVE
     if any(path.match(name) for name in TORCH_NAMES):
-        return CheckpointFormat.PYTORCH  # damaged, which reading it says
+        return CheckpointFormat.PYTORCH  # damaged: reading it reports that
     raise CheckpointError(
-        f"{path}: a file of no known format; give the folder that holds the model, Google's .pt"
-        " file, or a .tar.gz archive as it was downloaded."
+        f"{path}: unknown format; give the folder of the model, Google's .pt file, or a downloaded"
+        " .tar.gz archive."
     )
 
 
@@ -144,9 +144,9 @@ def _is_torch_zip(path: Path) -> bool:
     try:
         with open_zip(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
-    except Exception:  # a damaged one, whatever zipfile makes of it
+    except Exception:  # damaged: zipfile raises many types
         return any(path.match(name) for name in TORCH_NAMES)
 
 
 def _refuse_zip(path: Path) -> CheckpointFormat:
-    raise CheckpointError(f"{path}: a zip archive; unpack it, and give the folder.")
+    raise CheckpointError(f"{path}: a zip archive; unpack it and give the folder.")

@@ -1,4 +1,4 @@
-"""Google's own checkpoints: their names and layouts, and what they do not say of the model."""
+"""Google's checkpoints: names, layouts, and settings that are missing in them."""
 
 from __future__ import annotations
 
@@ -15,52 +15,35 @@ from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.schema import FLOATS, TensorSpec, expected_tensors
 from mlx_rgemma.errors import CheckpointError, ConfigError, shortened
 from mlx_rgemma.griffin.config import ATTENTION, PRESETS, RECURRENT, GriffinConfig
+from mlx_rgemma.griffin.parameters import A_PARAM, MODULES, Role
 from mlx_rgemma.io.safetensors import MLX_NAME, TensorInfo
 
-NAMES = {
-    "model.embed_tokens.weight": "embedder.input_embedding",
-    "model.final_norm.weight": "final_norm.scale",
+RG_LRU_NAMES = {
+    A_PARAM: "a_param",
+    "input_gate_weight": "input_gate.w",
+    "input_gate_bias": "input_gate.b",
+    "recurrent_gate_weight": "a_gate.w",
+    "recurrent_gate_bias": "a_gate.b",
 }
-BLOCK_NAMES = {
-    "temporal_pre_norm.weight": "temporal_pre_norm.scale",
-    "channel_pre_norm.weight": "channel_pre_norm.scale",
-    "temporal_block.linear_x": "recurrent_block.linear_x",
-    "temporal_block.linear_y": "recurrent_block.linear_y",
-    "temporal_block.linear_out": "recurrent_block.linear_out",
-    "temporal_block.conv_1d.weight": "recurrent_block.conv_1d.w",
-    "temporal_block.conv_1d.bias": "recurrent_block.conv_1d.b",
-    "temporal_block.rg_lru.recurrent_param": "recurrent_block.rg_lru.a_param",
-    "temporal_block.rg_lru.input_gate_weight": "recurrent_block.rg_lru.input_gate.w",
-    "temporal_block.rg_lru.input_gate_bias": "recurrent_block.rg_lru.input_gate.b",
-    "temporal_block.rg_lru.recurrent_gate_weight": "recurrent_block.rg_lru.a_gate.w",
-    "temporal_block.rg_lru.recurrent_gate_bias": "recurrent_block.rg_lru.a_gate.b",
-    "temporal_block.q_proj": "attention_block.proj_q",
-    "temporal_block.k_proj": "attention_block.proj_k",
-    "temporal_block.v_proj": "attention_block.proj_v",
-    "temporal_block.o_proj": "attention_block.proj_final",
-    "mlp_block.down_proj": "mlp_block.ffw_down",
-}
-"""Google's names of the tensors and, where there is no ending, of the linear layers."""
-
-BRANCHES = {"mlp_block.gate_proj": 0, "mlp_block.up_proj": 1}
-"""Parts of `mlp_block.ffw_up`, in which Google keeps both branches together."""
+"""Google's names of the RG-LRU's parameters."""
 
 BLOCK = re.compile(r"blocks\.(\d{1,6})\.")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 OPTION = {
     "attention_window_size": "--attention-window-size",
     "logits_soft_cap": "--logits-soft-cap",
     "embeddings_scale_by_sqrt_dim": "--embeddings-scale or --no-embeddings-scale",
 }
-"""The options of `convert` for what Google's formats do not hold."""
+"""Options of `convert` for settings that are missing in Google's formats."""
 
 
 @dataclass(frozen=True)
 class ConfigOverrides:
-    """What Google's formats do not say of a model; None where the user does not say it either.
+    """Settings that are missing in Google's formats, from the user; None if not given.
 
     Attributes:
         attention_window_size: W, the past keys that a query sees.
-        logits_soft_cap: Cap of the logits; 0 for none.
+        logits_soft_cap: Soft cap of the logits; 0 for none.
         embeddings_scale_by_sqrt_dim: Whether embeddings are multiplied by sqrt(hidden_size).
     """
 
@@ -69,19 +52,19 @@ class ConfigOverrides:
     embeddings_scale_by_sqrt_dim: bool | None = None
 
     @property
-    def stated(self) -> dict[str, Any]:
-        """What the user says."""
+    def provided(self) -> dict[str, Any]:
+        """The settings that are given."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
 
 class Store(Protocol):
-    """Google's tensors by Google's names: a `TorchFile` or an `OrbaxFolder`.
+    """Tensors by Google's names: a `TorchFile` or an `OrbaxFolder`.
 
     Attributes:
         path: The file or folder.
         tensors: Name, dtype and shape of each.
-        transposed_kernels: Whether linear layers are (in, out), and called `kernel`.
+        transposed_kernels: Whether weights of linear layers are (in, out) and named `kernel`.
     """
 
     path: Path
@@ -93,13 +76,13 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """Where Google keeps a tensor.
+    """Place of a parameter in Google's formats.
 
     Attributes:
         name: Google's name.
-        shape: The shape there.
-        part: Which part along the first axis, if not all of it.
-        transposed: Whether its axes are the other way round there.
+        shape: Google's shape.
+        part: Index along the first axis, if Google stacks several parameters.
+        transposed: Whether Google's axes are reversed.
     """
 
     name: str
@@ -109,45 +92,49 @@ class Place:
 
 
 def place(wanted: TensorSpec, transposed_kernels: bool) -> Place:
-    """Where Google keeps one of the model's tensors."""
-    name, shape = wanted.name, wanted.shape
-    if name in NAMES:
-        return Place(NAMES[name], shape)
-    _, _, number, rest = name.split(".", 3)
-    block = f"blocks.{number}."
-    layer, _, kind = rest.rpartition(".")
-    if layer in BRANCHES:
+    """Return the place of a parameter in Google's formats."""
+    path, _, kind = wanted.name.rpartition(".")
+    layer = LAYER.match(path)
+    block = f"blocks.{layer[1]}." if layer is not None else ""
+    shape, module = wanted.shape, MODULES[path.rpartition(".")[2]]
+    name = block + module.google
+    if module.role is Role.EMBEDDING:
+        return Place(name, shape)
+    if module.role is Role.NORM:
+        return Place(f"{name}.scale", shape)
+    if module.role is Role.RG_LRU:
+        return Place(f"{name}.{RG_LRU_NAMES[kind]}", shape)
+    if module.role is Role.CONV:
+        return (
+            Place(f"{name}.b", shape)
+            if kind == "bias"
+            else Place(f"{name}.w", shape[1::-1], None, True)
+        )
+    if module.google_index is not None:
         if kind == "bias":
-            return Place(f"{block}mlp_block.ffw_up.b", (2, 1, 1, *shape), BRANCHES[layer])
-        inner, width = shape
-        return Place(f"{block}mlp_block.ffw_up.w", (2, width, inner), BRANCHES[layer], True)
-    if rest in BLOCK_NAMES:
-        if rest.endswith("conv_1d.weight"):
-            channels, taps, _ = shape
-            return Place(block + BLOCK_NAMES[rest], (taps, channels), None, True)
-        return Place(block + BLOCK_NAMES[rest], shape)
-    linear = block + BLOCK_NAMES[layer]
-    if kind == "bias":
-        return Place(f"{linear}.bias", shape)
-    if transposed_kernels:
-        return Place(f"{linear}.kernel", shape[::-1], None, True)
-    return Place(f"{linear}.weight", shape)
+            return Place(f"{name}.b", (2, 1, 1, *shape), module.google_index)
+        return Place(f"{name}.w", (2, *shape[::-1]), module.google_index, True)
+    if kind == "weight" and transposed_kernels:
+        return Place(f"{name}.kernel", shape[::-1], None, True)
+    return Place(f"{name}.{kind}", shape)
 
 
-def open_google(store: Store, unsaid: ConfigOverrides) -> tuple[CheckpointFolder, str | None, str]:
-    """A checkpoint of Google's as one of Hugging Face's: names, shapes, a configuration.
+def open_google(
+    store: Store, overrides: ConfigOverrides
+) -> tuple[CheckpointFolder, str | None, str]:
+    """Open a checkpoint of Google's with Hugging Face's names, shapes and configuration.
 
     Returns:
-        The checkpoint; the released model whose shape it has, if any; and a sentence on where
-        the things that it does not hold were taken from.
+        The checkpoint; the released model of its shape, if any; and a note on the origin of the
+        missing settings.
 
     Raises:
-        CheckpointError: If tensors are missing, surplus or misshapen, or it is of no released
-            shape and `unsaid` does not say enough.
+        CheckpointError: If tensors are missing, surplus or misshapen, or settings are missing in
+            `overrides` and the shape is not a released one.
     """
     shape = _Shape(store).config()
-    config, released, said = _complete(store, shape, unsaid)
-    expected = tuple(expected_tensors(config))
+    config, released, note = _complete(store, shape, overrides)
+    expected = expected_tensors(config)
     places = {wanted.name: place(wanted, store.transposed_kernels) for wanted in expected}
     _check(store, places)
     tensors = {
@@ -163,11 +150,11 @@ def open_google(store: Store, unsaid: ConfigOverrides) -> tuple[CheckpointFolder
         value = value.view(getattr(mx, MLX_NAME[info.dtype]))
         return (mx.contiguous(value.T) if there.transposed else value).reshape(info.shape)
 
-    return CheckpointFolder(store.path, {}, config, tensors, read), released, said
+    return CheckpointFolder(store.path, {}, config, tensors, read), released, note
 
 
 def _check(store: Store, places: Mapping[str, Place]) -> None:
-    """Compare what is there with what should be, in Google's names."""
+    """Validate the tensors, by Google's names."""
     wanted = {there.name: there.shape for there in places.values()}
     problems = {
         "missing": [name for name in wanted if name not in store.tensors],
@@ -193,7 +180,7 @@ def _check(store: Store, places: Mapping[str, Place]) -> None:
 
 
 class _Shape:
-    """The sizes of a model, from the shapes of its tensors."""
+    """Sizes of a model, inferred from the shapes of its tensors."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -207,7 +194,7 @@ class _Shape:
         self.layers = len(numbers)
 
     def config(self) -> GriffinConfig:
-        """The configuration, without what shapes do not tell."""
+        """Return the configuration, without settings that shapes do not determine."""
         vocabulary, width = self._sizes("embedder.input_embedding", 2)
         _, _, inner = self._sizes("blocks.0.mlp_block.ffw_up.w", 3)
         types = [self._type(i) for i in range(self.layers)]
@@ -270,7 +257,7 @@ class _Shape:
 
 
 def _cycle(types: list[str]) -> tuple[str, ...]:
-    """The shortest list of blocks that, repeated, gives all of them."""
+    """Return the shortest list of blocks whose repetition gives all of them."""
     for length in range(1, len(types)):
         if all(types[i] == types[i % length] for i in range(len(types))):
             return tuple(types[:length])
@@ -278,10 +265,10 @@ def _cycle(types: list[str]) -> tuple[str, ...]:
 
 
 def _complete(
-    store: Store, shape: GriffinConfig, unsaid: ConfigOverrides
+    store: Store, shape: GriffinConfig, overrides: ConfigOverrides
 ) -> tuple[GriffinConfig, str | None, str]:
-    """Add what the shapes do not tell: from the released model of that shape, or the user."""
-    stated = unsaid.stated
+    """Add the missing settings: from the released model of that shape, or the user."""
+    stated = overrides.provided
     for name, released in PRESETS.items():
         known = {key: getattr(released, key) for key in OPTION}
         if replace(shape, **known, dtype=released.dtype) == released:
@@ -296,7 +283,7 @@ def _complete(
             f" soft cap and the embedding scale: give {', '.join(absent)}."
         )
     config = _stated(store, shape, stated)
-    return config, None, f"{_values(config)}: as the options say."
+    return config, None, f"{_values(config)}: from the options."
 
 
 def _stated(store: Store, shape: GriffinConfig, values: dict[str, Any]) -> GriffinConfig:

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: its configuration, and which file holds which tensor."""
+"""Checkpoint folders in Hugging Face's layout: configuration, index and headers."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safeten
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A folder in Hugging Face's layout; its files are whole, its tensors are not read yet.
+    """A folder in Hugging Face's layout with validated headers; its tensors are not read yet.
 
     Attributes:
         path: The folder.
-        values: Its `config.json` as it is, with the end-of-text tokens of its
-            `generation_config.json` added.
-        config: The same, read and checked.
+        values: Its `config.json`, with the end-of-text tokens of `generation_config.json` added.
+        config: The validated configuration.
         tensors: All tensors of its weight files, by name.
-        read: How a tensor is read, where the files are in another format.
+        read: Reader of a tensor, if the files are in another format.
     """
 
     path: Path
@@ -49,7 +48,7 @@ class CheckpointFolder:
         """Read the configuration and the headers of all weight files.
 
         Raises:
-            CheckpointError: If a file is missing, damaged or says what cannot be.
+            CheckpointError: If a file is missing or damaged, or the configuration is wrong.
         """
         if not path.exists():
             raise CheckpointError(f"{path}: no such folder.")
@@ -70,7 +69,7 @@ class CheckpointFolder:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's `config.json`; all tokens that it or `generation_config.json` stops on.
+    """Return a folder's `config.json`, with the end-of-text tokens of `generation_config.json`.
 
     Raises:
         CheckpointError: If there is no configuration or it is not a JSON object.
@@ -122,24 +121,23 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor, by an index that names files of its own folder only."""
+    """Return the file of each tensor from an index, which may name files of its folder only."""
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{path}: no 'weight_map'; {_INDEX_MEND}.")
+        raise CheckpointError(f"{path}: no 'weight_map'; {INDEX_HINT}.")
     for name, file in places.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: {shown(name)} is in {shown(file)}, which is no safetensors file."
+                f"{path}: {shown(name)} is in {shown(file)}, which is not a safetensors file."
             )
         if re.search(r"[/\\\0]", file):
             raise CheckpointError(
-                f"{path}: {shown(name)} is in {shown(file)}, outside of the folder; this is"
-                " refused."
+                f"{path}: {shown(name)} is in {shown(file)}, outside the folder; this is refused."
             )
     return places
 
 
-_INDEX_MEND = "download it again, or delete it if all weight files of the folder belong together"
+INDEX_HINT = "download it again, or delete it if all weight files of the folder belong together"
 
 
 def _check_index(path: Path, places: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
@@ -149,7 +147,7 @@ def _check_index(path: Path, places: dict[str, str], tensors: dict[str, TensorIn
     if wrong:
         raise CheckpointError(
             f"{path}: {_count(len(wrong), 'tensor')} not in the file it names:"
-            f" {shortened(f'{name} in {places[name]}' for name in wrong)}; {_INDEX_MEND}."
+            f" {shortened(f'{name} in {places[name]}' for name in wrong)}; {INDEX_HINT}."
         )
     unlisted = [
         f"{name} in {info.file.name}" for name, info in tensors.items() if name not in places
@@ -157,12 +155,12 @@ def _check_index(path: Path, places: dict[str, str], tensors: dict[str, TensorIn
     if unlisted:
         raise CheckpointError(
             f"{path}: {_count(len(unlisted), 'tensor')} not listed: {shortened(unlisted)};"
-            f" {_INDEX_MEND}."
+            f" {INDEX_HINT}."
         )
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder without an index."""
+    """Return the weight files of a folder without index."""
     for pattern in WEIGHT_FILES:
         files = sorted(folder.glob(pattern))
         if files:

@@ -1,4 +1,4 @@
-"""From a path to a checkpoint whose tensors can be read, whatever its format."""
+"""Opening a checkpoint of any format."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mlx_rgemma.tokenizers.load import SENTENCEPIECE
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A checkpoint that is ready to be read.
+    """An open checkpoint.
 
     Attributes:
-        source: Where it came from: where its tokenizer is, and what it is called.
+        source: Folder of its tokenizer, and its name.
         folder: Its configuration and tensors.
-        notes: What was found out by looking, one sentence each.
+        notes: Notes on the detected format, one sentence each.
     """
 
     source: Source
@@ -40,29 +40,28 @@ def open_checkpoint(
     path_or_repo: str | os.PathLike[str],
     revision: str | None,
     target: Path,
-    unsaid: ConfigOverrides | None = None,
+    overrides: ConfigOverrides | None = None,
     *,
     progress: bool = False,
 ) -> Iterator[OpenCheckpoint]:
-    """Find a checkpoint, see what format it has, and open it.
+    """Locate a checkpoint, detect its format, and open it.
 
     Args:
         path_or_repo: A folder, a file or a Hub repository.
         revision: Branch, tag or commit of a repository.
-        target: The folder that is going to be written; an archive is unpacked beside it, for as
-            long as it is read.
-        unsaid: What the user says of things that Google's formats do not hold.
+        target: The folder that will be written; an archive is unpacked beside it temporarily.
+        overrides: Settings that are missing in Google's formats.
         progress: Show a progress bar while an archive is unpacked.
 
     Raises:
-        UserError: If `unsaid` says something of a checkpoint that says it itself.
-        CheckpointError: If there is none, or it is damaged.
+        UserError: If `overrides` are given for a format that has these settings.
+        CheckpointError: If there is no checkpoint, or it is damaged.
     """
-    unsaid = unsaid or ConfigOverrides()
+    overrides = overrides or ConfigOverrides()
     source = locate(path_or_repo, revision)
     found = detect_format(source.folder)
     if found.kind is not CheckpointFormat.ARCHIVE:
-        yield _open(found, source, unsaid)
+        yield _open(found, source, overrides)
         return
     with scratch_directory(target) as scratch:
         try:
@@ -71,9 +70,9 @@ def open_checkpoint(
             if inside.kind is CheckpointFormat.ARCHIVE:
                 raise CheckpointError(f"{inside.path}: an archive in an archive.")
             name = found.path.name.split(".tar")[0].removesuffix(".tgz")
-            yield _open(inside, Source(inside.path, title=name), unsaid)
+            yield _open(inside, Source(inside.path, title=name), overrides)
         except UserError as error:
-            # The unpacked files are gone by the time that the user reads this.
+            # Name the archive: the unpacked files are temporary.
             raise type(error)(str(error).replace(str(scratch), str(found.path))) from error
 
 
@@ -86,7 +85,7 @@ def _unpack(archive: Path, scratch: Path, progress: bool) -> None:
 
 
 def _only_folder(folder: Path) -> Path:
-    """The folder itself, or, as long as a folder is all that it holds, that one."""
+    """Descend while a folder holds nothing but one other folder."""
     while detect_format(folder).kind is CheckpointFormat.FOLDER:
         children = [path for path in folder.iterdir() if not path.name.startswith(".")]
         if len(children) != 1 or not children[0].is_dir():
@@ -95,34 +94,34 @@ def _only_folder(folder: Path) -> Path:
     return folder
 
 
-def _open(found: Detected, source: Source, unsaid: ConfigOverrides) -> OpenCheckpoint:
+def _open(found: Detected, source: Source, overrides: ConfigOverrides) -> OpenCheckpoint:
     if found.kind is CheckpointFormat.FOLDER:
         checkpoint = CheckpointFolder.open(found.path)
-        if unsaid.stated:
-            options = ", ".join(OPTION[name].split(" ")[0] for name in unsaid.stated)
+        if overrides.provided:
+            options = ", ".join(OPTION[name].split(" ")[0] for name in overrides.provided)
             raise UserError(
-                f"{options}: only for Google's formats; {found.path} has a config.json that says"
-                " this itself."
+                f"{options}: only for Google's formats; {found.path} has a config.json, leave the"
+                " options out."
             )
         return OpenCheckpoint(source, checkpoint)
     store = (
         TorchFile(found.path) if found.kind is CheckpointFormat.PYTORCH else OrbaxFolder(found.path)
     )
-    checkpoint, released, said = open_google(store, unsaid)
+    checkpoint, released, note = open_google(store, overrides)
     title = _title(found, source, released)
-    notes = (f"This is {found.kind.value}.", said)
+    notes = (f"This is {found.kind.value}.", note)
     return OpenCheckpoint(Source(_beside(found.path), title=title), checkpoint, notes)
 
 
 def _beside(path: Path) -> Path:
-    """The folder where a checkpoint's tokenizer is: its own, or the one that it lies in."""
+    """Return the folder of a checkpoint's tokenizer: its own, or its parent."""
     if path.is_dir() and (path / SENTENCEPIECE).is_file():
         return path
     return Path(os.path.abspath(path)).parent
 
 
 def _title(found: Detected, source: Source, released: str | None) -> str:
-    """What the model is called: Google's archives are called 2b, 2b-it and so on."""
+    """Return the name of a model: Google's archives are named 2b, 2b-it and so on."""
     stem = found.path.resolve().name
     stem = stem.rpartition(".")[0] if found.kind is CheckpointFormat.PYTORCH else stem
     if released is None:

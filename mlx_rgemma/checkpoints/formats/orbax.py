@@ -1,6 +1,6 @@
-"""Flax checkpoints that Orbax wrote: OCDBT or a zarr folder for each array, without JAX.
+"""Flax checkpoints of Orbax (OCDBT, or a zarr folder per array), read without JAX.
 
-tensorstore, which Orbax writes them with, reads them: `pip install ".[flax]"` in a clone.
+They are read with tensorstore: `pip install ".[flax]"` in a clone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlx_rgemma.io.safetensors import RECOVERY_HINT, TensorInfo
 MANIFEST = "manifest.ocdbt"
 METADATA = "_METADATA"
 OUTER = "params."
-"""The level that some trees have around their parameters."""
+"""Outer level of some parameter trees."""
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MAX_FILES = 100_000
@@ -35,7 +35,7 @@ DETAILS = re.compile(r"\s*\[(source locations|tensorstore_spec)=.*", re.DOTALL)
 
 
 class OrbaxFolder:
-    """The arrays of an Orbax checkpoint, each read when it is asked for.
+    """Arrays of an Orbax checkpoint, read on demand.
 
     Attributes:
         path: The folder.
@@ -45,7 +45,7 @@ class OrbaxFolder:
     transposed_kernels = True
 
     def __init__(self, path: Path) -> None:
-        """Look at the arrays' own descriptions.
+        """Read the metadata of all arrays.
 
         Raises:
             CheckpointError: If tensorstore is missing, or the checkpoint is damaged.
@@ -62,10 +62,10 @@ class OrbaxFolder:
         self.tensors = {name: self._describe(name) for name in self._stored}
 
     def read(self, name: str, part: int | None = None) -> np.ndarray[Any, Any]:
-        """The bits of an array, or of one of its parts along the first axis.
+        """Read an array, or one index of its first axis.
 
         Returns:
-            An array of integers of the size of the dtype.
+            The bits, as integers of the size of the dtype.
 
         Raises:
             CheckpointError: If a chunk is missing or damaged.
@@ -75,12 +75,12 @@ class OrbaxFolder:
             array = self._open(self._stored[name])
             array = array if part is None else array[part]
             result = np.empty(array.shape, array.dtype.numpy_dtype)
-            # Chunks stay in the cache of this one array, so that it is copied in parts.
+            # Copy in parts: the cache holds the chunks of this array.
             rows = max(1, READ_TOGETHER // max(1, result[:1].nbytes))
             ends = range(rows, len(result) + rows, rows)
             for start, end in ((end - rows, min(end, len(result))) for end in ends):
                 result[start:end] = array[start:end].read().result()
-        except Exception as error:  # tensorstore's ValueErrors of many kinds
+        except Exception as error:  # tensorstore raises many types
             raise self._damaged(f"{name} cannot be read", error) from error
         return result.view(kind)
 
@@ -104,7 +104,7 @@ class OrbaxFolder:
         return sorted(names)
 
     def _compare_with_list(self, names: list[str]) -> None:
-        """Compare what is there with Orbax's own list of the tree, where there is one."""
+        """Compare the arrays with Orbax's list of the tree, if there is one."""
         path = self.path / METADATA
         if not path.is_file():
             return
@@ -130,9 +130,9 @@ class OrbaxFolder:
             raise self._damaged(f"{name} cannot be opened", error) from error
         chunks = array.chunk_layout.read_chunk.shape or ()
         if any(n % chunk for n, chunk in zip(array.shape, chunks, strict=True)):
-            # What Orbax writes are shards, all of one size.
+            # Orbax writes shards of one size.
             raise CheckpointError(
-                f"{self.path}: {name} is {list(array.shape)}, no integer of its chunks"
+                f"{self.path}: {name} is {list(array.shape)}, not a multiple of its chunks"
                 f" {list(chunks)}; {RECOVERY_HINT}."
             )
         dtype = DTYPES.get(array.dtype.name, array.dtype.name)
@@ -164,9 +164,9 @@ class OrbaxFolder:
 
 
 def _check_files(path: Path) -> None:
-    """Refuse links that leave a folder, devices and pipes, and more files than arrays need.
+    """Refuse links out of a folder, devices and pipes, and too many files.
 
-    In the cache of the Hugging Face Hub, files are links to the blobs of the same repository.
+    In the cache of the Hugging Face Hub, files are links to blobs of the same repository.
     """
     root = path.resolve()
     snapshots = next((parent for parent in root.parents if parent.name == "snapshots"), None)

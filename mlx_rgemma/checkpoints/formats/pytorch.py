@@ -1,8 +1,8 @@
-"""PyTorch checkpoints, read without PyTorch and without running what is pickled in them.
+"""PyTorch checkpoints, read without PyTorch and without unpickling.
 
-A `.pt` file is a zip archive, nothing in it compressed: `data.pkl` says which tensors there are
-and `data/<key>` holds the bytes of a storage that they lie in. Unpickling could call anything that
-is importable; `torch_pickle` interprets the pickle instead.
+A `.pt` file is an uncompressed zip archive: `data.pkl` describes the tensors, and `data/<key>` holds
+the bytes of a storage. Unpickling can call any importable function; `torch_pickle` interprets the
+pickle instead.
 """
 
 from __future__ import annotations
@@ -23,24 +23,21 @@ from mlx_rgemma.io.reading import open_regular, reason
 from mlx_rgemma.io.safetensors import ITEM_SIZE, MAX_DIMENSIONS, RECOVERY_HINT, TensorInfo
 
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
-"""Whole numbers of the size of each dtype that weights have."""
+"""Unsigned integers of the size of each dtype of weights."""
 
 MAX_PICKLE_BYTES = 4_000_000
 MAX_SIZE = 1 << 48
 """Limit of sizes, strides and offsets, in elements."""
 
 READ_TOGETHER = 1 << 22
-"""Bytes read at once; a directory of 50,000 entries takes as much."""
+"""Bytes read at once; the size of a directory of 50,000 entries."""
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 LOCAL_MAGIC = b"PK\x03\x04"
 
 
 class _LimitedReader:
-    """A file of which no more than `READ_TOGETHER` bytes are read at once.
-
-    zipfile reads a directory of any size into memory.
-    """
+    """File that limits each read to `READ_TOGETHER` bytes: zipfile reads a whole directory."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -49,9 +46,9 @@ class _LimitedReader:
         return getattr(self._file, name)
 
     def read(self, size: int = -1) -> bytes:
-        most = READ_TOGETHER + 1
-        data = self._file.read(most if size < 0 else min(size, most))
-        if len(data) == most:
+        maximum = READ_TOGETHER + 1
+        data = self._file.read(maximum if size < 0 else min(size, maximum))
+        if len(data) == maximum:
             raise ValueError(f"its directory has more than {READ_TOGETHER:,} bytes")
         return data
 
@@ -61,15 +58,15 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open a zip archive with a directory of bounded size.
 
     Raises:
-        CheckpointError: If the file is missing or no regular file.
-        ValueError: If its directory is too large. zipfile raises others where it is damaged.
+        CheckpointError: If the file is missing or not a regular file.
+        ValueError: If its directory is too large. zipfile raises other types for damaged files.
     """
     with open_regular(path) as file, zipfile.ZipFile(_LimitedReader(file)) as archive:
         yield archive
 
 
 class TorchFile:
-    """The tensors of a `.pt` file, each read when it is asked for.
+    """Tensors of a `.pt` file, read on demand.
 
     Attributes:
         path: The file.
@@ -93,19 +90,18 @@ class TorchFile:
         }
 
     def read(self, name: str, part: int | None = None) -> np.ndarray[Any, Any]:
-        """The bits of a tensor, or of one of its parts along the first axis.
+        """Return a tensor, or one index of its first axis.
 
         Returns:
-            An array of integers of the size of the dtype, which reads the file where it is
-            looked at.
+            The bits, as integers of the size of the dtype; a memory map.
 
         Raises:
-            CheckpointError: If the bytes of the tensor do not have the checksum that they should.
+            CheckpointError: If the checksum of its storage is wrong.
         """
         return self._guarded(lambda: self._read(name, part))
 
     def _guarded(self, work: Callable[[], Any]) -> Any:
-        """Do something with the file, and make whatever it stumbles over one line."""
+        """Run `work` on the file, and turn errors into one line."""
         try:
             return work()
         except CheckpointError:
@@ -116,14 +112,14 @@ class TorchFile:
             ) from error
         except ForbiddenName as error:
             raise CheckpointError(
-                f"{self.path}: its pickle asks for {error}; only tensors and dictionaries of them"
+                f"{self.path}: its pickle names {error}; only tensors and dictionaries of tensors"
                 " are read, nothing else is loaded or run."
             ) from error
         except Exception as error:  # zipfile and pickletools raise many types for damaged files
             raise self._damaged(reason(error)) from error
 
     def _damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: not a sound PyTorch file: {what}; {RECOVERY_HINT}.")
+        return CheckpointError(f"{self.path}: not a valid PyTorch file: {what}; {RECOVERY_HINT}.")
 
     def _open(self) -> None:
         with open_zip(self.path) as archive:
@@ -140,11 +136,11 @@ class TorchFile:
                 self._check_entry(name)
             order = self._prefix + "byteorder"
             if order in self._entries and self._entries[order].file_size > 16:
-                raise self._damaged("byteorder is too large for a word")
+                raise self._damaged("byteorder is too large")
             if order in self._entries and archive.read(order).strip() != b"little":
                 raise CheckpointError(f"{self.path}: written on a big-endian machine.")
             if self._entries[pickles[0]].file_size > MAX_PICKLE_BYTES:
-                raise self._damaged("data.pkl is too large for names and shapes")
+                raise self._damaged(f"data.pkl has more than {MAX_PICKLE_BYTES:,} bytes")
             content = archive.read(pickles[0])
         values = read_pickle(content)
         if not isinstance(values, dict) or not values:
@@ -159,18 +155,17 @@ class TorchFile:
             raise self._damaged(f"{shown(name)} is larger than its place in the file")
 
     def _tensor(self, name: str, value: Any) -> Tensor:
-        """What the pickle says of a tensor, checked against its storage."""
+        """Validate the pickle's description of a tensor against its storage."""
         label = shown(name)
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{self.path}: {label} is no tensor but a {type(value).__name__}; expected is a"
-                " flat dictionary of tensors."
+                f"{self.path}: {label} is a {type(value).__name__}, expected a tensor."
             )
         storage, shape, strides = value.storage, value.shape, value.strides
         if not isinstance(storage, Storage) or not _sizes(shape) or not _sizes(strides):
-            raise self._damaged(f"{label} has no proper storage and shape")
+            raise self._damaged(f"{label} has no valid storage and shape")
         if len(shape) != len(strides) or not _is_size(value.offset):
-            raise self._damaged(f"{label} has no proper strides and offset")
+            raise self._damaged(f"{label} has no valid strides and offset")
         entry = self._entries.get(f"{self._prefix}data/{storage.key}")
         if entry is None:
             raise self._damaged(f"the storage of {label} is missing")
@@ -202,7 +197,7 @@ class TorchFile:
         return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
 
     def _begin(self, entry: zipfile.ZipInfo) -> int:
-        """Where the bytes of an entry begin: behind its own header, which is looked at."""
+        """Return the offset of an entry's bytes, after its local header, which is checked."""
         with self.path.open("rb") as file:
             file.seek(entry.header_offset)
             header = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
@@ -212,7 +207,7 @@ class TorchFile:
         return begin
 
     def _check_sum(self, entry: zipfile.ZipInfo) -> None:
-        """Compare a storage with its CRC-32, as zipfile does at the end of what it reads."""
+        """Verify the CRC-32 of a storage, which zipfile does at the end of reading."""
         with open_zip(self.path) as archive, archive.open(entry) as file:
             while file.read(READ_TOGETHER):
                 pass

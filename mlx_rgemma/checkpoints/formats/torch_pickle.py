@@ -1,9 +1,9 @@
-"""The pickle of a PyTorch checkpoint, interpreted without unpickling.
+"""Interpreter of a PyTorch checkpoint's pickle, without unpickling.
 
-`pickle` calls whatever a file names, hashes whatever it uses as a key, and makes room for any index
-that it states. The interpreter here knows the opcodes that describe dictionaries of tensors, and
-makes texts, numbers, tuples, lists, dictionaries and the two classes of this file. Nothing it makes
-is hashed but texts, called or imported, whatever its nesting.
+`pickle` calls any function that a file names, hashes any key, and allocates memory for any index.
+This interpreter knows only the opcodes that describe dictionaries of tensors. It creates texts,
+numbers, tuples, lists, dictionaries and the classes of this file; it calls and imports nothing, and
+hashes texts only.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
-"""What `torch` calls the storages of each dtype."""
+"""PyTorch's names of the storages of each dtype."""
 
 MAX_OPCODES = 500_000
-"""A tensor takes 32: the 9B model, with 628 tensors, 20,000."""
+"""A tensor needs 32; the 9B model, with 628 tensors, 20,000."""
 
 REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 ORDERED = ("collections", "OrderedDict")
@@ -61,12 +61,12 @@ class PickleError(ValueError):
 
 
 class ForbiddenName(PickleError):
-    """A pickle that names something that it would have run or imported."""
+    """A pickle that names a function or class that it would run or import."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name that a pickle uses; it is never looked up."""
+    """A name in a pickle; it is never resolved."""
 
     module: str
     name: str
@@ -78,7 +78,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage that a pickle names; nothing of it is checked yet."""
+    """A storage that a pickle describes, not validated."""
 
     dtype: str
     key: str
@@ -87,7 +87,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that a pickle describes; nothing of it is checked yet."""
+    """A tensor that a pickle describes, not validated."""
 
     storage: Any
     offset: Any
@@ -99,8 +99,8 @@ def read_pickle(content: bytes) -> Any:
     """Return the value that a pickle describes.
 
     Raises:
-        PickleError: If it needs anything else, or is too long.
-        ValueError: If it is no pickle.
+        PickleError: If it has other opcodes, or is too long.
+        ValueError: If it is not a pickle.
     """
     machine = _Machine()
     for opcode, argument, _ in islice(pickletools.genops(content), MAX_OPCODES):
@@ -155,7 +155,7 @@ class _Machine:
         return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
-        """Take everything above the last mark."""
+        """Pop everything above the last mark."""
         if not self.marks:
             raise PickleError("its pickle misses a mark")
         at = self.marks.pop()
@@ -231,7 +231,7 @@ class _Machine:
             if dtype is not None and isinstance(key, str) and type(length) is int:
                 self.stack.append(Storage(dtype, key, length))
                 return
-        raise PickleError("its pickle names a storage that torch has not")
+        raise PickleError("its pickle names an unknown kind of storage")
 
 
 OPCODES: dict[str, Callable[[_Machine], None]] = {
@@ -253,7 +253,7 @@ def _known(module: str, name: str) -> Global:
     """Return a name that pickles of tensors use.
 
     Raises:
-        ForbiddenName: If it is another one.
+        ForbiddenName: If it is another name.
     """
     if (module, name) in (ORDERED, REBUILD) or (module == "torch" and name in STORAGES):
         return Global(module, name)

@@ -1,7 +1,6 @@
-"""In which order a training run reads: a pure function of the seed and the step.
+"""Data sets and batches in an order that is a pure function of the seed and the step.
 
-So a run that is resumed needs to know its step and nothing else, however many processes share the
-rows.
+So a resumed run needs its step and nothing else, however many ranks split the batches.
 """
 
 from __future__ import annotations
@@ -12,59 +11,60 @@ from typing import Protocol
 import numpy as np
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.tuner.data.batch import Batch
 from mlx_rgemma.tuner.data.packing import (
+    Batch,
     Documents,
     Span,
     best_fit_pack,
-    build_row,
-    cut_row,
+    build_sequence,
+    slice_spans,
     stack_documents,
-    stack_rows,
+    stack_sequences,
 )
 
 
 class Batches(Protocol):
-    """Batches without end: `batches[step]`."""
+    """Endless batches: `batches[step]`."""
 
     def __getitem__(self, step: int) -> Batch: ...
 
 
-class Rows(Protocol):
-    """Rows without end: `rows[number]` is (4, row_length), see `build_row`."""
+class Dataset(Protocol):
+    """Endless sequences: `dataset[number]` is (4, sequence_length), see `build_sequence`."""
 
     def __getitem__(self, number: int) -> np.ndarray: ...
 
 
 class ConcatDataset:
-    """Full rows: in each epoch the documents are shuffled, laid end to end and cut.
+    """Full sequences: in each epoch the documents are shuffled, concatenated and split.
 
     Args:
-        documents: What is read.
-        row_length: Steps of a row.
-        seed: Of the order.
+        documents: The documents.
+        sequence_length: Steps per sequence.
+        seed: Seed of the order.
 
     Raises:
-        UserError: If the documents do not fill a row.
+        UserError: If the documents do not fill a sequence.
     """
 
-    def __init__(self, documents: Documents, row_length: int, seed: int) -> None:
-        self.documents, self.row_length, self.seed = documents, row_length, seed
+    def __init__(self, documents: Documents, sequence_length: int, seed: int) -> None:
+        self.documents, self.sequence_length, self.seed = documents, sequence_length, seed
         total = int(documents.steps.sum())
-        self.rows_per_epoch = total // row_length
-        if not self.rows_per_epoch:
+        self.sequences_per_epoch = total // sequence_length
+        if not self.sequences_per_epoch:
             raise UserError(
-                f"the training text has {total} tokens, fewer than one row of {row_length}; give"
-                " more text or a smaller --context-length."
+                f"the training text has {total} tokens, fewer than one sequence of"
+                f" {sequence_length}; give more text or a smaller --context-length."
             )
         self._epoch = -1
 
     def __getitem__(self, number: int) -> np.ndarray:
-        epoch, row = divmod(number, self.rows_per_epoch)
+        epoch, index = divmod(number, self.sequences_per_epoch)
         if epoch != self._epoch:
             self._begin(epoch)
-        pieces = cut_row(self._order, self._ends, row, self.row_length)
-        return build_row(self.documents, pieces, self.row_length)
+        start = index * self.sequence_length
+        spans = slice_spans(self._order, self._ends, start, start + self.sequence_length)
+        return build_sequence(self.documents, spans, self.sequence_length)
 
     def _begin(self, epoch: int) -> None:
         rng = np.random.default_rng([self.seed, epoch])
@@ -74,84 +74,85 @@ class ConcatDataset:
 
 
 class PackedDataset:
-    """Rows that keep documents whole where they fit; in each epoch the rows are shuffled."""
+    """Packed sequences, with whole documents where they fit; shuffled in each epoch."""
 
-    def __init__(self, documents: Documents, row_length: int, seed: int) -> None:
-        self.documents, self.row_length, self.seed = documents, row_length, seed
-        self.pieces: list[list[Span]] = best_fit_pack(documents.steps, row_length)
-        if not self.pieces:
+    def __init__(self, documents: Documents, sequence_length: int, seed: int) -> None:
+        self.documents, self.sequence_length, self.seed = documents, sequence_length, seed
+        self.spans: list[list[Span]] = best_fit_pack(documents.steps, sequence_length)
+        if not self.spans:
             raise UserError("the training text has no token to predict.")
         self._epoch = -1
 
     @property
-    def rows_per_epoch(self) -> int:
-        """How many rows hold all documents once."""
-        return len(self.pieces)
+    def sequences_per_epoch(self) -> int:
+        """Number of sequences that hold all documents once."""
+        return len(self.spans)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        epoch, row = divmod(number, self.rows_per_epoch)
+        epoch, index = divmod(number, self.sequences_per_epoch)
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pieces))
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.spans))
             self._epoch = epoch
-        return build_row(self.documents, self.pieces[int(self._order[row])], self.row_length)
+        spans = self.spans[int(self._order[index])]
+        return build_sequence(self.documents, spans, self.sequence_length)
 
 
 class MixtureDataset:
-    """Rows of several sources in given shares.
+    """Mixture of several data sets, in given proportions.
 
     Args:
-        sources: The sources.
-        weights: The share of each; they are divided by their sum.
-        seed: Of the order in which they take turns.
+        datasets: The data sets.
+        weights: Weight of each; they are divided by their sum.
+        seed: Seed of the order.
     """
 
     PERIOD = 1000
-    """Rows in which every source gets its share exactly (to a thousandth)."""
+    """Sequences in which each data set has its share exactly, to a thousandth."""
 
-    def __init__(self, sources: Sequence[Rows], weights: Sequence[float], seed: int) -> None:
-        self.sources = list(sources)
+    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float], seed: int) -> None:
+        self.datasets = list(datasets)
         shares = np.cumsum(weights) / np.sum(weights)
         borders = np.round(np.concatenate([[0.0], shares]) * self.PERIOD).astype(int)
-        turns = np.repeat(np.arange(len(self.sources)), np.diff(borders))
+        turns = np.repeat(np.arange(len(self.datasets)), np.diff(borders))
         self._turns = np.random.default_rng([seed, len(turns)]).permutation(turns)
         self._counts = np.diff(borders)
         self._before = np.zeros(self.PERIOD, int)
-        for source in range(len(self.sources)):
-            chosen = self._turns == source
+        for dataset in range(len(self.datasets)):
+            chosen = self._turns == dataset
             self._before[chosen] = np.arange(chosen.sum())
 
     def __getitem__(self, number: int) -> np.ndarray:
-        period, place = divmod(number, self.PERIOD)
-        source = int(self._turns[place])
-        return self.sources[source][period * int(self._counts[source]) + int(self._before[place])]
+        period, index = divmod(number, self.PERIOD)
+        chosen = int(self._turns[index])
+        return self.datasets[chosen][period * int(self._counts[chosen]) + int(self._before[index])]
 
 
 class DataLoader:
-    """Batches of `batch_size` rows, in the order of the rows."""
+    """Batches of `batch_size` sequences of a data set, in its order."""
 
-    def __init__(self, rows: Rows, batch_size: int) -> None:
-        self.rows, self.batch_size = rows, batch_size
+    def __init__(self, dataset: Dataset, batch_size: int) -> None:
+        self.dataset, self.batch_size = dataset, batch_size
 
     def __getitem__(self, step: int) -> Batch:
         first = step * self.batch_size
-        return stack_rows([self.rows[first + i] for i in range(self.batch_size)])
+        return stack_sequences([self.dataset[first + i] for i in range(self.batch_size)])
 
 
 class PaddedBatches:
-    """One document a row, rows of like length together, as mlx-lm has it.
+    """Batches of one document per sequence, documents of similar length together, as in mlx-lm.
 
-    Documents are sorted by length and cut into batches once; each epoch shuffles the batches.
-    Rows are padded on the right to one more than a multiple of 32 tokens; documents longer than
-    `max_length` are cut off. The last batch is filled up with documents of the one before it.
+    Documents are sorted by length and divided into batches once; each epoch shuffles the batches.
+    Sequences are padded on the right to one more than a multiple of 32 tokens; documents longer
+    than `max_length` are truncated. The last batch is filled up from the one before it.
 
     Args:
-        documents: What is read.
-        batch_size: Rows of a batch.
-        max_length: Most tokens of a row.
-        seed: Of the order.
+        documents: The documents.
+        batch_size: Sequences per batch.
+        max_length: Tokens per sequence, at most.
+        seed: Seed of the order.
 
     Raises:
-        UserError: If there are fewer documents than rows in a batch.
+        UserError: If there are fewer documents than sequences in a batch.
     """
 
     PAD_TO = 32
@@ -170,14 +171,14 @@ class PaddedBatches:
 
     @property
     def batches_per_epoch(self) -> int:
-        """How many batches hold all documents."""
+        """Number of batches that hold all documents."""
         return len(self.batches)
 
     def __getitem__(self, step: int) -> Batch:
-        epoch, place = divmod(step, self.batches_per_epoch)
+        epoch, index = divmod(step, self.batches_per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.batches_per_epoch)
-        chosen = self.batches[int(order[place])]
+        chosen = self.batches[int(order[index])]
         steps = np.minimum(self.documents.steps[chosen], self.max_steps)
         length = min(self.PAD_TO * -(-int(steps.max()) // self.PAD_TO), self.max_steps)
-        pieces = [Span(int(d), 0, int(n)) for d, n in zip(chosen, steps, strict=True)]
-        return stack_documents([build_row(self.documents, [piece], length) for piece in pieces])
+        spans = [Span(int(d), 0, int(n)) for d, n in zip(chosen, steps, strict=True)]
+        return stack_documents([build_sequence(self.documents, [span], length) for span in spans])

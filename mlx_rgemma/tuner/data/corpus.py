@@ -1,4 +1,4 @@
-"""Texts to train on: files, folders, and shares of each."""
+"""Text files for pre-training: documents, weights, and the validation split."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.io.atomic import gigabytes
-from mlx_rgemma.io.memory import physical_memory
 from mlx_rgemma.io.reading import open_regular
+from mlx_rgemma.tuner.memory_estimate import physical_memory
 
 SUFFIXES = (".txt", ".txt.xz")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of text.
+    """A source of text.
 
     Attributes:
-        name: The file or folder it came from.
-        weight: Its share of the rows that are read, before division by the sum of all.
-        documents: Its texts.
+        name: Its file or folder.
+        weight: Its share of the training tokens, relative to the sum of all weights.
+        documents: Its documents.
     """
 
     name: str
@@ -34,20 +34,20 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of UTF-8."""
+        """Bytes of its documents in UTF-8."""
         return sum(len(document.encode()) for document in self.documents)
 
 
 def read_source(place: str, *, whole_files: bool = False) -> Source:
-    """Read a source, named as on the command line.
+    """Read a source of the command line.
 
     Args:
-        place: A `.txt` or `.txt.xz` file, or a folder of such files; ``PLACE=WEIGHT`` gives it a
-            share other than the size of its text.
+        place: A `.txt` or `.txt.xz` file, or a folder of them; ``PLACE=WEIGHT`` sets a weight
+            other than its size in bytes.
         whole_files: Each file is one document; otherwise blank lines separate documents.
 
     Raises:
-        UserError: If there is no such place, no text in it, or text that is not UTF-8.
+        UserError: If there is no such file or folder, or it holds no UTF-8 text.
     """
     name, weight = _split_weight(place)
     path = Path(name).expanduser()
@@ -60,28 +60,28 @@ def read_source(place: str, *, whole_files: bool = False) -> Source:
 
 
 def split_validation(source: Source, fraction: float) -> tuple[Source, tuple[str, ...]]:
-    """Set documents aside, chosen by their text alone: the same ones in every run.
+    """Split off validation documents, chosen by a hash of their text: the same in every run.
 
     Args:
         source: The source.
-        fraction: The share of documents set aside; of several documents at least one is.
+        fraction: Fraction of documents to split off; at least one of several documents.
 
     Returns:
-        The rest, and what was set aside.
+        The training source and the validation documents.
     """
     hashes = [zlib.crc32(document.encode()) for document in source.documents]
     border = fraction * 2**32
     if len(set(hashes)) > 1:
         border = max(border, min(hashes) + 1)
-    held = [d for d, found in zip(source.documents, hashes, strict=True) if found < border]
-    kept = [d for d, found in zip(source.documents, hashes, strict=True) if found >= border]
-    if not kept:
-        raise UserError(f"{source.name}: nothing is left to train on; hold out less of it.")
-    return Source(source.name, source.weight, tuple(kept)), tuple(held)
+    validation = [d for d, found in zip(source.documents, hashes, strict=True) if found < border]
+    training = [d for d, found in zip(source.documents, hashes, strict=True) if found >= border]
+    if not training:
+        raise UserError(f"{source.name}: nothing is left to train on; lower --valid-fraction.")
+    return Source(source.name, source.weight, tuple(training)), tuple(validation)
 
 
 def digest(documents: Iterable[str | bytes]) -> str:
-    """A short fingerprint of texts."""
+    """Return a short fingerprint of texts."""
     found = hashlib.sha256()
     for document in documents:
         data = document.encode() if isinstance(document, str) else document
@@ -116,7 +116,7 @@ def _files(path: Path) -> Sequence[Path]:
 def _documents(file: Path, whole: bool) -> list[str]:
     limit = physical_memory() // 4
     with open_regular(file) as raw:
-        # Decompressed piece by piece: a small file may hold more than memory does.
+        # Decompress up to a limit: a small file may expand beyond memory.
         packed = file.suffix == ".xz"
         try:
             with lzma.LZMAFile(raw) if packed else nullcontext(raw) as stream:
@@ -133,6 +133,6 @@ def _documents(file: Path, whole: bool) -> list[str]:
                 f"{file}: not UTF-8 text ({error.reason} in line {before + 1})."
             ) from error
         except (lzma.LZMAError, EOFError) as error:
-            raise UserError(f"{file}: not an xz file, or a damaged one.") from error
+            raise UserError(f"{file}: not an xz file, or damaged.") from error
     parts = [text] if whole else text.replace("\r\n", "\n").split("\n\n")
     return [part.strip() for part in parts if part.strip()]

@@ -1,8 +1,7 @@
-"""Data sets to fine-tune on, in mlx-lm's formats: chats, prompts with completions, texts."""
+"""Data sets for fine-tuning in mlx-lm's formats: chats, prompts with completions, texts."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,31 +12,28 @@ from typing import Any
 
 from mlx_rgemma.errors import UserError, shortened, shown
 from mlx_rgemma.io.hub import REPOSITORY
-from mlx_rgemma.io.reading import read_lines
+from mlx_rgemma.io.reading import parse_object, read_lines, reason
 from mlx_rgemma.tuner.config import check_keys
 from mlx_rgemma.tuner.data.packing import Documents
 
 SPLITS = ("train", "valid", "test")
 
 FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
-"""Names of a data set's columns, which a configuration file may set, too."""
+"""Names of a data set's columns, which a configuration file may set."""
 
 HUB_KEYS = ("path", "config", "train_split", "valid_split", "test_split", "mask_prompt", *FEATURES)
-"""What `hf_dataset` of a configuration file may say of each data set."""
-
-MAX_REASON = 200
-"""Characters of another library's message that are repeated."""
+"""Keys of each entry of `hf_dataset` in a configuration file."""
 
 
 def check_data(args: Any) -> None:
-    """See that there can be such data, before a model is loaded.
+    """Check the data arguments before a model is loaded.
 
     Args:
         args: mlx-lm's arguments: `data` (a folder with train, valid and test.jsonl, or a data set
             of the Hugging Face Hub) or `hf_dataset`, `train` and `test`.
 
     Raises:
-        UserError: Saying what is missing.
+        UserError: If an argument is missing or wrong.
     """
     for key in FEATURES:
         if not isinstance(name := getattr(args, key, ""), str):
@@ -64,17 +60,17 @@ def check_data(args: Any) -> None:
 
 
 def read_examples(args: Any, tokenizer: Any) -> dict[str, Documents]:
-    """Read and tokenize the data set that the arguments name.
+    """Read and tokenize the data set of the arguments.
 
     Args:
-        args: As for `check_data`, and `mask_prompt`, and the names of features.
+        args: As for `check_data`, and `mask_prompt` and the names of columns.
         tokenizer: mlx-lm's `TokenizerWrapper`.
 
     Returns:
-        The documents of "train", "valid" and "test"; none where the set has none.
+        The documents of "train", "valid" and "test", which may be empty.
 
     Raises:
-        UserError: If there is no such data, or it is not in one of the formats.
+        UserError: If the data set is missing or not in one of the formats.
     """
     check_data(args)
     folder = Path(args.data or "").expanduser()
@@ -93,7 +89,7 @@ def read_examples(args: Any, tokenizer: Any) -> dict[str, Documents]:
 
 @dataclass(frozen=True)
 class _Set:
-    """One of mlx-lm's data sets, or none, and where the user finds each of its examples."""
+    """One of mlx-lm's data sets, or an empty one, and the place of each example for messages."""
 
     examples: Any
     place: Callable[[int], str]
@@ -109,9 +105,8 @@ def _download(args: Any, tokenizer: Any) -> list[_Set]:
             sets = load_dataset(args, tokenizer)
     except ImportError as error:
         raise UserError(f"{name}: needs another package: pip install datasets.") from error
-    except Exception as error:  # whatever the Hub and its library find wrong
-        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
-        raise UserError(f"{name}: cannot be loaded ({reason.rstrip('.')}).") from error
+    except Exception as error:  # the Hub's library raises many types
+        raise UserError(f"{name}: cannot be loaded ({reason(error).rstrip('.')}).") from error
     return [
         _Set(_plain(found, tokenizer), partial(_number_in, split))
         for split, found in zip(SPLITS, sets, strict=True)
@@ -124,7 +119,7 @@ def _number_in(split: str, number: int) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a line for each time that the Hub is asked again."""
+    """Suppress the Hub library's line for each retry."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -135,7 +130,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _read_file(path: Path, args: Any, tokenizer: Any) -> _Set:
-    """One file of JSON lines."""
+    """Read a file of JSON lines."""
     from mlx_lm.tuner.datasets import create_dataset
 
     numbers: list[int] = []
@@ -144,10 +139,10 @@ def _read_file(path: Path, args: Any, tokenizer: Any) -> _Set:
         return found
     examples: list[dict[str, Any]] = []
     for number, line in read_lines(path):
-        example = _parsed(path, number, line)
+        example = parse_object(f"{path}: line {number}", line)
         if examples and (lacking := [key for key in examples[0] if key not in example]):
             raise UserError(
-                f"{path}: line {number} lacks what the first has: {shortened(lacking)}."
+                f"{path}: line {number} lacks keys of the first line: {shortened(lacking)}."
             )
         examples.append(example)
         numbers.append(number)
@@ -164,23 +159,8 @@ def _read_file(path: Path, args: Any, tokenizer: Any) -> _Set:
         ) from error
 
 
-def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
-    """Return the JSON object of a line."""
-    try:
-        example = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {number} is not JSON ({error.msg}).") from error
-    except RecursionError:
-        raise UserError(f"{path}: line {number} is nested too deeply.") from None
-    except ValueError as error:  # Python converts no integers of more than 4,300 digits
-        raise UserError(f"{path}: line {number} has a number of too many digits.") from error
-    if not isinstance(example, dict):
-        raise UserError(f"{path}: line {number} is no JSON object.")
-    return example
-
-
 def _plain(examples: Any, tokenizer: Any) -> Any:
-    """Without a chat template, a completion simply follows its prompt."""
+    """Without a chat template, concatenate prompts and completions."""
     from mlx_lm.tuner.datasets import CompletionsDataset, ConcatenatedDataset
 
     if isinstance(examples, ConcatenatedDataset):
@@ -191,7 +171,7 @@ def _plain(examples: Any, tokenizer: Any) -> Any:
 
 
 class PlainCompletions:
-    """Prompts and completions for a model that knows no chats: one text, and an end of it.
+    """Prompts and completions for a model without chat template: one text with an end token.
 
     Args:
         examples: mlx-lm's data set.
@@ -207,7 +187,7 @@ class PlainCompletions:
         return self.examples[index]
 
     def process(self, example: Any) -> tuple[list[int], int]:
-        """-> tokens, and how many of them are the prompt's (0 if the prompt counts, too)."""
+        """Return the tokens, and the length of the prompt if it is masked, else 0."""
         own, tokenizer = self.examples, self.examples.tokenizer
         prompt = tokenizer.encode(example[own.prompt_key])
         completion = tokenizer.encode(example[own.completion_key], add_special_tokens=False)
@@ -223,16 +203,15 @@ def _documents(found: _Set, tokenizer: Any) -> Documents:
             raise UserError(f"{found.place(number)}: {problem}.")
         try:
             ids, offset = found.examples.process(example)
-        except Exception as error:  # chat templates are programs of their own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON]
-            raise UserError(f"{found.place(number)}: cannot be used ({reason}).") from error
+        except Exception as error:  # chat templates raise exceptions of any type
+            raise UserError(f"{found.place(number)}: cannot be used ({reason(error)}).") from error
         tokens.append(ids)
         first_targets.append(max(offset, 1))
     return Documents.of(tokens, first_targets)
 
 
 def _problem(examples: Any, example: Any, tokenizer: Any) -> str:
-    """What is wrong with an example; empty if nothing is, as far as can be told here."""
+    """Return the problem of an example, or an empty text."""
     from mlx_lm.tuner.datasets import ChatDataset, ConcatenatedDataset, TextDataset
 
     if isinstance(examples, ConcatenatedDataset):

@@ -1,9 +1,8 @@
-"""Documents of any length laid into rows of one length.
+"""Packing of documents into sequences of one length.
 
-A document of n tokens is n - 1 steps: a token to read, and the one after it to predict. No step
-lies across two documents, and `segment_pos` falls back to 0 where a piece begins: convolution,
-recurrence and attention then see nothing of what came before. So the loss of a packed row is the
-sum of the losses of its pieces alone.
+A document of n tokens has n - 1 steps: an input token and the next token as its target. No step
+crosses documents, and `segment_pos` restarts at 0 with each span, which resets the convolution, the
+recurrence and the attention. So a packed sequence has the summed loss of its spans.
 """
 
 from __future__ import annotations
@@ -11,20 +10,58 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
 import numpy as np
 
-from mlx_rgemma.tuner.data.batch import Batch
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch.
+
+    Attributes:
+        tokens: (B, L), int32. Input tokens.
+        targets: (B, L), int32. The token after each.
+        mask: (B, L), bool. Which targets count in the loss.
+        segment_pos: (B, L), int32. Position of each token in its document: 0 where a document (or
+            a span of one, or padding) begins. None: each sequence is one document, from its
+            beginning; padding after it needs no positions.
+    """
+
+    tokens: mx.array
+    targets: mx.array
+    mask: mx.array
+    segment_pos: mx.array | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Batch size and sequence length."""
+        size, length = self.tokens.shape
+        return size, length
+
+    def shard(self, rank: int, size: int) -> Batch:
+        """Return the sequences of one of `size` ranks: every `size`-th.
+
+        Raises:
+            ValueError: If there are fewer sequences than ranks.
+        """
+        if self.shape[0] < size:
+            raise ValueError(f"[batch] {self.shape[0]} sequences cannot be split by {size} ranks.")
+        if size == 1:
+            return self
+        own = slice(rank, None, size)
+        positions = None if self.segment_pos is None else self.segment_pos[own]
+        return Batch(self.tokens[own], self.targets[own], self.mask[own], positions)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in tokens, end to end.
+    """Tokenized documents, concatenated.
 
     Attributes:
-        ids: (total,), int32.
-        offsets: (documents + 1,), int64. Where each begins; its end is where the next begins.
-        first_targets: (documents,), int64. The first token of each that is to be predicted; those
-            before it (a prompt) are read only.
+        ids: (total,), int32. Tokens of all documents.
+        offsets: (documents + 1,), int64. Start of each document; its end is the next one's start.
+        first_targets: (documents,), int64. First token of each document that counts in the loss;
+            those before it (a prompt) are inputs only.
     """
 
     ids: np.ndarray
@@ -35,7 +72,7 @@ class Documents:
     def of(
         cls, documents: Sequence[Sequence[int]], first_targets: Sequence[int] | None = None
     ) -> Documents:
-        """From lists of tokens; those with fewer than two tokens have nothing to predict."""
+        """Concatenate lists of tokens; those of fewer than two tokens have no target."""
         lengths = [len(document) for document in documents]
         flat = [np.asarray(document, np.int32) for document in documents]
         return cls(
@@ -49,7 +86,7 @@ class Documents:
 
     @property
     def steps(self) -> np.ndarray:
-        """(documents,), int64. Tokens of each that can be predicted."""
+        """Number of steps of each document, (documents,), int64."""
         return np.maximum(np.diff(self.offsets) - 1, 0)
 
 
@@ -65,93 +102,85 @@ class Span:
         return self.stop - self.start
 
 
-def best_fit_pack(steps: Sequence[int] | np.ndarray, row_length: int) -> list[list[Span]]:
-    """Rows that keep documents whole: longer ones are cut, the pieces packed by best fit.
+def best_fit_pack(steps: Sequence[int] | np.ndarray, sequence_length: int) -> list[list[Span]]:
+    """Pack documents by best fit, whole where they fit; longer ones are split.
 
     Args:
-        steps: How many steps each document has.
-        row_length: Steps of a row.
+        steps: Number of steps of each document.
+        sequence_length: Steps per sequence.
 
     Returns:
-        The pieces of each row. Rows are nearly full; what is left over is padding.
+        The spans of each sequence. Sequences are nearly full; the rest is padding.
     """
-    pieces = [
-        Span(document, start, min(start + row_length, int(count)))
+    spans = [
+        Span(document, start, min(start + sequence_length, int(count)))
         for document, count in enumerate(steps)
-        for start in range(0, int(count), row_length)
+        for start in range(0, int(count), sequence_length)
     ]
-    pieces.sort(key=len, reverse=True)  # stable: equal lengths stay in order
-    rows: list[list[Span]] = []
-    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    for piece in pieces:
-        room = next((r for r in range(len(piece), row_length + 1) if by_room[r]), None)
+    spans.sort(key=len, reverse=True)  # stable: equal lengths stay in order
+    sequences: list[list[Span]] = []
+    by_room: list[list[int]] = [[] for _ in range(sequence_length + 1)]
+    for span in spans:
+        room = next((r for r in range(len(span), sequence_length + 1) if by_room[r]), None)
         if room is None:
-            rows.append([])
-            room, row = row_length, len(rows) - 1
+            sequences.append([])
+            room, chosen = sequence_length, len(sequences) - 1
         else:
-            row = by_room[room].pop()
-        rows[row].append(piece)
-        by_room[room - len(piece)].append(row)
-    return rows
+            chosen = by_room[room].pop()
+        sequences[chosen].append(span)
+        by_room[room - len(span)].append(chosen)
+    return sequences
 
 
-def cut_row(order: np.ndarray, ends: np.ndarray, number: int, row_length: int) -> list[Span]:
-    """One row of documents laid end to end and cut wherever a row is full.
+def slice_spans(order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> list[Span]:
+    """Return steps `start` to `stop` of concatenated documents.
 
     Args:
-        order: (documents,), int. The order that they are laid in.
-        ends: (documents,), int64. Steps up to the end of each, in that order.
-        number: Which row; every row but the last is full.
-        row_length: Steps of a row.
+        order: (documents,), int. Order of concatenation.
+        ends: (documents,), int64. Steps up to the end of each document, in that order.
+        start, stop: The steps.
     """
-    return slice_spans(order, ends, number * row_length, (number + 1) * row_length)
+    spans = []
+    index = int(np.searchsorted(ends, start, side="right"))
+    while start < stop and index < len(order):
+        begins = int(ends[index - 1]) if index else 0
+        until = min(stop, int(ends[index]))
+        if until > start:
+            spans.append(Span(int(order[index]), start - begins, until - begins))
+        start, index = until, index + 1
+    return spans
 
 
-def slice_spans(order: np.ndarray, ends: np.ndarray, at: int, stop: int) -> list[Span]:
-    """Steps `at` to `stop` of documents laid end to end; `order` and `ends` as for `cut_row`."""
-    pieces = []
-    place = int(np.searchsorted(ends, at, side="right"))
-    while at < stop and place < len(order):
-        begins = int(ends[place - 1]) if place else 0
-        until = min(stop, int(ends[place]))
-        if until > at:
-            pieces.append(Span(int(order[place]), at - begins, until - begins))
-        at, place = until, place + 1
-    return pieces
-
-
-def build_row(documents: Documents, pieces: Sequence[Span], row_length: int) -> np.ndarray:
-    """A row's arrays.
+def build_sequence(documents: Documents, spans: Sequence[Span], sequence_length: int) -> np.ndarray:
+    """Return the arrays of a sequence.
 
     Returns:
-        (4, row_length), int32: tokens, targets, which targets count, positions.
+        (4, sequence_length), int32: tokens, targets, mask, positions.
     """
-    row = np.zeros((4, row_length), np.int32)
+    sequence = np.zeros((4, sequence_length), np.int32)
     at = 0
-    for piece in pieces:
-        first = int(documents.offsets[piece.document]) + piece.start
-        steps = slice(at, at + len(piece))
-        row[0, steps] = documents.ids[first : first + len(piece)]
-        row[1, steps] = documents.ids[first + 1 : first + len(piece) + 1]
+    for span in spans:
+        first = int(documents.offsets[span.document]) + span.start
+        steps = slice(at, at + len(span))
+        sequence[0, steps] = documents.ids[first : first + len(span)]
+        sequence[1, steps] = documents.ids[first + 1 : first + len(span) + 1]
         # Step i of a document predicts its token i + 1.
-        predicted = np.arange(piece.start + 1, piece.stop + 1)
-        row[2, steps] = predicted >= documents.first_targets[piece.document]
-        row[3, steps] = np.arange(len(piece))
-        at += len(piece)
-    row[3, at:] = np.arange(row_length - at)
-    return row
+        predicted = np.arange(span.start + 1, span.stop + 1)
+        sequence[2, steps] = predicted >= documents.first_targets[span.document]
+        sequence[3, steps] = np.arange(len(span))
+        at += len(span)
+    sequence[3, at:] = np.arange(sequence_length - at)
+    return sequence
 
 
-def stack_rows(rows: Sequence[np.ndarray]) -> Batch:
-    """A batch of rows of one length."""
-    import mlx.core as mx
-
-    tokens, targets, mask, positions = np.stack(rows, axis=1)
+def stack_sequences(sequences: Sequence[np.ndarray]) -> Batch:
+    """Return a batch of sequences from `build_sequence`, all of one length."""
+    tokens, targets, mask, positions = np.stack(sequences, axis=1)
     return Batch(
         mx.array(tokens), mx.array(targets), mx.array(mask.astype(bool)), mx.array(positions)
     )
 
 
-def stack_documents(rows: Sequence[np.ndarray]) -> Batch:
-    """A batch of rows of one length, each of which holds one document, from its beginning."""
-    return replace(stack_rows(rows), segment_pos=None)
+def stack_documents(sequences: Sequence[np.ndarray]) -> Batch:
+    """Return a batch of sequences that hold one document each, from its beginning."""
+    return replace(stack_sequences(sequences), segment_pos=None)

@@ -199,9 +199,9 @@ def test_mistakes_are_told_and_the_conversation_goes_on(tmp_path):
             "no such file",
             "broken",
             "folder",
-            "there is no nowhere",
-            "there is a main already",
-            "/nonsense is no command",
+            "there is no copy nowhere",
+            "main exists already",
+            "/nonsense is not a command",
         ],
         strict=True,
     ):

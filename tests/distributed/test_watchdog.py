@@ -1,4 +1,4 @@
-"""Processes that meet and watch each other, as threads with real connections."""
+"""The watchdog between ranks, run by threads with real connections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from launching import free_ports
 
 from mlx_rgemma.distributed.rank_info import RankInfo
-from mlx_rgemma.distributed.watchdog import Connection, Peers, timeout_seconds
+from mlx_rgemma.distributed.watchdog import Connection, Watchdog, timeout_seconds
 from mlx_rgemma.errors import UserError
 
 
@@ -47,13 +47,13 @@ class Process:
     def __init__(self, place: RankInfo, timeout: float = 5.0) -> None:
         self.ended: list[str] = []
         self.problem: UserError | None = None
-        self.peers = Peers(place, timeout, self.ended.append)
-        self.thread = threading.Thread(target=self._meet)
+        self.watchdog = Watchdog(place, timeout, self.ended.append)
+        self.thread = threading.Thread(target=self._rendezvous)
         self.thread.start()
 
-    def _meet(self) -> None:
+    def _rendezvous(self) -> None:
         try:
-            self.peers.rendezvous()
+            self.watchdog.rendezvous()
         except UserError as error:
             self.problem = error
 
@@ -74,10 +74,10 @@ def started(places: list[RankInfo], timeout: float = 5.0) -> list[Process]:
 
 @pytest.mark.parametrize("kind", ["ring", "jaccl", "nccl"])
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_all_meet_and_part(tmp_path, kind, size):
+def test_rendezvous_and_shutdown(tmp_path, kind, size):
     processes = started(places(tmp_path, size, kind))
     assert [p.problem for p in processes] == [None] * size
-    partings = [threading.Thread(target=p.peers.part) for p in processes]
+    partings = [threading.Thread(target=p.watchdog.shutdown_barrier) for p in processes]
     for parting in partings:
         parting.start()
         time.sleep(0.05)
@@ -87,7 +87,7 @@ def test_all_meet_and_part(tmp_path, kind, size):
     assert [p.ended for p in processes] == [[]] * size
 
 
-def test_addresses_are_free_for_mlx_once_all_have_met(tmp_path):
+def test_addresses_are_free_for_mlx_after_rendezvous(tmp_path):
     for process, place in zip(started(found := places(tmp_path, 3, "ring")), found, strict=True):
         assert process.problem is None
         with socket.socket() as listener:
@@ -97,7 +97,7 @@ def test_addresses_are_free_for_mlx_once_all_have_met(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ring", "jaccl"])
-def test_whoever_has_met_all_has_passed_on_all(tmp_path, kind, monkeypatch):
+def test_messages_are_forwarded_before_rendezvous_returns(tmp_path, kind, monkeypatch):
     """MLX, which comes next, lets no thread run that could do it later."""
     passed_on: dict[Connection, set[int]] = {}
     send = Connection.send
@@ -113,10 +113,10 @@ def test_whoever_has_met_all_has_passed_on_all(tmp_path, kind, monkeypatch):
     seen: dict[int, list[set[int]]] = {}
 
     class Watched(Process):
-        def _meet(self) -> None:
-            super()._meet()
-            lines = self.peers._lines.values()
-            seen[self.peers.place.rank] = [set(passed_on.get(line, ())) for line in lines]
+        def _rendezvous(self) -> None:
+            super()._rendezvous()
+            lines = self.watchdog._connections.values()
+            seen[self.watchdog.info.rank] = [set(passed_on.get(line, ())) for line in lines]
 
     processes = [Watched(place) for place in places(tmp_path, 4, kind)]
     for process in processes:
@@ -127,22 +127,22 @@ def test_whoever_has_met_all_has_passed_on_all(tmp_path, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["ring", "jaccl"])
-def test_a_process_that_never_comes_is_named_by_all(tmp_path, kind):
+def test_a_missing_rank_is_named_by_all(tmp_path, kind):
     all_places = places(tmp_path, 4, kind)
     processes = started(all_places[:2] + all_places[3:], timeout=1.5)
     for process in processes:
         text = str(process.problem) if process.problem else process.wait_for_end()
         assert "rank 2" in text or text == "", text  # empty where another one tells the user
     told = [str(p.problem) for p in processes if p.problem]
-    assert any("1.5 s for rank 2" in text and "hostfile" in text for text in told)
+    assert any("1.5 s waiting for rank 2" in text and "hostfile" in text for text in told)
 
 
 @pytest.mark.parametrize("kind", ["ring", "jaccl"])
 @pytest.mark.parametrize("victim", [1, 3])
-def test_all_hear_of_a_lost_process(tmp_path, kind, victim):
+def test_a_lost_rank_ends_all(tmp_path, kind, victim):
     processes = started(places(tmp_path, 4, kind))
-    processes[victim].peers._over = True  # the dead say nothing
-    for line in list(processes[victim].peers._lines.values()):
+    processes[victim].watchdog._over = True  # the dead say nothing
+    for line in list(processes[victim].watchdog._connections.values()):
         line.socket.shutdown(socket.SHUT_RDWR)  # as the kernel does for a process that was killed
     messages = [p.wait_for_end() for p in processes if p is not processes[victim]]
     named = f"rank {victim} of 4 has ended or cannot be reached"
@@ -150,39 +150,39 @@ def test_all_hear_of_a_lost_process(tmp_path, kind, victim):
     assert set(messages) <= {named, ""}
 
 
-def test_a_failure_is_passed_on_with_its_reason(tmp_path):
+def test_a_failure_is_forwarded_with_its_reason(tmp_path):
     processes = started(places(tmp_path, 3, "ring"))
-    processes[2].peers.lost("stopped: the disk is full")
+    processes[2].watchdog.report_failure("stopped: the disk is full")
     assert processes[0].wait_for_end() == "rank 2 of 3 stopped: the disk is full"
     assert processes[1].wait_for_end() == ""  # the first one tells the user
 
 
-def test_all_have_time_to_meet_the_same_mistake(tmp_path, monkeypatch):
+def test_ranks_have_time_to_report_the_same_error(tmp_path, monkeypatch):
     processes = started(places(tmp_path, 4, "ring"))
     waited: list[float] = []
     monkeypatch.setattr("mlx_rgemma.distributed.watchdog.time.sleep", waited.append)
-    processes[2].peers.lost("stopped: no such folder", grace=7.5)
+    processes[2].watchdog.report_failure("stopped: no such folder", grace=7.5)
     for process in (processes[0], processes[1], processes[3]):
         while not process.ended:
             threading.Event().wait(0.01)
     assert waited.count(7.5) == 3  # rank 0 hears of it from a neighbour
 
 
-def test_a_process_that_says_nothing_for_long_is_lost(tmp_path, monkeypatch):
+def test_a_silent_rank_is_lost(tmp_path, monkeypatch):
     found = places(tmp_path, 2, "ring")
     processes = started(found, timeout=1.0)
-    monkeypatch.setattr(processes[1].peers, "_send", lambda message: None)
-    assert processes[0].wait_for_end() == "rank 1 of 2 has not been heard of for 1 s"
+    monkeypatch.setattr(processes[1].watchdog, "_send", lambda message: None)
+    assert processes[0].wait_for_end() == "rank 1 of 2 has been silent for 1 s"
 
 
-def test_processes_that_talk_are_not_lost(tmp_path):
+def test_heartbeats_keep_ranks_alive(tmp_path):
     processes = started(places(tmp_path, 2, "ring"), timeout=1.0)
     time.sleep(2.5)
     assert [p.ended for p in processes] == [[], []]
-    processes[0].peers.lost("is done with the test")
+    processes[0].watchdog.report_failure("is done with the test")
 
 
-def test_strangers_who_call_are_not_taken_for_a_process(tmp_path):
+def test_connections_of_other_programs_are_refused(tmp_path):
     found = places(tmp_path, 2, "ring")
     first = Process(found[0])
     for greeting in (b"GET / HTTP/1.1\r\n\r\n", b'{"rank": 0}\n', b'{"rank": "x"}\n', b"\n"):
@@ -203,19 +203,19 @@ def test_strangers_who_call_are_not_taken_for_a_process(tmp_path):
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n", b"[]\n"], ids=str)
-def test_a_stranger_who_answers_is_told(tmp_path, answer):
+def test_another_program_at_the_address_is_reported(tmp_path, answer):
     found = places(tmp_path, 2, "ring")
     with socket.create_server(found[1].listen) as stranger:
         first = Process(found[0])
         connection, _ = stranger.accept()
         with connection:
             connection.sendall(answer)
-            expected = "what answers in place of rank 1 of 2 is another program; "
+            expected = "another program answers at the address of rank 1 of 2; "
             assert first.wait_for_end().startswith(expected)
-    first.peers._over = True
+    first.watchdog._over = True
 
 
-def test_an_address_of_another_machine_is_told(tmp_path):
+def test_an_address_of_another_machine_is_refused(tmp_path):
     (tmp_path / "hosts.json").write_text('[["192.0.2.1:3000"], ["127.0.0.1:3001"]]')
     variables = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
     (first,) = started([RankInfo.from_environment(variables)], timeout=1.0)
@@ -223,7 +223,7 @@ def test_an_address_of_another_machine_is_told(tmp_path):
     assert "an address of this machine" in str(first.problem)
 
 
-def test_a_taken_address_is_told(tmp_path):
+def test_an_address_in_use_is_refused(tmp_path):
     found = places(tmp_path, 2, "ring")
     with socket.socket() as taken:
         taken.bind(found[0].listen)
@@ -233,7 +233,7 @@ def test_a_taken_address_is_told(tmp_path):
     assert "--starting-port" in str(first.problem)
 
 
-def test_processes_by_themselves_have_no_place(tmp_path):
+def test_a_single_process_has_no_rank(tmp_path):
     empty = tmp_path / "hosts.json"
     empty.write_text("\n")  # what mlx.launch -n 1 leaves
     assert RankInfo.from_environment({}) is None
@@ -262,11 +262,11 @@ TWO_HOSTS = [["127.0.0.1:3"], ["127.0.0.1:4"]]
     ],
     ids=str,
 )
-def test_hostfiles_that_cannot_be_are_told(tmp_path, rank, hosts):
+def test_inconsistent_hostfiles_are_refused(tmp_path, rank, hosts):
     path = tmp_path / "hosts.json"
     if hosts is not None:
         path.write_text(json.dumps(hosts))
-    with pytest.raises(UserError, match=r"mlx\.launch sets do not fit together"):
+    with pytest.raises(UserError, match=r"mlx\.launch sets are inconsistent"):
         RankInfo.from_environment({"MLX_RANK": rank, "MLX_HOSTFILE": str(path)})
 
 
@@ -279,13 +279,13 @@ def test_hostfiles_that_cannot_be_are_told(tmp_path, rank, hosts):
     ],
     ids=["jaccl without devices", "nccl port", "nccl size"],
 )
-def test_variables_that_cannot_be_are_told(variables):
-    with pytest.raises(UserError, match=r"mlx\.launch sets do not fit together"):
+def test_inconsistent_variables_are_refused(variables):
+    with pytest.raises(UserError, match=r"mlx\.launch sets are inconsistent"):
         RankInfo.from_environment({"MLX_RANK": "0", **variables})
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
-def test_timeouts_that_cannot_be_are_told(monkeypatch, text):
+def test_invalid_timeouts_are_refused(monkeypatch, text):
     monkeypatch.setenv("MLX_RGEMMA_PEER_TIMEOUT", text)
     with pytest.raises(UserError, match="MLX_RGEMMA_PEER_TIMEOUT"):
         timeout_seconds()

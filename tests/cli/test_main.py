@@ -14,7 +14,7 @@ import pytest
 import mlx_rgemma
 from mlx_rgemma import __main__, cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 UMBRELLA = [sys.executable, "-m", "mlx_rgemma"]
 COMMANDS = list(__main__.COMMANDS)
 
@@ -113,13 +113,13 @@ def test_words_of_a_name_are_joined_either_way(name, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("genrate", "no command 'genrate'; did you mean generate?"),
-        ("serve", "no command 'serve'; did you mean server?"),
+        ("genrate", "unknown command 'genrate'; did you mean generate?"),
+        ("serve", "unknown command 'serve'; did you mean server?"),
         ("cache-promt", "did you mean cache_prompt?"),
-        ("xyz", "no command 'xyz'; one of generate, chat, "),
-        ("--model", "no command '--model'"),
-        ("os", "no command 'os'"),
-        ("x" * 10_000, "no command 'xxx"),
+        ("xyz", "unknown command 'xyz'; one of generate, chat, "),
+        ("--model", "unknown command '--model'"),
+        ("os", "unknown command 'os'"),
+        ("x" * 10_000, "unknown command 'xxx"),
     ],
     ids=lambda value: value[:20],
 )

@@ -1,11 +1,13 @@
-"""Numbers that become indices of MLX, which checks none of them itself.
+"""Checks that MLX does not make: of integers that become indices, and of the process.
 
-A gather beyond an array's end reads, and a scatter writes, whatever memory lies there.
+A gather beyond an array's end reads whatever memory lies there, and a scatter writes it. A child
+process inherits MLX's locks but not its threads, and would wait forever.
 """
 
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,12 +17,14 @@ import numpy as np
 from mlx_rgemma.errors import UserError, shown
 
 UNCHECKED_TOKENS = 16
-"""Tokens per sequence up to which ids are not read: to read a decode step's would wait for the
-device, which is to compute the next one meanwhile."""
+"""Tokens per sequence up to which ids are not read on the host: a decode step would wait for the
+device."""
 MAX_COUNT = 1 << 62
-"""Of tokens: what is added to it stays within int64."""
+"""Largest count of tokens: sums of it and a length stay within int64."""
 
 KEPT = "[cache] the number of tokens to keep"
+
+_owner: int | None = None  # the process that made the first model
 
 
 def as_index(what: str, value: Any, end: int) -> int:
@@ -31,7 +35,7 @@ def as_index(what: str, value: Any, end: int) -> int:
     """
     index = as_count(what, value)
     if index >= end:
-        raise ValueError(f"{what} {index} of {end}: there is no such one.")
+        raise ValueError(f"{what} {index} is out of range, expected 0 to {end - 1}.")
     return index
 
 
@@ -71,10 +75,10 @@ def read_counts(array: mx.array, size: int) -> list[int]:
 
 
 def check_token_ids(values: Iterable[Any], vocab_size: int) -> list[int]:
-    """Return token ids that are on the host as integers that a model knows.
+    """Return token ids on the host as checked integers.
 
     Raises:
-        UserError: Naming the first one that is not.
+        UserError: Naming the first unknown one.
     """
     tokens = []
     for value in values:
@@ -89,18 +93,18 @@ def check_token_ids(values: Iterable[Any], vocab_size: int) -> list[int]:
 
 
 def safe_token_ids(tokens: mx.array, vocab_size: int) -> mx.array:
-    """Return token ids that an embedding can be indexed with, whatever they are.
+    """Return token ids that are safe to index an embedding with.
 
     Chunks of more than `UNCHECKED_TOKENS` tokens per sequence are read and checked. Shorter ones,
-    and those within `mx.compile`, may not be there yet: an id out of range is taken as the last of
-    the vocabulary. Ids that come from the host are for `check_token_ids`.
+    and those within `mx.compile`, may not be evaluated yet: an id out of range counts as the last
+    of the vocabulary. `check_token_ids` checks ids on the host.
 
     Args:
         tokens: (B, L), any integer dtype.
         vocab_size: Number of token ids.
 
     Raises:
-        UserError: If the dtype is no integer, or a chunk holds an unknown id.
+        UserError: If the dtype is not an integer, or a chunk holds an unknown id.
     """
     if not mx.issubdtype(tokens.dtype, mx.integer):
         raise UserError(f"[model] tokens are {tokens.dtype}, expected integers.")
@@ -126,7 +130,7 @@ def check_segment_pos(segment_pos: mx.array) -> mx.array:
     Within `mx.compile`, where they cannot be read, a negative one counts as 0.
 
     Raises:
-        UserError: If the dtype is no integer, or one is negative.
+        UserError: If the dtype is not an integer, or one is negative.
     """
     if not mx.issubdtype(segment_pos.dtype, mx.integer):
         raise UserError(f"[model] segment_pos is {segment_pos.dtype}, expected integers.")
@@ -142,7 +146,7 @@ def check_segment_pos(segment_pos: mx.array) -> mx.array:
 
 
 def _on_host(array: mx.array) -> Any:
-    """An array's values; None where it has none, within `mx.compile` and `mx.vmap`."""
+    """Return an array's values; None within `mx.compile` and `mx.vmap`, where it has none."""
     try:
         return np.array(array)
     except ValueError:
@@ -151,3 +155,22 @@ def _on_host(array: mx.array) -> Any:
 
 def _unknown(value: Any, vocab_size: int) -> UserError:
     return UserError(f"the text holds token {shown(value)}; the model knows 0 to {vocab_size - 1}.")
+
+
+def refuse_forked_process() -> None:
+    """Refuse to run a model in a child that was forked from a process with a model.
+
+    Called where a model is made and wherever one begins to run. No hook is installed: the cost is
+    that of `os.getpid`.
+
+    Raises:
+        UserError: In such a child.
+    """
+    global _owner
+    if _owner is None:
+        _owner = os.getpid()
+    elif _owner != os.getpid():
+        raise UserError(
+            "MLX cannot run in a process that was forked after MLX was used: start it with"
+            " 'spawn' (multiprocessing.get_context('spawn')), and load the model in it."
+        )

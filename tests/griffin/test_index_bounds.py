@@ -17,7 +17,7 @@ from helpers.random_models import CONFIG, random_model
 from mlx_rgemma import Session, batch_generate, generate, load
 from mlx_rgemma.errors import CheckpointError, UserError
 from mlx_rgemma.griffin.cache import AttentionCache, RecurrentCache
-from mlx_rgemma.griffin.indices import UNCHECKED_TOKENS
+from mlx_rgemma.griffin.checks import UNCHECKED_TOKENS
 from mlx_rgemma.ops.cross_entropy import cross_entropies
 
 SIZE = CONFIG.vocab_size
@@ -36,19 +36,21 @@ def loaded():
 
 # Token ids that come from the host: refused by name, before anything is computed.
 
-WRONG_IDS = {
+UNKNOWN_IDS = {
     "negative": [5, -1],
     "the first too large": [2048],
     "beyond int32": [5, 2**31],
     "beyond int64": [10**30],
+    "array, negative": mx.array([-3]),
+    "int64 array": mx.array([2**33], mx.int64),
+    "NumPy": np.array([5, 1 << 20]),
+}
+NO_IDS = {
     "a float": [1.5],
     "a boolean": [True],
     "text": ["5"],
     "nested": [[5]],
     "array of floats": mx.array([1.0, 2.0]),
-    "array, negative": mx.array([-3]),
-    "int64 array": mx.array([2**33], mx.int64),
-    "NumPy": np.array([5, 1 << 20]),
 }
 READERS = {
     "generate": lambda model, tokenizer, ids: generate(model, tokenizer, ids, max_tokens=1),
@@ -60,10 +62,17 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("ids", WRONG_IDS.values(), ids=WRONG_IDS)
+@pytest.mark.parametrize("ids", UNKNOWN_IDS.values(), ids=UNKNOWN_IDS)
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_unknown_ids_are_refused(loaded, read, ids):
     with pytest.raises(UserError, match=r"holds token .*; the model knows 0 to 2047\.$"):
+        read(*loaded, ids)
+
+
+@pytest.mark.parametrize("ids", NO_IDS.values(), ids=NO_IDS)
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_values_that_are_no_ids_are_refused(loaded, read, ids):
+    with pytest.raises(UserError, match=r"^the prompt.*: expected a text, token ids, or a list"):
         read(*loaded, ids)
 
 
@@ -174,12 +183,12 @@ WRONG_ROWS = [3, -1, 2**31, -(2**40), 1.0, True, "0", None, [0]]
 
 
 @pytest.mark.parametrize("row", WRONG_ROWS, ids=str)
-def test_rows_that_there_are_not(model, row):
+def test_sequences_out_of_range_are_refused(model, row):
     for layer in states(model):
         before = [np.array(array) for array in layer.state]
-        with pytest.raises(ValueError, match=r"\[cache\] row"):
+        with pytest.raises(ValueError, match=r"\[cache\] sequence"):
             layer.extract(row)
-        with pytest.raises(ValueError, match=r"\[cache\] row"):
+        with pytest.raises(ValueError, match=r"\[cache\] sequence"):
             layer.filter([0, row])
         for array, kept in zip(layer.state, before, strict=True):
             assert np.array_equal(np.array(array), kept)

@@ -246,8 +246,8 @@ def test_damaged_and_foreign_files_are_refused(embedded, session, tmp_path):
 def test_mistakes(embedded, session):
     model, tokenizer = embedded
     for call, message in (
-        (lambda: session.generate(), "nothing to go on from"),
-        (lambda: session.generate(""), "nothing to go on from"),
+        (lambda: session.generate(), "the session is empty: give a prompt"),
+        (lambda: session.generate(""), "the session is empty: give a prompt"),
         (lambda: session.generate("a", max_tokens=0), "max_tokens is 0"),
         (lambda: session.feed([5, 2048]), "token 2048"),
         (lambda: session.feed([-1]), "token -1"),
