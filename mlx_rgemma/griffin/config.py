@@ -318,4 +318,4 @@ PRESETS = {
     "2b": _released(2560, 10, 26, 15360),
     "9b": _released(4096, 16, 38, 24576),
 }
-"""The released models."""
+"""The released shapes."""
