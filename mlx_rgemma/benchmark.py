@@ -28,6 +28,9 @@ UNQUANTIZED = "none"
 DEFAULTS = {"prompt_tokens": (512,), "generation_tokens": 1024, "num_trials": 5}
 """mlx-lm's."""
 
+MAX_TOKENS, MAX_BATCH = 1 << 24, 1 << 12
+"""More would fill any memory before the first figure."""
+
 QUICK = {"prompt_tokens": (128,), "generation_tokens": 32, "num_trials": 2}
 
 FLATNESS = {"prompt_tokens": (2048, 32768), "generation_tokens": 128, "after": (100, 100_000)}
@@ -89,9 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("measurements")
     add, add_list = group.add_argument, partial(add_list_argument, group)
     add("--quick", action="store_true", help="Short: 128 tokens, 32 more, two trials.")
-    add_list("--prompt-tokens", "-p", count(1), "Tokens of the prompt. Default: 512.")
-    add("--generation-tokens", "-g", type=count(2), help="Tokens to generate. Default: 1024.")
-    add_list("--batch-size", "-b", count(1), "Prompts at once. Default: 1.")
+    add_list("--prompt-tokens", "-p", count(1, MAX_TOKENS), "Tokens of the prompt. Default: 512.")
+    add(
+        "--generation-tokens",
+        "-g",
+        type=count(2, MAX_TOKENS),
+        help="Tokens to generate. Default: 1024.",
+    )
+    add_list("--batch-size", "-b", count(1, MAX_BATCH), "Prompts at once. Default: 1.")
     add("--num-trials", "-n", type=count(1), help="Timed runs. Default: 5.")
     add("--warmup", type=count(0), default=1, help="Runs before them. Default: %(default)s.")
     add("--delay", type=number(0, 86400), default=0, help="Seconds before each. Default: 0.")
@@ -101,13 +109,23 @@ def build_parser() -> argparse.ArgumentParser:
         default=2048,
         help="Tokens of a prompt to read at a time. Default: %(default)s.",
     )
-    add_list("--after", None, count(1), "Also time generation after reading this many tokens.")
+    add_list(
+        "--after",
+        None,
+        count(1, MAX_TOKENS),
+        "Also time generation after reading this many tokens.",
+    )
     add(
         "--flatness",
         action="store_true",
         help="Prompts of 2,048 and 32,768 tokens, generation after 100 and 100,000.",
     )
-    add_list("--train-tokens", "-t", count(1), "Also time training on sequences of this length.")
+    add_list(
+        "--train-tokens",
+        "-t",
+        count(1, MAX_TOKENS),
+        "Also time training on sequences of this length.",
+    )
     add("--fine-tune-type", choices=("full", "lora"), default="full", help="What is trained.")
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="Print one JSON object, and nothing else.")

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 PROGRAM = "mlx-rgemma"
 """The command with all others as sub-commands."""
 
+MAX_LINE = 500
+"""Characters of an error on the terminal."""
+
 
 def run(command: Callable[[], int | None], *, pytorch: bool = True) -> int:
     """Run a command and return its exit status.
@@ -81,8 +84,21 @@ def _distributed() -> Any:
 def _fail(message: str) -> int:
     distributed = _distributed()
     if distributed is None or distributed.is_main_process():
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
     return 1
+
+
+def one_line(message: str) -> str:
+    """Return a message as one printable line of bounded length, for a terminal.
+
+    Values from outside are cut where a message quotes them; file names are not. What is too long
+    loses its middle: the end says what to do.
+    """
+    text = " ".join(message[: 100 * MAX_LINE].split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if len(text) <= MAX_LINE:
+        return text
+    return f"{text[: 2 * MAX_LINE // 3]}...{text[-MAX_LINE // 3 :]}"
 
 
 @contextmanager
@@ -118,10 +134,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.split())
-        if len(message) > 500:
-            message = message[:500] + "..."
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n")
 
     def _hint(self, argument: str) -> str:
         options = self._option_string_actions

@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shape", choices=("2b", "9b"), default="2b", help="Layers of the model.")
     add(
         "--prompt",
-        type=cli.int_at_least(2),
+        type=cli.int_at_least(2, 1 << 14),  # the graph of mlx-lm grows with each token
         nargs="+",
         default=[64, 128],
         help="Lengths of a chunk of a prompt. Default: 64 128.",

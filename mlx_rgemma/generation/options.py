@@ -172,10 +172,9 @@ class SamplingOptions:
 
         from mlx_lm.sample_utils import make_sampler  # a second to import: not for greedy decoding
 
-        never_excluded = [
-            *tokenizer.encode("\n", add_special_tokens=False),
-            *tokenizer.eos_token_ids,
-        ]
+        special = [*tokenizer.encode("\n", add_special_tokens=False), *tokenizer.eos_token_ids]
+        # mlx-lm uses them as indices; a reduced vocabulary may lack some.
+        never_excluded = [token for token in special if 0 <= token < vocab_size]
         made: SamplerFunction = make_sampler(
             temp,
             **common,

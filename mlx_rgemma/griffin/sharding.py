@@ -32,10 +32,10 @@ class Shardable(Protocol):
 
 
 def shard_slice(length: int, rank: int, size: int) -> slice:
-    """The part of an axis that a process keeps.
+    """Return the slice of an axis that a rank keeps.
 
     Raises:
-        ValueError: If the processes do not divide it.
+        ValueError: If the world size does not divide it.
     """
     if length % size:
         raise ValueError(f"[shard] {size} processes do not divide an axis of {length}.")
@@ -44,19 +44,19 @@ def shard_slice(length: int, rank: int, size: int) -> slice:
 
 
 def local_shard(name: str, value: mx.array, rank: int, size: int) -> mx.array:
-    """What a process keeps of a tensor."""
+    """Return a rank's shard of a tensor."""
     axis = shard_axis(name)
     if axis is None:
         return value
-    place: list[Any] = [slice(None)] * value.ndim
-    place[axis] = shard_slice(value.shape[axis], rank, size)
-    return mx.contiguous(value[tuple(place)])
+    index: list[Any] = [slice(None)] * value.ndim
+    index[axis] = shard_slice(value.shape[axis], rank, size)
+    return mx.contiguous(value[tuple(index)])
 
 
 def valid_world_sizes(model: Shardable) -> list[int]:
-    """The numbers of processes that can share a model.
+    """Return the world sizes that can share a model.
 
-    They divide its heads and the MLP's inner width, and cut no group of quantized weights.
+    They divide the heads and the MLP's inner width, and split no group of quantized weights.
     """
     c = model.args
     units = [c.num_attention_heads, c.intermediate_size // 2]
@@ -68,17 +68,17 @@ def valid_world_sizes(model: Shardable) -> list[int]:
                     units.append(linear["scales"].shape[1])
                     # Weights are packed by 32; a group may be smaller.
                     units.append(linear["scales"].shape[1] * linear.group_size // 32)
-    most = c.num_attention_heads
-    return [n for n in range(1, most + 1) if not any(unit % n for unit in units)]
+    heads = c.num_attention_heads
+    return [n for n in range(1, heads + 1) if not any(unit % n for unit in units)]
 
 
 def shard_model(model: Shardable, group: mx.distributed.Group) -> None:
-    """Keep this process's part of a model.
+    """Keep this rank's shard of a model.
 
-    Its parameters may still be in their files, or be loaded afterwards, in parts already.
+    Its parameters may be lazy, or be loaded as shards afterwards.
 
     Raises:
-        UserError: If the processes do not divide the model; the message says which numbers do.
+        UserError: If the world size does not divide the model; the message lists valid ones.
     """
     size = group.size()
     possible = valid_world_sizes(model)

@@ -160,9 +160,15 @@ BAD = {
         ["--tasks", "a", "--temp", "inf"],
         ["--tasks", "a", "--chat-template-args", "[" * 100_000],
     ],
-    "benchmark": [["-p", HUGE], ["-n", "0"], ["--delay", "1e300"], ["--delay", "nan"]],
+    "benchmark": [
+        ["-p", str(2**31 - 1)],
+        ["-b", "9999"],
+        ["-n", "0"],
+        ["--delay", "1e300"],
+        ["--delay", "nan"],
+    ],
     "selftest": [["--repeat", HUGE]],
-    "launches": [["--prompt", HUGE], ["--prompt", "1"]],
+    "launches": [["--prompt", "1000000"], ["--prompt", "1"]],
 }
 
 

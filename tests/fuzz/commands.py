@@ -28,8 +28,8 @@ ADDRESS_SPACE = 8 << 30
 WRITTEN = 1_000_000_000
 OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "Unable to allocate", "Cannot allocate memory")
 """What a refusal says that only the net of `ADDRESS_SPACE` brought about."""
-LINE = 500
-"""Characters that a line of a message may have, file names not counted."""
+LINE = 600
+"""Characters that a line of a message may have, the folder of the case not counted."""
 STALE = 500_000_000
 """Memory of an idle worker that is no longer worth keeping."""
 

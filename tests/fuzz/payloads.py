@@ -27,7 +27,6 @@ ACCEPTED = frozenset(
         "flags:chat /save book",
         "resumed:no checkpoint yet",
         "yaml:train-float-iters",
-        "orbax:a linked array",
         "sentencepiece:no utf-8",
     }
 )

@@ -352,6 +352,5 @@ def test_the_command_prints_the_acceptance_rate():
 def test_the_command_refuses_in_one_line(args, message):
     result = run_command(*args)
     assert result.returncode == 1
-    *notices, error = result.stderr.splitlines()
-    assert message in error
-    assert len(notices) == 1 and "embedded" in notices[0]  # the model that is used
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
