@@ -23,7 +23,7 @@ from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.io.hub import locate
 from mlx_rgemma.io.memory import check_memory
 from mlx_rgemma.io.safetensors import verify_checksums
-from mlx_rgemma.tokenizers.fast import plain_tokenizer
+from mlx_rgemma.tokenizers.fast import fast_tokenizer
 from mlx_rgemma.tokenizers.load import load_tokenizer
 
 
@@ -121,7 +121,7 @@ def _load_tokenizer(folder: Path, eos_token_ids: Iterable[int], name: str, plain
     def wrapper() -> Any:
         return load_tokenizer(folder, eos_token_ids, name=name)
 
-    found = plain_tokenizer(folder, eos_token_ids, wrapper) if plain else None
+    found = fast_tokenizer(folder, eos_token_ids, wrapper) if plain else None
     return wrapper() if found is None else found
 
 

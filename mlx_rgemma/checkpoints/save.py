@@ -30,7 +30,7 @@ from mlx_rgemma.tokenizers.load import (
     TOKENIZER,
     TOKENIZER_FILES,
     has_tokenizer,
-    write_translation,
+    write_converted,
 )
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def _write_tokenizer(folder: Path, source: Source) -> None:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
     if not (source.folder / TOKENIZER).is_file() and (source.folder / SENTENCEPIECE).is_file():
-        write_translation(source.folder, folder, name=source.name)
+        write_converted(source.folder, folder, name=source.name)
 
 
 def _generation_config(checkpoint: CheckpointSpec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_rgemma.cpu.linear import Quantized, linear, quantized_linear
+from mlx_rgemma.ops.backend import Backend, active
 
 
 def _is_frozen(layer: nn.Module) -> bool:
@@ -21,6 +22,8 @@ class Linear(nn.Linear):
     """``x @ weight.T + bias``."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        if active() is not Backend.CPU:
+            return super().__call__(x)
         return linear(x, self["weight"], self.get("bias"), frozen=_is_frozen(self))
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -31,6 +34,8 @@ class Embedding(nn.Embedding):
     """Rows of a table by index; `as_linear` multiplies with them."""
 
     def as_linear(self, x: mx.array) -> mx.array:
+        if active() is not Backend.CPU:
+            return super().as_linear(x)
         return linear(x, self["weight"], frozen=_is_frozen(self))
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -72,6 +77,8 @@ class QuantizedLinear(_WithDequantized, nn.QuantizedLinear):
     """The same with quantized weights."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        if active() is not Backend.CPU:
+            return super().__call__(x)
         y = self.multiply(x)
         return y + self["bias"] if "bias" in self else y
 
@@ -80,7 +87,7 @@ class QuantizedEmbedding(_WithDequantized, nn.QuantizedEmbedding):
     """The same with a quantized table."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self.multiply(x)
+        return self.multiply(x) if active() is Backend.CPU else super().as_linear(x)
 
 
 _CLASSES: dict[type, Any] = {

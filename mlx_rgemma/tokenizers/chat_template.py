@@ -1,7 +1,7 @@
-"""Chat templates of a model folder, rendered for a bounded time.
+"""Chat templates with a time limit.
 
-A template is a program of whoever published the model. Jinja's sandbox keeps it from the machine,
-but not from running for ever.
+A template is a program from the publisher of a model. Jinja's sandbox isolates it from the machine,
+but does not limit its running time.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ import jinja2
 from mlx_rgemma.errors import UserError
 
 MAX_SECONDS = 5.0
-"""Time of the processor for one rendering; a thousand messages take a tenth of a second."""
+"""CPU time per rendering; a thousand messages take a tenth of a second."""
 
 LINES_PER_CHECK = 50
 
 TEMPLATE = "<template>"
-"""The file name of a compiled template that did not come from a file."""
+"""File name of a compiled template that was not read from a file."""
 
 JINJA = str(Path(jinja2.__file__).parent)
 
 
 def limit_rendering(tokenizer: Any, seconds: float | None = None) -> None:
-    """Have a tokenizer render its chat template for a bounded time only.
+    """Limit the time in which a tokenizer renders its chat template.
 
     Args:
-        tokenizer: A tokenizer of transformers. Its `apply_chat_template` raises a `UserError` when
-            the time is over.
-        seconds: Time of the processor, by default `MAX_SECONDS`.
+        tokenizer: A tokenizer of transformers. Its `apply_chat_template` raises a `UserError` after
+            the limit.
+        seconds: CPU time. Default: `MAX_SECONDS`.
     """
     tokenizer.apply_chat_template = partial(_limited, tokenizer.apply_chat_template, seconds)
 
 
 def _limited(render: Callable[..., Any], seconds: float | None, *args: Any, **kwargs: Any) -> Any:
-    """Render under a trace function, which reads the clock every few lines of the template.
+    """Render with a trace function that reads the clock every few lines of the template.
 
-    The first line begins the time: neither the messages' checks before nor the tokenizer after are
-    part of it.
+    The time starts with the template's first line: the checks before and the tokenizer after are
+    not part of it.
     """
     allowed = MAX_SECONDS if seconds is None else seconds
     end: float | None = None

@@ -1,8 +1,7 @@
-"""What a tokenizer.json may ask of the `tokenizers` library.
+"""Validation of tokenizer files before the `tokenizers` library runs them.
 
-The library runs the file's steps as they are: a regular expression that backtracks without end
-stops the process with a panic, and a few replacements of one character by ten, one after the other,
-fill the memory.
+The library runs the steps of a tokenizer.json as they are: a regular expression with catastrophic
+backtracking panics, and a few chained replacements of one character by ten fill the memory.
 """
 
 from __future__ import annotations
@@ -29,11 +28,8 @@ JSON_FILES = (
 )
 TEXT_FILES = ("chat_template.jinja",)
 
-MAX_TOKENIZER_BYTES = 64_000_000
-"""Several times that of a vocabulary of 256,000."""
-
-MAX_SENTENCEPIECE_BYTES = 16_000_000
-"""Several times that of a vocabulary of 256,000."""
+MAX_TOKENIZER_BYTES, MAX_SENTENCEPIECE_BYTES = 64_000_000, 16_000_000
+"""Several times the size for a vocabulary of 256,000."""
 
 MAX_ADDED_TOKENS = 50_000
 
@@ -41,11 +37,11 @@ MAX_TEXT_BYTES = 1_000_000
 MAX_PATTERN = 100_000
 MAX_STEPS = 100
 MAX_GROWTH = 1000
-"""How many times longer a text may become before it is tokenized."""
+"""Factor by which normalization may lengthen a text."""
 
 ESCAPE = re.compile(r"\\[pP]\{[^}]*\}|\\.|\\$", re.DOTALL)
 EXACT = re.compile(r"\{\d+\}")
-"""A repetition that matches in one way only."""
+"""An unambiguous repetition."""
 
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
@@ -54,8 +50,8 @@ def check_tokenizer_files(folder: Path) -> None:
     """Check the files of a tokenizer before other libraries read them.
 
     Raises:
-        CheckpointError: If one is a device or a pipe, too large, no JSON, or asks for what takes
-            unbounded time or memory.
+        CheckpointError: If one is a device or a pipe, too large, not JSON, or needs unbounded time
+            or memory.
     """
     for name in JSON_FILES:
         if (folder / name).exists():
@@ -68,7 +64,7 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def read_tokenizer(path: Path) -> dict[str, Any]:
-    """Return a tokenizer.json whose steps take bounded time and memory.
+    """Return a tokenizer.json, whose steps need bounded time and memory.
 
     Raises:
         CheckpointError: If they do not, or the file cannot be read.
@@ -91,7 +87,7 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
 
 
 def _templates(folder: Path) -> list[Path]:
-    """Return the further chat templates of a folder, as transformers finds them."""
+    """Return the additional chat templates of a folder that transformers reads."""
     found = sorted((folder / "chat_templates").glob("*.jinja"))
     if len(found) > MAX_STEPS:
         raise CheckpointError(f"{folder}: has more than {MAX_STEPS} chat templates.")
@@ -106,7 +102,7 @@ def _problem(section: Any) -> str | None:
             return f"more than {MAX_STEPS} steps"
         pattern = step.get("Regex")
         if isinstance(pattern, str) and (len(pattern) > MAX_PATTERN or backtracks(pattern)):
-            return f"the regular expression {shown(pattern)}, which may never end"
+            return f"the regular expression {shown(pattern)}, which may backtrack without end"
         for key in ("content", "prepend"):
             if isinstance(step.get(key), str):
                 growth *= 1 + len(step[key]) if key == "prepend" else max(1, len(step[key]))
@@ -127,7 +123,7 @@ def _charsmap_problem(text: str) -> str | None:
 
 
 def _objects(section: Any) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a section that may run, at any depth; lists of tokens are left out."""
+    """Yield the objects of a section at any depth, without lists of tokens."""
     stack = [section]
     while stack:
         value = stack.pop()
@@ -143,7 +139,7 @@ def _objects(section: Any) -> Iterator[dict[str, Any]]:
 def backtracks(pattern: str) -> bool:
     """Return whether a regular expression may take exponential time.
 
-    That takes a repeated group that holds a repetition or alternatives, as in `(a+)+` or `(a|a)*`.
+    It may if a repeated group contains a repetition or alternatives, as in `(a+)+` or `(a|a)*`.
     """
     groups = [False]
     at = 0
@@ -169,7 +165,7 @@ def backtracks(pattern: str) -> bool:
 
 
 def _end_of_class(pattern: str, at: int) -> int:
-    """Return the position of the bracket that closes a class; classes may hold classes."""
+    """Return the position of the bracket that closes a class; classes may be nested."""
     depth = 0
     while at < len(pattern):
         if pattern[at] == "\\":

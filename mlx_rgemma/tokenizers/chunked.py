@@ -1,11 +1,10 @@
-"""Tokens of texts of any size, piece by piece: the tokens that the whole text has.
+"""Tokenizing texts of any size in chunks, with the tokens of the whole text.
 
-A piece ends before a space or a newline that no entry of the vocabulary joins to the character
-before it. A tokenizer that merges pairs (byte-pair encoding) can then merge nothing across the
-cut, so that the pieces' tokens, end to end, are those of the whole text. What a tokenizer puts in
-front of any text (a space, for some; behind a special token, too, where nothing is cut for that
-reason) is taken off again: each piece is read behind the last character of the one before, and
-that character's tokens are dropped.
+A chunk ends before a space or a newline that no token of the vocabulary joins to the character
+before it. Byte-pair encoding then merges nothing across the boundary, so the concatenated tokens of
+the chunks are those of the whole text. Some tokenizers insert a space at the beginning of a text
+and after special tokens. So each chunk is encoded after the last character of the one before, whose
+tokens are dropped; and no chunk ends after a special token.
 """
 
 from __future__ import annotations
@@ -17,56 +16,58 @@ from weakref import WeakKeyDictionary
 
 from mlx_rgemma.errors import UserError
 
-PIECE = 1 << 16
+CHUNK_CHARS = 1 << 16
 """Characters read at a time."""
 
-LONGEST = 1 << 20
-"""Characters after which a text is cut even where its tokens may then differ."""
+MAX_CHUNK_CHARS = 1 << 20
+"""Maximum of characters per chunk: without a safe boundary, tokens may differ after it."""
 
 SPACE = "▁"
 CONTEXT_CHARS = ("\n", "a", ".", " ")
-"""What a text that goes on may be read behind; the first that no token joins to its beginning."""
+"""Contexts to encode a continuation after; the first that no token joins to it is used."""
 
 
 class TextFile(Protocol):
-    """An open file of text, or anything that can be read like one."""
+    """An open text file, or an object with its `read`."""
 
     def read(self, size: int, /) -> str: ...
 
 
 class ChunkedTokenizer:
-    """A tokenizer that reads texts of any size in bounded memory.
+    """A tokenizer of texts of any size, in bounded memory.
 
     Args:
         tokenizer: From `load`.
-        piece: Characters to read at a time.
-        longest: Characters without a place to cut after which it is cut all the same.
+        chunk: Characters to read at a time.
+        max_chunk: Maximum of characters per chunk.
     """
 
-    def __init__(self, tokenizer: Any, piece: int = PIECE, longest: int = LONGEST) -> None:
+    def __init__(
+        self, tokenizer: Any, chunk: int = CHUNK_CHARS, max_chunk: int = MAX_CHUNK_CHARS
+    ) -> None:
         self.tokenizer = tokenizer
-        self.piece, self.longest = piece, longest
+        self.chunk, self.max_chunk = chunk, max_chunk
         self.joined = _merge_pairs(tokenizer)
         self.special: dict[str, int] = tokenizer.get_added_vocab()
 
     def tokens(
         self, source: str | TextFile, *, begin: bool, last: int | None = None
     ) -> Iterator[list[int]]:
-        """The tokens of a text, in lists of bounded length.
+        """Yield the tokens of a text, in lists of bounded length.
 
         Args:
             source: A text, or an open text file.
-            begin: Whether nothing came before: the tokens then begin with BOS. Otherwise they have
-                none, also where the text itself begins with it.
-            last: The token that came before, if it is known.
+            begin: Whether this is the beginning: the tokens then start with BOS. Otherwise a BOS
+                in the text is removed.
+            last: The previous token, if known.
 
         Raises:
-            UserError: If the file holds no UTF-8 text.
+            UserError: If the file does not hold UTF-8 text.
         """
         bos, first = self.tokenizer.bos_token, True
-        # Text behind a special token may get a space in front of it, as at the beginning.
+        # A tokenizer may insert a space after a special token, as at the beginning.
         before = next((text for text, token in self.special.items() if token == last), "")
-        for text in self._cut(source):
+        for text in self._chunks(source):
             if begin:
                 special = bos is None or not text.startswith(bos)
                 yield list(self.tokenizer.encode(text, add_special_tokens=special))
@@ -77,15 +78,15 @@ class ChunkedTokenizer:
             begin = first = False
             before = text[-1]
 
-    def _cut(self, source: str | TextFile) -> Iterator[str]:
-        """The text in pieces, none of them empty; one that is short enough stays whole."""
+    def _chunks(self, source: str | TextFile) -> Iterator[str]:
+        """Yield the chunks of a text, none of them empty; a short text is one chunk."""
         held = ""
         for more in self._read(source):
             held += more
-            if len(held) <= self.piece:
+            if len(held) <= self.chunk:
                 continue
-            at = self._last_cut(held)
-            if at == 0 and len(held) >= self.longest:
+            at = self._last_boundary(held)
+            if at == 0 and len(held) >= self.max_chunk:
                 at = len(held) - 1
             if at > 0:
                 yield held[:at]
@@ -95,26 +96,26 @@ class ChunkedTokenizer:
 
     def _read(self, source: str | TextFile) -> Iterator[str]:
         if isinstance(source, str):
-            if len(source) <= self.piece:
+            if len(source) <= self.chunk:
                 yield from [source] if source else []
                 return
-            for at in range(0, len(source), self.piece):
-                yield source[at : at + self.piece]
+            for at in range(0, len(source), self.chunk):
+                yield source[at : at + self.chunk]
             return
         name = getattr(source, "name", "the file")
         while True:
             try:
-                text = source.read(self.piece)
+                text = source.read(self.chunk)
             except UnicodeDecodeError as error:
                 raise UserError(f"{name}: not UTF-8 text ({error.reason}).") from error
             if not isinstance(text, str):
-                raise UserError(f"{name}: opened for bytes; open it as text.")
+                raise UserError(f"{name}: opened in binary mode; open it as text.")
             if not text:
                 return
             yield text
 
-    def _last_cut(self, text: str) -> int:
-        """The last place where a text can be cut; 0 where there is none."""
+    def _last_boundary(self, text: str) -> int:
+        """Return the last safe boundary of a text; 0 if there is none."""
         for at in range(len(text) - 1, 0, -1):
             if text[at] not in " \n" or not self._is_safe_boundary(text[at - 1], text[at]):
                 continue
@@ -123,11 +124,11 @@ class ChunkedTokenizer:
         return 0
 
     def _is_safe_boundary(self, left: str, right: str) -> bool:
-        """Whether no token joins two characters."""
+        """Return whether no token joins two characters."""
         return (left.replace(" ", SPACE), right.replace(" ", SPACE)) not in self.joined
 
     def _encode_continuation(self, before: str, text: str) -> list[int]:
-        """Tokens of a text that goes on, without BOS and without a space in front of it."""
+        """Encode a continuation, without BOS and without an inserted space."""
         if not text:
             return []
         for anchor in (before, *CONTEXT_CHARS):
@@ -143,9 +144,9 @@ _PAIRS: WeakKeyDictionary[Any, frozenset[tuple[str, str]]] = WeakKeyDictionary()
 
 
 def _merge_pairs(tokenizer: Any) -> frozenset[tuple[str, str]]:
-    """The pairs of neighbouring characters that some entry of the vocabulary holds.
+    """Return the pairs of adjacent characters within tokens of the vocabulary.
 
-    Only those where a text may be cut, or be read behind an anchor: others are not asked for.
+    Only pairs that matter: before a possible boundary, or after a context.
     """
     pairs = _PAIRS.get(tokenizer)
     if pairs is None:

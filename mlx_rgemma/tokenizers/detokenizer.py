@@ -1,4 +1,4 @@
-"""From tokens to text, piece by piece, without keeping what has been handed out."""
+"""Streaming detokenization in bounded memory, and stop sequences."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from mlx_rgemma.errors import UserError
 
 TEXT_LIMIT = 4096
-"""Characters of finished text, and tokens, that a detokenizer keeps."""
+"""Characters of emitted text, and tokens, that a detokenizer keeps."""
 
 
 class StreamingDetokenizer:
-    """mlx-lm's streaming detokenizer, forgetting what has been handed out.
+    """mlx-lm's streaming detokenizer, without the emitted text.
 
     Args:
         tokenizer: From `load`.
-        after: The token that the text goes on from, if it is in the middle of a sentence: the
-            space between words would be lost otherwise.
+        after: The previous token, if the text continues a sentence: without it the space between
+            two words is lost.
     """
 
     def __init__(self, tokenizer: Any, after: int | None = None) -> None:
@@ -25,14 +25,14 @@ class StreamingDetokenizer:
         if after is not None:
             before = StreamingDetokenizer(tokenizer)
             text = before.add(after) + before.finish()
-            # Half a character is completed by what follows, and shown then.
+            # An incomplete character is emitted when the next token completes it.
             self.skip = 0 if "\ufffd" in text else len(text)
         self.detokenizer = tokenizer.detokenizer
         if after is not None:
             self.detokenizer.add_token(after)
 
     def add(self, token: int) -> str:
-        """Return the text that a token completes (may be empty).
+        """Add a token and return the text that it completes, which may be empty.
 
         Raises:
             UserError: If the tokenizer does not have the token.
@@ -47,7 +47,7 @@ class StreamingDetokenizer:
         return self._segment()
 
     def finish(self) -> str:
-        """The text that was held back for tokens to come."""
+        """Return the text that was held back for the next token."""
         self.detokenizer.finalize()
         return self._segment()
 
@@ -69,14 +69,14 @@ class StreamingDetokenizer:
 
 
 class StopSequences:
-    """Holds back text that may turn out to be a stop text."""
+    """Holds back text that may be the beginning of a stop sequence."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = [s for s in stops if s]
         self.held = ""
 
     def feed(self, text: str, last: bool) -> tuple[str, bool]:
-        """-> the text that may be shown, and whether a stop text has appeared."""
+        """Return the text that can be emitted, and whether a stop sequence was found."""
         if not self.stops:
             return text, False
         text = self.held + text
@@ -89,7 +89,7 @@ class StopSequences:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n

@@ -1,8 +1,8 @@
-"""A plain tokenizer, read by the `tokenizers` library alone: a command's text begins sooner.
+"""Fast loading of a simple tokenizer, with the `tokenizers` library alone.
 
-mlx-lm's wrapper needs transformers, which takes a second or two to import, more than everything
-else on the way to the first token. A `tokenizer.json` whose configuration names nothing but the
-usual special tokens says all there is to say; for the rest there is still the wrapper.
+mlx-lm's wrapper needs transformers, whose import takes longer than everything else before the first
+token. A `tokenizer.json` whose configuration has only the usual special tokens needs no wrapper; it
+is loaded when an attribute is used that `FastTokenizer` does not have.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPTIONS = {
     "add_eos_token": (False,),
     "clean_up_tokenization_spaces": (False,),
 }
-"""Settings that a plain tokenizer has, and their values."""
+"""Settings of a simple tokenizer, and their values."""
 
 WITHOUT_EFFECT = ("padding_side", "model_max_length")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -31,7 +31,7 @@ MORE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files that say more of a tokenizer."""
+"""Files with more settings, which need the wrapper."""
 
 _DECODERS = [
     {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -42,13 +42,13 @@ _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 class FastTokenizer:
-    """What generating asks of mlx-lm's `TokenizerWrapper`; what else is asked for, that answers.
+    """The part of mlx-lm's `TokenizerWrapper` that generation uses; it loads the rest on demand.
 
     Args:
         tokenizer: A `tokenizers.Tokenizer`.
-        special: The special tokens by their names ("bos_token" and so on).
-        eos_token_ids: Tokens that end a text, beside the end-of-text token.
-        strip: Whether a text's first space is not part of it.
+        special: Special tokens by name ("bos_token" and so on).
+        eos_token_ids: Tokens that end a text, besides the end-of-text token.
+        strip: Whether decoding removes the first space of a text.
         wrapper: Loads the wrapper.
     """
 
@@ -82,28 +82,28 @@ class FastTokenizer:
 
     @property
     def detokenizer(self) -> Detokenizer:
-        """A new one."""
+        """A new detokenizer."""
         return Detokenizer(self._detokenizer.pieces, self._detokenizer.strip)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of a text, behind the beginning-of-text token unless asked otherwise."""
+        """Return the tokens of a text, with the beginning-of-text token by default."""
         found = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return list(found.ids)
 
     def get_vocab(self) -> dict[str, int]:
-        """Each token's number."""
+        """Return the id of each token."""
         return dict(self._tokenizer.get_vocab())
 
     def get_added_vocab(self) -> dict[str, int]:
-        """The special tokens' numbers."""
+        """Return the id of each special token."""
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items()}
 
     def add_eos_token(self, token: str) -> None:
-        """Have one more token end a text.
+        """Add a token that ends a text.
 
         Args:
-            token: The token, or its number.
+            token: The token, or its id.
 
         Raises:
             ValueError: If there is no such token.
@@ -115,16 +115,16 @@ class FastTokenizer:
 
 
 class Detokenizer:
-    """Text from tokens that come one by one: what mlx-lm's streaming detokenizers offer.
+    """Streaming detokenizer with mlx-lm's interface.
 
     Args:
-        pieces: What each token stands for, in UTF-8; some for a part of a character.
-        strip: Whether a text's first space is not part of it.
+        pieces: Bytes of each token; some are part of a UTF-8 character.
+        strip: Whether to remove the first space of a text.
 
     Attributes:
-        text: The text so far, without a character that is not whole yet.
+        text: The text so far, without an incomplete character.
         tokens: The tokens so far.
-        offset: Where in the text the last segment ended.
+        offset: End of the last segment in the text.
     """
 
     def __init__(self, pieces: list[bytes], strip: bool) -> None:
@@ -133,7 +133,7 @@ class Detokenizer:
         self._held = b""
 
     def add_token(self, token: int) -> None:
-        """Take a token."""
+        """Add a token."""
         self.tokens.append(token)
         self._held += self.pieces[token]
         text = self._held.decode("utf-8", "replace")
@@ -141,12 +141,12 @@ class Detokenizer:
             self._take(text)
 
     def finalize(self) -> None:
-        """Take what is held as it is: no token is to come."""
+        """Emit the held bytes: there is no further token."""
         self._take(self._held.decode("utf-8", "replace"))
 
     @property
     def last_segment(self) -> str:
-        """The text since this was last asked for."""
+        """The text since the last use of this attribute."""
         segment = self.text[self.offset :]
         self.offset = len(self.text)
         return segment
@@ -156,14 +156,14 @@ class Detokenizer:
         self.text += text.removeprefix(" ") if self.strip and not self.text else text
 
 
-def plain_tokenizer(
+def fast_tokenizer(
     folder: Path, eos_token_ids: Iterable[int], wrapper: Callable[[], Any]
 ) -> FastTokenizer | None:
-    """The tokenizer of a folder, if it is plain; None where only the wrapper can tell.
+    """Load the tokenizer of a folder if it is simple; return None if it needs the wrapper.
 
     Args:
-        folder: May hold a `tokenizer.json`.
-        eos_token_ids: What the model's configuration says.
+        folder: The folder.
+        eos_token_ids: End-of-text tokens of the model's configuration.
         wrapper: Loads the wrapper.
     """
     from tokenizers import Tokenizer
@@ -171,7 +171,7 @@ def plain_tokenizer(
     try:
         config = read_json(folder / "tokenizer_config.json")
         content = read_tokenizer(folder / "tokenizer.json")
-        if any((folder / file).exists() for file in MORE_FILES) or not _plain(config, content):
+        if any((folder / file).exists() for file in MORE_FILES) or not _is_simple(config, content):
             return None
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         special = {name: config[name] for name in SPECIAL_TOKENS}
@@ -181,12 +181,12 @@ def plain_tokenizer(
         return FastTokenizer(tokenizer, special, eos_token_ids, strip, wrapper)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # a damaged file, or a panic of Rust's: loading the wrapper says which
+    except BaseException:  # a damaged file, or a Rust panic: loading the wrapper reports it
         return None
 
 
-def _plain(config: dict[str, Any], content: dict[str, Any]) -> bool:
-    """Whether nothing is said but what a plain tokenizer does."""
+def _is_simple(config: dict[str, Any], content: dict[str, Any]) -> bool:
+    """Return whether there are no settings besides those of a simple tokenizer."""
     if content.get("padding") is not None or content.get("truncation") is not None:
         return False
     if set(config) - {*OPTIONS, *WITHOUT_EFFECT, *SPECIAL_TOKENS}:
@@ -203,7 +203,7 @@ def _plain(config: dict[str, Any], content: dict[str, Any]) -> bool:
 
 
 def _characters(piece: str) -> bytes:
-    """What a token stands for, in UTF-8."""
+    """Return the bytes of a token."""
     if piece.startswith("<0x"):
         return bytes([int(piece[3:5], 16)])
     return piece.replace(SPACE, " ").encode("utf-8")

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, in mlx-lm's wrapper."""
+"""Loading a checkpoint's tokenizer in mlx-lm's wrapper."""
 
 from __future__ import annotations
 
@@ -27,28 +27,27 @@ TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, *JSON_FILES, *TEXT_FILES)
 """Files that a tokenizer may consist of."""
 
 BASE_MODEL = re.compile(r"(recurrentgemma-)?(2b|9b)", re.IGNORECASE)
-"""Names of released models that were not trained to chat, though they know the tokens for it."""
+"""Names of released base models: they know the tokens of a chat, but were not trained on chats."""
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
+    """Return whether a folder holds a tokenizer."""
     return (folder / TOKENIZER).is_file() or (folder / SENTENCEPIECE).is_file()
 
 
 def load_tokenizer(
     folder: str | os.PathLike[str], eos_token_ids: Iterable[int] = (), *, name: str = ""
 ) -> Any:
-    """Load the tokenizer of a folder, which stays as it is.
+    """Load the tokenizer of a folder.
 
-    It begins every text with the beginning-of-text token, as RecurrentGemma needs, and stops on
-    `eos_token_ids`, its own end-of-text token and, where there is a chat template, the end of a
-    turn.
+    It begins every text with the beginning-of-text token, which RecurrentGemma needs, and stops on
+    `eos_token_ids`, its end-of-text token and, with a chat template, the end of a turn.
 
     Args:
-        folder: Holds `tokenizer.json`, or a bare SentencePiece `tokenizer.model`, which gets a
+        folder: Folder of `tokenizer.json`, or of a SentencePiece `tokenizer.model`, which gets a
             chat template if it knows turns and its model is not a released base model.
-        eos_token_ids: What the model's configuration says.
-        name: What the model is called, if the folder's name does not tell.
+        eos_token_ids: End-of-text tokens of the model's configuration.
+        name: Name of the model, if it is not that of the folder.
 
     Returns:
         mlx-lm's `TokenizerWrapper`.
@@ -61,21 +60,21 @@ def load_tokenizer(
     if (folder / TOKENIZER).is_file():
         tokenizer = _load(folder, folder / TOKENIZER, eos_token_ids)
     elif (folder / SENTENCEPIECE).is_file():
-        with tempfile.TemporaryDirectory() as translated:
-            write_translation(folder, Path(translated), name=name)
-            tokenizer = _load(Path(translated), folder / SENTENCEPIECE, eos_token_ids)
+        with tempfile.TemporaryDirectory() as converted:
+            write_converted(folder, Path(converted), name=name)
+            tokenizer = _load(Path(converted), folder / SENTENCEPIECE, eos_token_ids)
     else:
         raise CheckpointError(
             f"{folder}: no tokenizer: neither {TOKENIZER} nor {SENTENCEPIECE}; download it too, or"
-            " use load_model for the model alone."
+            " use load_model for a model without tokenizer."
         )
     if tokenizer.has_chat_template:
         _stop_at_end_of_turn(tokenizer)
     return tokenizer
 
 
-def write_translation(folder: Path, target: Path, *, name: str = "") -> None:
-    """Write the `tokenizer.json` and `tokenizer_config.json` of a bare `tokenizer.model`.
+def write_converted(folder: Path, target: Path, *, name: str = "") -> None:
+    """Convert a `tokenizer.model` to `tokenizer.json` and `tokenizer_config.json`.
 
     Raises:
         CheckpointError: If the SentencePiece model is damaged.
@@ -84,7 +83,7 @@ def write_translation(folder: Path, target: Path, *, name: str = "") -> None:
     chat = not BASE_MODEL.fullmatch(name or folder.resolve().name)
     tokenizer, config = convert_sentencepiece(folder / SENTENCEPIECE, chat=chat)
     if own_config.is_file():
-        # What the publisher says of his tokens counts; the class does not, it reads other files.
+        # The publisher's settings take precedence, but for the class, which reads other files.
         stated = read_json(own_config)
         config = {**stated, **{k: v for k, v in config.items() if k not in stated}}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -101,15 +100,15 @@ def _load(folder: Path, origin: Path, eos_token_ids: Iterable[int]) -> Any:
         _begin_with_bos(tokenizer)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # also a panic of Rust's, which is no Exception
-        what = reason(error)
-        raise CheckpointError(f"{origin}: not a tokenizer that can be read: {what}") from error
+    except BaseException as error:  # a Rust panic is not an Exception
+        why = reason(error)
+        raise CheckpointError(f"{origin}: not a tokenizer that can be read: {why}") from error
     limit_rendering(tokenizer._tokenizer)
     return tokenizer
 
 
 def _begin_with_bos(tokenizer: Any) -> None:
-    """Have the beginning-of-text token added, whatever the tokenizer's files say or forget."""
+    """Make a tokenizer add the beginning-of-text token, whatever its files say."""
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer.encode("a")[:1] != [bos]:
         tokenizer.add_bos_token = True

@@ -38,22 +38,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-"""Gemma's chat, as RecurrentGemma's instruction-tuned models were trained with."""
+"""Gemma's chat format, with which RecurrentGemma's instruction-tuned models were trained."""
 
 
 def convert_sentencepiece(path: Path, *, chat: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Translate a SentencePiece model.
+    """Convert a SentencePiece model to the format of the `tokenizers` library.
 
     Args:
         path: A `tokenizer.model`.
         chat: Whether to add Gemma's chat template, if the vocabulary has its two tokens.
 
     Returns:
-        What belongs into `tokenizer.json` and into `tokenizer_config.json`.
+        The contents of `tokenizer.json` and `tokenizer_config.json`.
 
     Raises:
-        CheckpointError: If the file is no SentencePiece model, or of a kind that the `tokenizers`
-            library cannot express.
+        CheckpointError: If the file is not a SentencePiece model, or of a kind that the
+            `tokenizers` library cannot express.
     """
     proto = _read(path)
     pieces = [piece.piece for piece in proto.pieces]
@@ -105,7 +105,7 @@ def _read(path: Path) -> Any:
             f"{path}: {len(proto.pieces):,} pieces, expected up to {MAX_PIECES:,}."
         )
     for number, piece in enumerate(proto.pieces):
-        # Texts that are not UTF-8 come as bytes.
+        # protobuf returns bytes for text that is not UTF-8.
         if not isinstance(piece.piece, str) or not 0 < len(piece.piece) <= MAX_PIECE:
             raise CheckpointError(
                 f"{path}: damaged: piece {number} is {shown(piece.piece)}; download it again."
@@ -137,10 +137,10 @@ def _special_tokens(path: Path, proto: Any) -> dict[str, str]:
 
 
 def _user_defined_words(proto: Any) -> list[str]:
-    """User-defined symbols to be cut out before BPE, as words of their own.
+    """Return the user-defined symbols to split off before BPE, as separate words.
 
-    Where SentencePiece puts a space before the text, an added token would put one after itself
-    too. A symbol of one character needs no merges, so it can be an ordinary word instead.
+    If SentencePiece inserts a space before the text, an added token inserts one after itself too. A
+    symbol of one character needs no merges, so it can be an ordinary word instead.
     """
     if not proto.normalizer_spec.add_dummy_prefix or proto.trainer_spec.model_type != BPE:
         return []
@@ -156,8 +156,7 @@ def _added_tokens(proto: Any, special: dict[str, str], words: list[str]) -> list
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
-            # A symbol with spaces in it is found only after spaces are written as SentencePiece
-            # writes them.
+            # A symbol with spaces is found only after they are replaced by SentencePiece's.
             "normalized": SPACE in piece.piece,
             "special": piece.type == CONTROL or piece.piece in hidden,
         }
@@ -238,7 +237,7 @@ def _model(proto: Any, unknown: str) -> dict[str, Any]:
 
 
 def _byte_letters(proto: Any, vocabulary: dict[str, int]) -> dict[str, int]:
-    """ASCII characters that only longer pieces hold: alone they are their byte."""
+    """Return ASCII characters that occur in longer pieces only: alone they are a byte token."""
     letters = {c for piece in proto.pieces if piece.type == NORMAL for c in piece.piece}
     return {
         c: vocabulary[f"<0x{ord(c):02X}>"]
@@ -248,7 +247,7 @@ def _byte_letters(proto: Any, vocabulary: dict[str, int]) -> dict[str, int]:
 
 
 def _merges(proto: Any, parts: Any) -> list[list[str]]:
-    """All pairs that join to a piece, the piece of the best score first."""
+    """Return all pairs that merge to a piece, by descending score of the piece."""
     ranked = sorted(
         ((-piece.score, i) for i, piece in enumerate(proto.pieces) if piece.type == NORMAL)
     )

@@ -1,4 +1,4 @@
-"""A SentencePiece tokenizer of one's own, laid out as the embedded model's."""
+"""Training of a SentencePiece tokenizer, with the special tokens of the embedded model's."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ PAD, EOS, BOS, UNK = 0, 1, 2, 3
 
 DEFAULT_VOCAB_SIZE = 2048
 
-MOST = re.compile(r"Vocabulary size too high .*<= (\d+)")
-LEAST = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
-"""Of SentencePiece's messages, with the size that is possible."""
+MAX_SIZE = re.compile(r"Vocabulary size too high .*<= (\d+)")
+MIN_SIZE = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
+"""SentencePiece's messages, with the possible size."""
 
 MAX_SENTENCE_BYTES = 16_000
-"""Longer lines are left out of the tokenizer's training, not of the model's."""
+"""Longer lines are skipped in the tokenizer's training, not in the model's."""
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int | None = None) -> bytes:
     """Train a byte-pair-encoding tokenizer; pad is 0, eos 1, bos 2, unknown 3.
 
-    Newlines are tokens of their own, digits are split, and spaces are kept as they are.
+    Newlines and digits are separate tokens; spaces are kept.
 
     Args:
-        documents: The text that it is trained on.
-        vocab_size: How many tokens it gets; None for `DEFAULT_VOCAB_SIZE`, or as many as the text
-            supports if those are fewer.
+        documents: The training text.
+        vocab_size: Size of the vocabulary; None for `DEFAULT_VOCAB_SIZE`, or the maximum that the
+            text supports if that is smaller.
 
     Returns:
         The content of its `tokenizer.model`.
 
     Raises:
-        UserError: If the text does not support so many tokens, or needs more.
+        UserError: If the text supports only a smaller vocabulary, or needs a larger one.
     """
     try:
         return _train(documents, vocab_size or DEFAULT_VOCAB_SIZE)
     except (RuntimeError, OSError) as error:
-        most, least = _number(MOST, error), _number(LEAST, error)
-        if most is not None and vocab_size is None:
-            return _train(documents, most)
-        if most is not None:
-            reason = f"the text supports no more than {most} tokens; give that, or more text"
-        elif least is not None:
-            reason = f"each character of the text is a token; give at least {least}"
+        maximum, minimum = _number(MAX_SIZE, error), _number(MIN_SIZE, error)
+        if maximum is not None and vocab_size is None:
+            return _train(documents, maximum)
+        if maximum is not None:
+            why = f"the text supports at most {maximum} tokens; give that, or more text"
+        elif minimum is not None:
+            why = f"each character of the text is a token; give at least {minimum}"
         else:
-            reason = "the text does not support a tokenizer; give more text, in shorter lines"
-        raise UserError(f"--vocab-size {vocab_size or DEFAULT_VOCAB_SIZE}: {reason}.") from error
+            why = "the text does not support a tokenizer; give more text, in shorter lines"
+        raise UserError(f"--vocab-size {vocab_size or DEFAULT_VOCAB_SIZE}: {why}.") from error
 
 
 def _train(documents: Sequence[str], vocab_size: int) -> bytes:
@@ -79,6 +79,6 @@ def _train(documents: Sequence[str], vocab_size: int) -> bytes:
 
 
 def _number(pattern: re.Pattern[str], error: Exception) -> int | None:
-    """Return the number in SentencePiece's message, if it is that message."""
+    """Return the number in SentencePiece's message, if the message matches."""
     found = pattern.search(str(error))
     return None if found is None else int(found[1])

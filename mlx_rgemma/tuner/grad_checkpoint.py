@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,8 @@ from mlx_rgemma.griffin.cache import GriffinCache, RecurrentCache
 from mlx_rgemma.griffin.layers import ResidualBlock
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.griffin.sequence_info import SequenceInfo
+from mlx_rgemma.ops import backend
+from mlx_rgemma.ops.backend import Backend
 
 
 def checkpoint_layers(model: Model) -> None:
@@ -21,6 +24,21 @@ def checkpoint_layers(model: Model) -> None:
     """
     for layer in model.layers:
         layer.__class__ = _Checkpointed
+
+
+def is_checkpointed(model: Model) -> bool:
+    """Return whether the layers of a model are checkpointed."""
+    return isinstance(model.layers[0], _Checkpointed)
+
+
+def lazy_backend() -> AbstractContextManager[None]:
+    """Use MLX's operations in place of the CPU backend, and any other backend as it is.
+
+    The CPU backend evaluates its inputs at once, while gradients are traced: all activations would
+    be held until the gradients of all layers are evaluated.
+    """
+    found = backend.active()
+    return backend.use(Backend.MLX if found is Backend.CPU else found)
 
 
 class _Checkpointed(ResidualBlock):
@@ -43,7 +61,8 @@ class _Checkpointed(ResidualBlock):
             own = copy.copy(cache)
             _set_arrays(own, state)
             mx.random.seed(seed)
-            x = ResidualBlock.__call__(self, x, info, own)
+            with lazy_backend():
+                x = ResidualBlock.__call__(self, x, info, own)
             write_positions.append(getattr(own, "write_pos", 0))
             return [x, *_arrays(own)]
 

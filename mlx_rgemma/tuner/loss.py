@@ -8,6 +8,7 @@ is computed with its loss, and its logits are dropped: those of 2,048 tokens and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from mlx_rgemma.ops.autograd import custom_function
 from mlx_rgemma.ops.backend import Backend, active
 from mlx_rgemma.ops.cross_entropy import cross_entropies
 from mlx_rgemma.tuner.data.packing import Batch
+from mlx_rgemma.tuner.grad_checkpoint import is_checkpointed, lazy_backend
 
 CHUNK_LOGITS, MIN_CHUNK = 1 << 24, 16
 """Maximum of logits per chunk (67 MB in float32), and minimum of tokens for any vocabulary.
@@ -50,6 +52,7 @@ def batch_loss(
         The sum of the cross entropies in nats, a fp32 scalar, and the number of targets, an int32
         scalar.
     """
+    chunk = chunk_tokens(vocabulary_size(model.model.embed_tokens))
     hidden = model.model(batch.tokens, cache, batch.segment_pos)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     targets = batch.targets.reshape(-1)
@@ -59,13 +62,15 @@ def batch_loss(
     if len(counted) < hidden.shape[0]:
         chosen = mx.array(counted.astype(np.int32))
         hidden, targets = hidden[chosen], targets[chosen]
-    loss = head_loss(
-        hidden,
-        targets,
-        model.model.embed_tokens,
-        model.args.logits_soft_cap,
-        training=model.training,
-    )
+    with lazy_backend() if is_checkpointed(model) else nullcontext():
+        loss = head_loss(
+            hidden,
+            targets,
+            model.model.embed_tokens,
+            model.args.logits_soft_cap,
+            training=model.training,
+            chunk=chunk,
+        )
     return loss, mx.array(len(counted), mx.int32)
 
 

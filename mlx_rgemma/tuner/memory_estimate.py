@@ -23,7 +23,7 @@ MAX_WORKING_ARRAYS = 100
 thirds of them belong to the MLP, which is three times as wide. Measured on a CPU, where MLX runs up
 to 100 operations ahead of what it frees."""
 
-MAX_LOGIT_CHUNKS = 16
+MAX_LOGIT_CHUNKS = 18
 """Chunks of logits that exist at once; measured on a CPU."""
 
 BYTES_PER_TRAINED = 4 * 4

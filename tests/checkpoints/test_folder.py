@@ -111,11 +111,11 @@ BROKEN = {
         lambda f: remap(f, NORM, "..\\x.safetensors"),
         "outside the folder",
     ),
-    "index to no file": ("tiny-sharded", lambda f: remap(f, NORM, 3), "no safetensors file"),
+    "index to no file": ("tiny-sharded", lambda f: remap(f, NORM, 3), "not a safetensors file"),
     "index to a pickle": (
         "tiny-sharded",
         lambda f: remap(f, NORM, "pytorch_model.bin"),
-        "no safetensors file",
+        "not a safetensors file",
     ),
     "index to the wrong shard": (
         "tiny-sharded",

@@ -320,7 +320,7 @@ def test_command_says_what_it_took(tmp_path, capsys):
     assert main([*arguments, *options]) == 0
     printed = capsys.readouterr().out
     assert "Note: This is a checkpoint in Google's PyTorch format." in printed
-    assert "Note: Attention window 16, soft cap 30, embeddings scaled: as the options" in printed
+    assert "Note: Attention window 16, soft cap 30, embeddings scaled: from the options" in printed
 
 
 def test_relative_path(tmp_path):

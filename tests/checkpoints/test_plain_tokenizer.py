@@ -15,7 +15,7 @@ from mlx_rgemma import load
 from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.io.text import DEFAULT_TEXT
 from mlx_rgemma.tokenizers.detokenizer import StreamingDetokenizer
-from mlx_rgemma.tokenizers.fast import FastTokenizer, plain_tokenizer
+from mlx_rgemma.tokenizers.fast import FastTokenizer, fast_tokenizer
 from mlx_rgemma.tokenizers.load import load_tokenizer
 
 EOS = (7,)
@@ -27,7 +27,7 @@ def no_wrapper():
 
 @pytest.fixture(scope="module")
 def plain() -> FastTokenizer:
-    return plain_tokenizer(EMBEDDED, EOS, no_wrapper)
+    return fast_tokenizer(EMBEDDED, EOS, no_wrapper)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def with_bytes(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("strips", [True, False], ids=["strips", "keeps the space"])
 def test_texts(plain, wrapper, with_bytes, strips):
     if not strips:
-        plain, wrapper = plain_tokenizer(with_bytes, EOS, no_wrapper), load_tokenizer(with_bytes)
+        plain, wrapper = fast_tokenizer(with_bytes, EOS, no_wrapper), load_tokenizer(with_bytes)
         assert len(plain) == len(wrapper) == 2048 + 256
         assert plain.encode("猫") == wrapper.encode("猫")
     rng = np.random.default_rng(0)
@@ -128,7 +128,7 @@ def test_detokenizers_are_apart(plain):
 
 
 def test_more_ends_of_a_text(folder, wrapper):
-    plain = plain_tokenizer(folder, EOS, no_wrapper)
+    plain = fast_tokenizer(folder, EOS, no_wrapper)
     for token in ("12", "▁the"):
         plain.add_eos_token(token)
     assert plain.eos_token_ids == {1, 7, 12, wrapper.get_vocab()["▁the"]}
@@ -138,7 +138,7 @@ def test_more_ends_of_a_text(folder, wrapper):
 
 def test_what_it_does_not_know_the_wrapper_does(folder, wrapper):
     asked = []
-    plain = plain_tokenizer(folder, EOS, lambda: asked.append(1) or wrapper)
+    plain = fast_tokenizer(folder, EOS, lambda: asked.append(1) or wrapper)
     assert plain.convert_ids_to_tokens([2, 100]) == wrapper.convert_ids_to_tokens([2, 100])
     assert plain.decode(plain.encode("A cat")) == "<s> A cat"
     with pytest.raises(AttributeError, match="nonsense"):
@@ -165,9 +165,9 @@ def test_what_it_does_not_know_the_wrapper_does(folder, wrapper):
     ids=str,
 )
 def test_a_configuration_that_says_more_is_the_wrappers(folder, values):
-    assert plain_tokenizer(folder, EOS, no_wrapper) is not None
+    assert fast_tokenizer(folder, EOS, no_wrapper) is not None
     change(folder / "tokenizer_config.json", **values)
-    assert plain_tokenizer(folder, EOS, no_wrapper) is None
+    assert fast_tokenizer(folder, EOS, no_wrapper) is None
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_configuration_that_says_more_is_the_wrappers(folder, values):
 )
 def test_a_tokenizer_of_another_kind_is_the_wrappers(folder, values):
     change(folder / "tokenizer.json", **values)
-    assert plain_tokenizer(folder, EOS, no_wrapper) is None
+    assert fast_tokenizer(folder, EOS, no_wrapper) is None
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_tokenizer_of_another_kind_is_the_wrappers(folder, values):
 )
 def test_more_files_are_the_wrappers(folder, name):
     (folder / name).write_text("{}")
-    assert plain_tokenizer(folder, EOS, no_wrapper) is None
+    assert fast_tokenizer(folder, EOS, no_wrapper) is None
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -201,7 +201,7 @@ def test_damaged_files_are_left_to_the_wrapper(folder, name, damage):
         path.unlink()
     else:
         path.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
-    assert plain_tokenizer(folder, EOS, no_wrapper) is None
+    assert fast_tokenizer(folder, EOS, no_wrapper) is None
 
 
 def test_loading_with_a_plain_tokenizer():

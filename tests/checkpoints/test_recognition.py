@@ -66,7 +66,7 @@ def test_several(tmp_path):
 OTHERS = {
     "text": (b"hello", "x.txt", "unknown format; give the folder"),
     "empty": (b"", "x", "unknown format"),
-    "safetensors": (b"\x10\0\0\0\0\0\0\0{}", "model.safetensors", "give the folder that holds"),
+    "safetensors": (b"\x10\0\0\0\0\0\0\0{}", "model.safetensors", "give the folder of the model"),
     "empty .pt": (b"", "x.pt", "not a valid PyTorch file"),
     "damaged .pt": (b"PK\3\4", "x.pt", "not a valid PyTorch file"),
     "empty .tar": (b"", "x.tar", "not a valid archive"),

@@ -168,7 +168,7 @@ def test_bfloat16_is_written_to_the_bit(tmp_path):
 def test_writer_keeps_to_what_it_announced(tmp_path):
     plan = [TensorInfo("x", "F32", (2,))]
     for number, surprise in enumerate((mx.zeros(3), mx.zeros(2, mx.float16))):
-        with pytest.raises(ValueError, match="announced"):
+        with pytest.raises(ValueError, match="does not match"):
             write_file(tmp_path / str(number), plan, iter([("x", surprise)]), {})
 
 

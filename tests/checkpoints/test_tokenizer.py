@@ -216,9 +216,9 @@ def test_no_turns_no_chat():
 
 def test_translation_is_the_same_as_its_file(gemma, tmp_path):
     """What the converter writes tokenizes as what it was made from."""
-    from mlx_rgemma.tokenizers.load import write_translation
+    from mlx_rgemma.tokenizers.load import write_converted
 
-    write_translation(gemma, tmp_path, name="some-model-it")
+    write_converted(gemma, tmp_path, name="some-model-it")
     assert {f.name for f in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     saved, direct = load_tokenizer(tmp_path), loaded(gemma)[0]
     for text in random_texts(3, 100):

@@ -12,7 +12,7 @@ from mlx_rgemma.checkpoints.load import load
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.tokenizers.check import backtracks, check_tokenizer_files
-from mlx_rgemma.tokenizers.fast import plain_tokenizer
+from mlx_rgemma.tokenizers.fast import fast_tokenizer
 from mlx_rgemma.tokenizers.load import load_tokenizer
 
 
@@ -112,7 +112,7 @@ def test_padding_of_any_length_is_not_used(folder):
             "pad_token": "<pad>",
         },
     )
-    assert plain_tokenizer(folder, (), lambda: None) is None
+    assert fast_tokenizer(folder, (), lambda: None) is None
     assert len(load_tokenizer(folder).encode("a")) < 10
 
 

@@ -187,7 +187,10 @@ HOSTILE = {
     ),
     "laughs as storage": (b"\x80\x02" + laughs(60) + b"Q.", "an unknown kind of storage"),
     "deep key": (b"\x80\x02})" + b"\x85" * 400_000 + b"Ns.", "key of type tuple"),
-    "deep value": (b"\x80\x02}\x8c\x01x)" + b"\x85" * 400_000 + b"s.", "no tensor but a tuple"),
+    "deep value": (
+        b"\x80\x02}\x8c\x01x)" + b"\x85" * 400_000 + b"s.",
+        "'x' is a tuple, expected a tensor",
+    ),
     "memo": (b"\x80\x02]r\xff\xff\xff\x1f.", "not a dictionary of tensors"),
     "opcodes": (b"\x80\x02" + b"N" * 600_000 + b".", "more than 500,000 opcodes"),
     "marks": (b"\x80\x02" + b"(" * 600_000 + b".", "more than 500,000 opcodes"),

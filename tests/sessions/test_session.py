@@ -87,7 +87,7 @@ def test_files_of_bytes_and_other_encodings_are_refused(session, tmp_path):
     file.write_bytes("déjà".encode("latin-1"))
     with open(file, encoding="utf-8") as text, pytest.raises(UserError, match=r"latin.txt: not UT"):
         session.feed(text)
-    with open(file, "rb") as binary, pytest.raises(UserError, match="opened for bytes"):
+    with open(file, "rb") as binary, pytest.raises(UserError, match="opened in binary mode"):
         session.feed(binary)
     assert session.tokens_seen == 0
 

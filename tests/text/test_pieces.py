@@ -21,7 +21,7 @@ def embedded():
 @pytest.mark.parametrize("piece", [1, 2, 5, 16, 100])
 def test_the_pieces_of_a_text_have_the_tokens_of_the_whole(embedded, piece):
     _, tokenizer = embedded
-    pieces = ChunkedTokenizer(tokenizer, piece=piece)
+    pieces = ChunkedTokenizer(tokenizer, chunk=piece)
     rng = random.Random(piece)
     stories = "\n\n".join(read_documents())
     for n in range(60):
@@ -55,7 +55,7 @@ def test_the_pieces_of_a_tokenizer_that_looks_at_the_whole_text(spaces):
     for n in range(200):
         text = "".join(rng.choice(["the", "cat", " ", "\n", "  ", "."]) for _ in range(40))
         expected = tokenizer.encode(text)
-        found = list(ChunkedTokenizer(tokenizer, piece=n % 9 + 1).tokens(text, begin=True))
+        found = list(ChunkedTokenizer(tokenizer, chunk=n % 9 + 1).tokens(text, begin=True))
         assert [t for tokens in found for t in tokens] == expected
         assert len(found) > 1
 
@@ -77,7 +77,7 @@ class Endless(io.TextIOBase):
 @pytest.mark.parametrize("text", ["The cat sat. ", "x"], ids=["words", "no-space"])
 def test_a_file_of_any_size_needs_no_more_memory(embedded, text):
     _, tokenizer = embedded
-    pieces = ChunkedTokenizer(tokenizer, piece=1 << 12, longest=1 << 13)
+    pieces = ChunkedTokenizer(tokenizer, chunk=1 << 12, max_chunk=1 << 13)
 
     def peak(characters: int) -> int:
         tracemalloc.start()

@@ -243,5 +243,5 @@ def test_full_training_leaves_what_is_quantized():
 
 
 def test_missing_adapters_are_told_before_a_model_is_looked_for(tmp_path):
-    with pytest.raises(UserError, match="no adapters: no such folder; adapters are what lora"):
+    with pytest.raises(UserError, match="no adapters: no such folder; give a folder that lora"):
         load(tmp_path / "no model", adapter_path=tmp_path / "no adapters")

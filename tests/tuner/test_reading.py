@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import os
 import tracemalloc
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +30,18 @@ def refusal(call) -> str:
         call()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     return str(caught.value)
+
+
+@contextmanager
+def traced():
+    """Yield a function that returns the peak of the memory that the block allocates."""
+    found = []
+    tracemalloc.start()
+    try:
+        yield lambda: found[0]
+        found.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -57,11 +70,10 @@ def test_a_line_without_end_is_not_held(tmp_path):
     with (tmp_path / "train.jsonl").open("wb") as file:
         file.write(GOOD)
         file.truncate(1 << 31)
-    load()
-    tracemalloc.start()
-    assert "line 2 is longer" in refusal(lambda: read(tmp_path))
-    assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
-    tracemalloc.stop()
+    refusal(lambda: read(tmp_path))  # imports
+    with traced() as peak:
+        assert "line 2 is longer" in refusal(lambda: read(tmp_path))
+    assert peak() < 4 * MAX_LINE_BYTES
 
 
 def test_byte_order_mark_and_blank_lines(tmp_path):
@@ -91,10 +103,9 @@ def test_texts_that_memory_does_not_hold(tmp_path, monkeypatch):
     bomb = tmp_path / "bomb.txt.xz"
     bomb.write_bytes(lzma.compress(bytes(1_000_000), preset=0) * 100)
     assert bomb.stat().st_size < 100_000
-    tracemalloc.start()
-    assert "more than a quarter" in refusal(lambda: corpus.read_source(str(bomb)))
-    assert tracemalloc.get_traced_memory()[1] < 50_000_000
-    tracemalloc.stop()
+    with traced() as peak:
+        assert "more than a quarter" in refusal(lambda: corpus.read_source(str(bomb)))
+    assert peak() < 50_000_000
 
 
 def test_texts_that_are_not_utf8_name_the_line(tmp_path):

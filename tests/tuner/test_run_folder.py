@@ -69,7 +69,7 @@ def test_a_second_run_in_the_folder_is_refused_at_once(module, commands, tmp_pat
         out, error = capsys.readouterr()
         assert out == ""  # before anything is loaded
         assert error == (
-            f"error: {folder}: another run is training in this folder; wait for its end, or name"
+            f"error: {folder}: another run is training in this folder; wait until it ends, or name"
             " another folder.\n"
         )
         assert first.poll() is None

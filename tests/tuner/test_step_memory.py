@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_rgemma import GriffinConfig, Model
 from mlx_rgemma.adapters.files import AdapterConfig, add_adapters
 from mlx_rgemma.griffin.config import PRESETS
+from mlx_rgemma.ops import backend
 from mlx_rgemma.tuner.data.packing import Batch
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.loss import batch_loss
@@ -51,6 +52,17 @@ def measured_peak(model: Model, tokens: int) -> int:
     mx.reset_peak_memory()
     mx.eval(nn.value_and_grad(model, lambda m: batch_loss(m, batch)[0])(model))
     return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "4-bit"])
+def test_layers_of_the_cpu_backend_are_covered_too(quantized):
+    """`load` replaces linear layers on a Linux CPU by others, which evaluate at once."""
+    model = griffin("rra", 128, 512)
+    if quantized:
+        nn.quantize(model, 64, 4)
+    mx.eval(model.parameters())
+    backend.prepare(model, dequantize=False)
+    assert measured_peak(model, 512) < lora_step(model.args, 512, weights(model)).peak
 
 
 def weights(model: Model) -> int:

@@ -211,7 +211,7 @@ def test_mistakes(text, trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("iters: many", "iters is 'many', expected an integer"),
+        ("iters: many", "iters is 'many': invalid integer value"),
         ("iters: 0", "iters is 0: 0 is not at least 1"),
         ("itres: 5", "unknown setting itres; did you mean iters?"),
         ("shape: huge", "shape is 'huge', expected one of tiny, small, 2b, 9b"),
@@ -242,7 +242,7 @@ def test_the_vocabulary_is_as_large_as_the_text_supports(text, tmp_path, capsys)
 @pytest.mark.parametrize(
     "sizes",
     [
-        ["--hidden-size", "131072", "--num-hidden-layers", "1000"],
+        ["--hidden-size", "16384", "--num-hidden-layers", "1000"],
         ["--batch-size", "16777216", "--context-length", "1000"],
         ["--attention-window-size", "16777216", "--num-hidden-layers", "1000"],
     ],

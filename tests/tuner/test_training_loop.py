@@ -248,7 +248,7 @@ def test_the_recurrence_begins_between_its_bounds():
 
 
 def test_initial_weights_have_their_scales():
-    model = Model(TrainConfig(shape="small").config(vocab_size=1000))
+    model = Model(TrainConfig(shape="small").model_config(vocab_size=1000))
     initialize(model, seed=0)
     spread = {
         name: math.sqrt(float(mx.square(value).mean().item()))

@@ -1,6 +1,6 @@
 """PyTorch checkpoints, read without PyTorch and without unpickling.
 
-A `.pt` file is an uncompressed zip archive: `data.pkl` describes the tensors, and `data/<key>` holds
+A `.pt` file is an uncompressed zip archive: `data.pkl` describes the tensors, `data/<key>` holds
 the bytes of a storage. Unpickling can call any importable function; `torch_pickle` interprets the
 pickle instead.
 """
