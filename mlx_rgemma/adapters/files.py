@@ -1,8 +1,8 @@
 """Adapters in mlx-lm's format: configuration, loading and saving.
 
-`adapter_config.json` has the layers and the kind of adapters, `adapters.safetensors` the trained
-weights. mlx-lm and this package load each other's folders, except for adapters on the RG-LRU's
-gates, which mlx-lm does not know: fuse these first.
+`adapter_config.json` has the layers and the kind of adapters; `adapters.safetensors` has the
+trained weights. mlx-lm and this package load each other's folders, except for adapters on the
+RG-LRU's gates, which mlx-lm does not know: fuse these first.
 """
 
 from __future__ import annotations
