@@ -14,8 +14,9 @@
 // Reads x (B, T, D), K - 1 of each STEPS + K - 1 a second time; writes y once, new_state
 // (B, K-1, D). No threadgroup memory, no barrier.
 //
-// dims: T, D, step of `bias` from channel to channel, steps of `segment_pos` from row to row and
-// from token to token, step of `lengths` from row to row: 0 where one value holds for all.
+// dims: T, D, step of `bias` from channel to channel, steps of `segment_pos` from sequence to
+// sequence and from token to token, step of `lengths` from sequence to sequence: 0 where one value
+// holds for all.
 
 const int length = dims[0];
 const uint width = uint(dims[1]);
@@ -71,7 +72,7 @@ if (first == 0) {
     const int t = real - (K - 1) + k;
     const float kept = t < 0 ? static_cast<float>(state[past + uint(t + K - 1) * width])
                              : static_cast<float>(x[base + ulong(t) * width]);
-    // A row without a token keeps its state as it is.
+    // A sequence without a token keeps its state.
     const bool same_document = real == 0 || position >= K - 2 - k;
     new_state[past + uint(k) * width] = static_cast<T>(same_document ? kept : 0.0f);
   }

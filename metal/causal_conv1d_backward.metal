@@ -12,7 +12,7 @@
 // them as its row of d_parameters (B, tiles, K+1, D): the taps, then the bias. No atomics.
 //
 // Reads x and dy (B, T, D), K - 1 of each STEPS + K - 1 a second time; writes dx once, dstate
-// (B, K-1, D), and (K + 1) / (STEPS GROUPS) numbers an element of d_parameters.
+// (B, K-1, D), and (K + 1) / (STEPS GROUPS) values per element of d_parameters.
 
 const int length = dims[0];
 const uint width = uint(dims[1]);
@@ -22,7 +22,7 @@ const uint groups = simdgroups_per_threadgroup;
 const uint channel = thread_position_in_grid.x;
 const uint row = thread_position_in_grid.z;
 const int first = int(thread_position_in_grid.y) * STEPS;
-// Lanes and simdgroups beyond the end follow the last one and write nothing: all must reach the
+// Out-of-range lanes and simdgroups clamp to the end and skip the store: all must reach the
 // barrier.
 const bool writes = channel < width;
 const uint d = metal::min(channel, width - 1);

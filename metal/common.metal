@@ -5,7 +5,7 @@
 
 #define UNROLL _Pragma("clang loop unroll(full)")
 
-// exp(-x) may overflow: 1 / infinity is the 0 that it should be.
+// exp(-x) may overflow: 1 / infinity is the correct 0.
 METAL_FUNC float sigmoid(float x) {
   return 1.0f / (1.0f + metal::precise::exp(-x));
 }

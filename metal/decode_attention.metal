@@ -1,4 +1,4 @@
-// One decode step of attention: a query a row over the ring and its own token, all in one launch.
+// A decode step of attention: one query per sequence over the ring and its own token, one launch.
 //
 //   q, k = rotated(q), rotated(k)
 //   o = sum_d p_d v_d / sum_d p_d,   p_d = exp(q . k_d / sqrt(D)),   0 <= d <= max_lookback
@@ -8,13 +8,13 @@
 //
 // reads   q (B, H, D), k, v (B, D) not rotated; cosine, sine (1 or B, pairs) float32;
 //         ring (B, 2, slots, D) rotated keys, then values; max_lookback (1 or B); params, see below
-// writes  out (B, H, D); kv (B, 2, D) what the caller puts into slot `write_pos`
+// writes  out (B, H, D); kv (B, 2, D), for the ring's slot `write_pos`
 //
 // Threads. A threadgroup takes HEADS heads of one batch entry; its simdgroups share the slots,
 // AHEAD at a time each, and its lanes the D channels, neighbours in neighbours. Every simdgroup
 // keeps its own online softmax in float32; at the end they are merged in threadgroup memory. A slot
-// is read once per threadgroup, that is H / HEADS times in all: with one head a threadgroup, the
-// heads of one row read the ring at the same time on different cores, and memory sees it once.
+// is read once per threadgroup, that is H / HEADS times in all: with one head per threadgroup, the
+// heads of one sequence read the ring at the same time on different cores, and memory sees it once.
 
 constexpr int THREADS = 32 * SIMDGROUPS;
 constexpr int CHANNELS = (D + 31) / 32;  // of a lane
@@ -49,7 +49,7 @@ const device T* q_heads = q + (batch * heads + first_head) * D;
 const device T* own_key = k + batch * D;
 const device T* own_value = v + batch * D;
 
-// Rotate the queries, then the key. As everywhere, what has been rotated is rounded to T.
+// Rotate the queries, then the key. Rotated values are rounded to T, as everywhere.
 float rotated[HEADS + 1][CHANNELS];
 UNROLL for (int n = 0; n <= HEADS; ++n) {
   const device T* x = n < HEADS ? q_heads + n * D : own_key;

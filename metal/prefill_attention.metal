@@ -1,9 +1,9 @@
 // Attention of a chunk of queries over the last `window` tokens, one key/value head for all heads.
 //
-//   o_i = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp(q_i . k_j / sqrt(D)),   0 <= i - j <= lookback_i
+//   o_i = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp(q_i . k_j / sqrt(D)),  0 <= i - j <= lookback_i
 //
 // i and j count tokens from the chunk's start. Keys j >= 0 lie in the chunk, keys j < 0 in the
-// ring, in slot (write_pos + j) mod slots: they are read where they lie, in any turn of the circle.
+// ring, in slot (write_pos + j) mod slots: they are read where they lie, wherever the ring wraps.
 //
 // reads   q (B, L, H, D) rotated; kv (B, 2, L, D) the chunk's rotated keys, then its values;
 //         ring (B, 2, slots, D) likewise; max_lookback (1 or B, L); params, see below
@@ -100,7 +100,7 @@ UNROLL for (int c = 0; c < SLICE; ++c) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 for (int first = first_key; first <= last_key; first += KEYS) {
-  // 1. Scores of this simdgroup's keys, one matrix row a key.
+  // 1. Scores of this simdgroup's keys, one matrix row per key.
   metal::simdgroup_matrix<float, 8, 8> product[KEY_TILES][ROW_TILES];
   UNROLL for (int t = 0; t < KEY_TILES; ++t) {
     UNROLL for (int r = 0; r < ROW_TILES; ++r) {
@@ -108,7 +108,7 @@ for (int first = first_key; first <= last_key; first += KEYS) {
     }
     const int column = 8 * (simdgroup * KEY_TILES + t);
     if (first + column <= last_key) {
-      // Beyond the band it is the last key once more, which the softmax hides.
+      // Beyond the band it is the last key again, which the softmax masks.
       const int key = metal::min(first + column + matrix_row, last_key);
       const int slot = write_pos + key < 0 ? write_pos + key + slots : write_pos + key;
       const device T* key_data =
@@ -129,7 +129,7 @@ for (int first = first_key; first <= last_key; first += KEYS) {
       }
     }
   }
-  // The block before has been used up by all simdgroups.
+  // All simdgroups have used the previous block.
   threadgroup_barrier(mem_flags::mem_threadgroup);
   UNROLL for (int t = 0; t < KEY_TILES; ++t) {
     UNROLL for (int r = 0; r < ROW_TILES; ++r) {

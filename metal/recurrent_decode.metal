@@ -8,8 +8,8 @@
 //   h_t   = a h_{t-1} + sqrt(1 - a^2) i x_t
 //   out_t = gelu(y_branch_t) h_t
 //
-// The gates' matrices have one block of BLOCK x BLOCK a head. A token's type: 0 as above; 1 at the
-// start of a document, where a = 0, the input's multiplier is 1 and no tap reaches back; 2 on
+// The gates' matrices have one block of BLOCK x BLOCK per head. A token's type: 0 as above; 1 at
+// the start of a document, where a = 0, the input's multiplier is 1 and no tap reaches back; 2 on
 // padding, where the states pass through.
 //
 // reads   y_branch, x_branch (B, steps, D); conv_weight (D, TAPS); conv_bias, a_param (D);
@@ -18,13 +18,13 @@
 // writes  out (B, steps, D); new_conv_state (B, TAPS-1, D); h (B, D) float32
 //
 // Threads. A threadgroup computes COLUMNS channels of one head, for `entries` batch entries at
-// once: ROWS tokens or fewer. The work is reading the gates' weights, 2 BLOCK COLUMNS numbers: each
+// once: ROWS tokens or fewer. The work is reading the gates' weights, 2 BLOCK COLUMNS values: each
 // simdgroup takes some of the weights' rows, its lanes neighbouring columns, and each weight serves
 // all the tokens. The input of the gates is a whole block of channels; each threadgroup of a head
-// computes it anew, which is BLOCK TAPS numbers and saves a launch.
-//   1. convolution, a channel of one batch entry a thread; rounded to T as the model does;
+// computes it anew, which is BLOCK TAPS values and saves a launch.
+//   1. convolution, one channel of one batch entry per thread; rounded to T as the model does;
 //   2. partial products of every simdgroup, added up in threadgroup memory;
-//   3. recurrence and output, a channel of one batch entry a thread.
+//   3. recurrence and output, one channel of one batch entry per thread.
 
 constexpr int THREADS = 32 * SIMDGROUPS;
 constexpr int COLUMNS = 32 * WIDE;

@@ -16,12 +16,12 @@
 // them each simdgroup works out the state that enters its steps, and adds its share to them.
 // Coefficients are only ever multiplied: 0, 1 and 1e-30 lose nothing.
 //
-// Reads x, both gates once, (B, T, D); writes y once: 8 bytes an element in half precision. Also
+// Reads x, both gates once, (B, T, D); writes y once: 8 bytes per element in half precision. Also
 // writes h_last (B, D) and chunk_states (B, ceil(T / CHUNK), D): the states before every CHUNK
-// steps, from which the backward pass starts over (4 / CHUNK bytes an element more).
+// steps, from which the backward pass starts over (4 / CHUNK bytes per element more).
 //
-// dims: T, D, then the step of `token_type` from row to row and from token to token and of the
-// biases from channel to channel: all 0 where one value holds for all.
+// dims: T, D, then the step of `token_type` from sequence to sequence and from token to token, and
+// of the biases from channel to channel: all 0 where one value holds for all.
 
 const int length = dims[0];
 const uint width = uint(dims[1]);
@@ -30,14 +30,13 @@ const uint split = simdgroup_index_in_threadgroup;
 const uint splits = simdgroups_per_threadgroup;
 const uint row = threadgroup_position_in_grid.z;
 const uint channel = threadgroup_position_in_grid.x * 32 + lane;
-// Lanes beyond the last channel follow it and write nothing.
+// Out-of-range lanes clamp to the last channel and skip the store.
 const bool writes = channel < width;
 const uint d = metal::min(channel, width - 1);
 const ulong base = ulong(row) * ulong(length) * width + d;
 const uint chunks = uint(length + CHUNK - 1) / CHUNK;
 
-// Two sets, used in turn: whoever is a tile ahead writes to the set that nobody reads any more, so
-// that one barrier a tile is enough.
+// Double-buffered, so one barrier per tile suffices.
 threadgroup float products[2 * SPLITS * 32];
 threadgroup float partials[2 * SPLITS * 32];
 

@@ -13,14 +13,14 @@
 //
 // Threads: as forward, from the last tile to the first. A tile is CHUNK steps, unless all T steps
 // are less: it begins where the forward pass has left its state in `chunk_states`. The simdgroups
-// exchange the products of their coefficients (the same ones in both directions), what their steps
-// add to the state and what they add to its gradient, all behind one barrier.
+// exchange the products of their coefficients (the same in both directions) and their contributions
+// to the state and to its gradient, all behind one barrier.
 //
-// Why from `chunk_states` and not from y: y would be 2 bytes an element more to read (16 in place
+// Why from `chunk_states` and not from y: y would be 2 bytes per element more to read (16 in place
 // of 14 + 8 / CHUNK in half precision), and has lost the state's lower bits.
 //
 // Reads x, both gates, dy once; writes dx, d_input_gate, d_recurrent_gate once, dh0 (B, D), and
-// d_channels (B, 3, D): each row's share of da_param and of the gradients of both gates' biases.
+// d_channels (B, 3, D): each sequence's share of da_param and of both gates' bias gradients.
 // Each share is added up in a fixed order, by one thread in the end: no atomics.
 
 const int length = dims[0];

@@ -8,7 +8,7 @@
 // writes  rotated (B, L, H, D); kv (B, 2, L, D) the rotated keys, then the values
 //
 // Threads. A threadgroup takes THREADS channels of one token: those of its H queries, its key and
-// its value, one after the other. One channel a thread; the grid's y is the token, z the batch.
+// its value, one after the other. One channel per thread; the grid's y is the token, z the batch.
 
 const int length = params[0];
 const int heads = params[1];

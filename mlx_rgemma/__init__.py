@@ -5,17 +5,23 @@
     model, tokenizer = load()  # the embedded model; or a folder, or a Hub repository
     print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
 
-Everything is imported when it is first used, so that importing the package costs nothing.
+Everything is imported on first use, so that importing the package is cheap.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if sys.platform == "linux":
+    # Threads of NumPy's OpenBLAS spin for 2^26 cycles after a product, on cores that others need.
+    # After 2^16 they sleep. Read when NumPy is first imported.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
 
 _LAZY_IMPORTS = {
     "load": "mlx_rgemma.checkpoints.load",
@@ -80,10 +86,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """A package whose functions keep their names when a command of the same name is imported.
+    """A package whose functions are not replaced by submodules of the same name.
 
-    `generate` and `convert` are functions here and modules that `python -m` runs. The import
-    system binds a submodule to its name in the package; that binding is dropped for these two.
+    `generate` and `convert` are functions of the package and modules for `python -m`. The import
+    system would bind the modules to these names.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command `mlx-rgemma`, also `python -m mlx_rgemma`: all commands as its sub-commands."""
+"""The command `mlx-rgemma`, also `python -m mlx_rgemma`, with all commands as sub-commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ First steps:  mlx-rgemma generate --prompt "Once upon a time"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a sub-command; returns its exit status."""
+    """Run a sub-command; return its exit status."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(menu(), end="")
@@ -50,12 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         closest = get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {closest[0]}?" if closest else f"one of {', '.join(COMMANDS)}."
-        print(f"mlx-rgemma: error: no command {shown(name)}; {hint}", file=sys.stderr)
+        print(f"mlx-rgemma: error: unknown command {shown(name)}; {hint}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"mlx_rgemma.{command}")
     if argv is not None:
         return int(module.main(rest))
-    sys.argv = [f"mlx-rgemma {command}", *rest]  # the name that `make_parser` shows
+    sys.argv = [f"mlx-rgemma {command}", *rest]  # the name in `make_parser`'s usage line
     return int(module.main())
 
 

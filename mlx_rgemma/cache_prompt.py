@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.cache_prompt`: read a document once, keep its state."""
+"""The command `mlx-rgemma cache_prompt`: read a text once and save the state."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments: mlx-lm's, and a few more."""
+    """Return the command's parser: mlx-lm's arguments, and a few more."""
     parser = cli.make_parser(
         "mlx_rgemma.cache_prompt",
-        "Read a text of any size and save the state it leads to, for the"
+        "Read a text of any size and save the state after it, for the"
         " --prompt-cache-file of generate and chat.",
         [
             "--prompt-file book.txt --prompt-cache-file book.safetensors",
@@ -30,7 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", "-p", help="The text; '-' reads stdin, however long it is.")
     text.add_argument("--prompt-file", "-f", help="Read the text from a file.")
-    add("--ignore-chat-template", action="store_true", help="Read the text as it is.")
+    add(
+        "--ignore-chat-template",
+        action="store_true",
+        help="Use no chat template.",
+    )
     add("--eos-token", help=argparse.SUPPRESS)
     add("--kv-group-size", type=int, help=argparse.SUPPRESS)
     add("--quantized-kv-start", type=int, help=argparse.SUPPRESS)
@@ -38,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _cache_prompt(args), pytorch=argv is not None)
 

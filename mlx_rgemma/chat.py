@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.chat`: a conversation whose history is its state."""
+"""The command `mlx-rgemma chat`: chat in the terminal, with the history in the state."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ DEFAULT_MAX_TOKENS = 256
 QUIT = ("q", "/q", "exit", "/exit", "/quit", "/bye")
 FIRST = "main"
 HELP = """\
-Whatever you type is read by the model, once. A line of its own is a command:
+Each line is a message, except these commands:
   q             quit; also exit, /exit, /quit, /bye, and the end of the input (Ctrl-D)
   r             reset: begin a new conversation
   h             this help; also /help, /?
   /save FILE    save the conversation
-  /load FILE    go on with one that was saved, or with a text that cache_prompt has read
-  /fork NAME    go on in a copy called NAME; the conversation stays as it is
-  /switch NAME  go to another of the copies; the first one is called main
-  /forks        list them
+  /load FILE    continue a saved conversation, or a text that cache_prompt has read
+  /fork NAME    continue in a copy called NAME; the original is kept
+  /switch NAME  switch to another copy; the first one is called main
+  /forks        list the copies
 Ctrl-C stops an answer."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments: mlx-lm's, and a few more."""
+    """Return the command's parser: mlx-lm's arguments, and a few more."""
     parser = cli.make_parser(
         "mlx_rgemma.chat",
         "Chat with RecurrentGemma. The history is kept in a state of constant size;"
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _chat(args), pytorch=argv is not None)
 
@@ -73,26 +73,26 @@ def _chat(args: argparse.Namespace) -> None:
         try:
             chat.take(line)
         except KeyboardInterrupt:
-            _all_or_none()
+            _end_if_sharded()
             print("\n[stopped]", flush=True)
         except (ValueError, OSError) as error:  # a UserError is a ValueError
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def _read_line() -> str | None:
-    """What the user types; None at the end."""
+    """Return the next line of input; None at its end."""
     while True:
         try:
             return input(">> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return None
         except KeyboardInterrupt:
-            _all_or_none()
+            _end_if_sharded()
             print("\nq quits")
 
 
-def _all_or_none() -> None:
-    """Processes that share the model would stop at different tokens: Ctrl-C ends them all."""
+def _end_if_sharded() -> None:
+    """End all ranks on Ctrl-C: they would stop at different tokens."""
     from mlx_rgemma import distributed
 
     if distributed.group() is not None:
@@ -100,7 +100,7 @@ def _all_or_none() -> None:
 
 
 class Chat:
-    """The conversations of one program, by name.
+    """The conversations of one run, by name.
 
     Args:
         args: The command's arguments.
@@ -132,16 +132,16 @@ class Chat:
         return self.conversations[self.name].session
 
     def take(self, line: str) -> None:
-        """Obey a line, or answer it.
+        """Execute a command, or answer a message.
 
         Raises:
-            UserError: If a command cannot be obeyed, or the message not be read.
+            UserError: If the command or the message is refused.
         """
         from mlx_rgemma.errors import UserError
 
         if not line:
             return
-        word, _, rest = line.partition(" ")
+        command, _, rest = line.partition(" ")
         rest = rest.strip()
         if line in ("h", "/h", "/help", "/?"):
             print(HELP, flush=True)
@@ -149,12 +149,13 @@ class Chat:
             fresh = self._converse(self._new(), self.args.system_prompt)
             self.conversations[self.name] = fresh
             print("[reset]", flush=True)
-        elif word in self.commands and bool(rest) == self.commands[word][1]:
-            self.commands[word][0](self, rest)
-        elif word in self.commands:
-            raise UserError(f"{word} takes {'one' if self.commands[word][1] else 'no'} name; see h")
-        elif word.startswith("/") and word[1:].isalpha():
-            raise UserError(f"{word} is no command; h lists them")
+        elif command in self.commands and bool(rest) == self.commands[command][1]:
+            self.commands[command][0](self, rest)
+        elif command in self.commands:
+            names = "one name" if self.commands[command][1] else "no name"
+            raise UserError(f"{command} takes {names}; see h")
+        elif command.startswith("/") and command[1:].isalpha():
+            raise UserError(f"{command} is not a command; h lists them")
         else:
             self._answer(line)
 
@@ -165,7 +166,7 @@ class Chat:
             for response in conversation.ask(message, **self.options):
                 print(response.text, end="", flush=True)
         except KeyboardInterrupt:
-            _all_or_none()
+            _end_if_sharded()
             print("\n[stopped]" if response is not None else "\n[stopped, message taken back]")
         else:
             print()
@@ -193,10 +194,10 @@ class Chat:
         from mlx_rgemma.errors import UserError
 
         if name in self.conversations:
-            raise UserError(f"there is a {name} already; /switch {name} goes to it")
+            raise UserError(f"{name} exists already; /switch {name} switches to it")
         old = self.conversations[self.name]
         fork = self._converse(self.session.fork())
-        fork.system_prompt = old.system_prompt  # where it has not been read yet
+        fork.system_prompt = old.system_prompt  # if it has not been read yet
         self.conversations[name] = fork
         self.name = name
         self._forks()
@@ -205,7 +206,7 @@ class Chat:
         from mlx_rgemma.errors import UserError
 
         if name not in self.conversations:
-            raise UserError(f"there is no {name}; there are {', '.join(self.conversations)}")
+            raise UserError(f"there is no copy {name}, only {', '.join(self.conversations)}")
         self.name = name
         self._forks()
 
@@ -221,7 +222,7 @@ class Chat:
         "/switch": (_switch, True),
         "/forks": (_forks, False),
     }
-    """What obeys a command, and whether it takes a name."""
+    """The method of each command, and whether it takes an argument."""
 
     def _converse(self, session: Session, system_prompt: str | None = None) -> Conversation:
         from mlx_rgemma.generation.prompts import template_options

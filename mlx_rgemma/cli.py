@@ -1,4 +1,4 @@
-"""What all commands share: a user's mistake is one line on stderr, never a traceback."""
+"""Shared code of the commands: arguments, exit status, errors as one line on stderr."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ if TYPE_CHECKING:
     from mlx_rgemma.griffin.model import Model
 
 PROGRAM = "mlx-rgemma"
-"""The command that has all others as sub-commands."""
+"""The command with all others as sub-commands."""
+
+MAX_LINE = 500
+"""Characters of an error on the terminal."""
 
 
 def run(command: Callable[[], int | None], *, pytorch: bool = True) -> int:
-    """Run a command and turn what stopped it into an exit status.
+    """Run a command and return its exit status.
 
-    Under `mlx.launch`, the other processes end when this one has failed, and are waited for when
-    it has not.
+    Under `mlx.launch`, a failure ends all ranks; otherwise they wait for one another.
 
     Args:
-        command: What to run.
-        pytorch: Whether this process may import PyTorch, where it is installed. transformers, which
-            reads the tokenizer, would, which takes more than a second; a command that generates can
-            do without, but another program that calls it may not.
+        command: The function to run.
+        pytorch: Whether this process may import PyTorch. transformers would import it with the
+            tokenizer, which takes more than a second and is not needed to generate. A program that
+            calls `main` may need it.
 
     Returns:
-        The command's own status (None counts as 0), 1 after a `UserError` or an operating system
-        error (told in one line on stderr), 130 after Ctrl-C, 0 when the reader of a pipe left.
+        The status of the command (None counts as 0); 1 after a `UserError` or an operating system
+        error (one line on stderr); 130 after Ctrl-C; 0 if the reader of a pipe has closed it.
     """
     if not pytorch:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
@@ -57,7 +59,7 @@ def run(command: Callable[[], int | None], *, pytorch: bool = True) -> int:
         print(file=sys.stderr)
         status = 130
     except BrokenPipeError:
-        # Keep the interpreter from complaining when it flushes at exit.
+        # Avoid a second error when the interpreter flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except OSError as error:
@@ -75,21 +77,34 @@ def run(command: Callable[[], int | None], *, pytorch: bool = True) -> int:
 
 
 def _distributed() -> Any:
-    """The module that joins processes, if it has been needed."""
+    """Return `mlx_rgemma.distributed.group` if it has been imported."""
     return sys.modules.get("mlx_rgemma.distributed.group")
 
 
 def _fail(message: str) -> int:
     distributed = _distributed()
     if distributed is None or distributed.is_main_process():
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
     return 1
+
+
+def one_line(message: str) -> str:
+    """Return a message as one printable line of bounded length, for a terminal.
+
+    Values from outside are cut where a message quotes them; file names are not. What is too long
+    loses its middle: the end says what to do.
+    """
+    text = " ".join(message[: 100 * MAX_LINE].split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if len(text) <= MAX_LINE:
+        return text
+    return f"{text[: 2 * MAX_LINE // 3]}...{text[-MAX_LINE // 3 :]}"
 
 
 @contextmanager
 def _notices() -> Iterator[None]:
-    """Print on stderr what `mlx_rgemma.ops` has to say, as a line of its own."""
-    handler, log = _Notices(), logging.getLogger("mlx_rgemma.ops")
+    """Print the log messages of `mlx_rgemma.ops` on stderr, one per line."""
+    handler, log = _Notices(), logging.getLogger("mlx_rgemma.cpu")
     before = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -105,12 +120,12 @@ class _Notices(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         distributed = _distributed()
         if distributed is None or distributed.rank() == 0:
-            over = "\r\033[K" if sys.stderr.isatty() else ""  # a line of progress may be there
+            over = "\r\033[K" if sys.stderr.isatty() else ""  # may hold a progress line
             print(over + record.getMessage(), file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with the closest argument that there is."""
+    """A parser with one-line errors that suggest the closest known argument."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
@@ -119,10 +134,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.split())
-        if len(message) > 500:
-            message = message[:500] + "..."
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the arguments)\n")
 
     def _hint(self, argument: str) -> str:
         options = self._option_string_actions
@@ -145,7 +157,7 @@ def make_parser(
     Args:
         prog: The command's name, as in "mlx_rgemma.generate".
         description: What the command does.
-        examples: Arguments of complete commands, each with what the shell needs around them.
+        examples: Arguments of complete commands, quoted for the shell.
         epilog: Text before the examples.
         **options: More arguments of `argparse.ArgumentParser`.
     """
@@ -175,7 +187,7 @@ def make_parser(
 def int_at_least(
     minimum: int, maximum: int = MAX_COUNT, *, unlimited: bool = False
 ) -> Callable[[str], int]:
-    """Return an argparse type: an integer between bounds (or -1, where that means no limit)."""
+    """Return an argparse type: an integer between bounds (or -1 for no limit, if `unlimited`)."""
 
     def parse(text: str) -> int:
         try:
@@ -211,17 +223,17 @@ def float_between(minimum: float, maximum: float = math.inf) -> Callable[[str], 
 
 
 def refuse_stdin(argument: str) -> None:
-    """Refuse to read stdin to its end under `mlx.launch`, which passes lines on but no end.
+    """Refuse to read stdin under `mlx.launch`, which forwards lines but never the end of file.
 
     Raises:
-        UserError: If this process was started by it.
+        UserError: If this process was started by `mlx.launch`.
     """
     if "MLX_RANK" in os.environ:
-        raise UserError(f"{argument} has no end under mlx.launch; give a file.")
+        raise UserError(f"{argument} never ends under mlx.launch; use a file.")
 
 
 def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the arguments that name a model; returns their group."""
+    """Add the arguments that select a model; return their group."""
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
@@ -242,7 +254,7 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def add_state(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the arguments that say how a text is read into a state; returns their group."""
+    """Add the arguments of prefill; return their group."""
     group = parser.add_argument_group("speed")
     add = group.add_argument
     add(
@@ -271,11 +283,11 @@ SAMPLING_HELP = {
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Add the arguments that say how tokens are chosen, and how many.
+    """Add the arguments of sampling.
 
     Args:
-        parser: The command's.
-        max_tokens: The default length.
+        parser: The command's parser.
+        max_tokens: Default of `--max-tokens`.
     """
     add = parser.add_argument_group("sampling").add_argument
     add(
@@ -292,20 +304,20 @@ def add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
 
 
 def add_option(add: Callable[..., Any], name: str, default: Any) -> None:
-    """Add one argument of `SAMPLING_HELP`, within its bounds."""
+    """Add one argument of `SAMPLING_HELP`, with its bounds."""
     low, high = BOUNDS[name]
     kind = int_at_least(int(low), int(high)) if high >= MAX_COUNT else float_between(low, high)
     add(f"--{name.replace('_', '-')}", type=kind, default=default, help=SAMPLING_HELP[name])
 
 
 def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
-    """The model that the arguments of `add_model` and `add_state` ask for, and its tokenizer.
+    """Load the model of the arguments of `add_model` and `add_state`, and its tokenizer.
 
-    A plain tokenizer is read without transformers, which takes a second to import.
-    Under `mlx.launch` it is shared by the processes.
+    The embedded model's tokenizer is loaded without transformers, which takes a second to import.
+    Under `mlx.launch` the model is sharded.
 
     Raises:
-        UserError: If it cannot be loaded, or its state was to be limited, which it is by itself.
+        UserError: If it cannot be loaded, or the arguments limit the state, which is constant.
     """
     import mlx.core as mx
 
@@ -321,7 +333,7 @@ def load_model(args: argparse.Namespace) -> tuple[Model, Any]:
         plain=True,
     )
     if getattr(args, "seed", None) is not None:
-        mx.random.seed(args.seed)  # now: loading a shared model draws numbers, too
+        mx.random.seed(args.seed)  # after loading, which draws random numbers for sharded models
     if model.dequantized_nbytes and distributed.rank() == 0:
         print(
             f"Quantized weights are held in float32 too, {model.dequantized_nbytes / 1e9:.3f} GB:"

@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.generate`: text from a prompt."""
+"""The command `mlx-rgemma generate`: generate text from a prompt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma import cli
+from mlx_rgemma.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_rgemma.griffin.cache import GriffinCache
@@ -77,40 +78,49 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _generate(args), pytorch=argv is not None)
 
 
 def _generate(args: argparse.Namespace) -> int:
     prompts = _read_prompts(args)
+    _check_combinations(args, len(prompts))
 
-    from mlx_rgemma.errors import UserError
     from mlx_rgemma.sessions.session import Session
 
     model, tokenizer = cli.load_model(args)
-    if args.model is None and args.verbose and not args.json:
-        _introduce(model)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     drafting = _drafting(model, tokenizer, args)
-    if drafting and len(prompts) > 1:
-        raise UserError("--draft-model and --prompt-lookup go with one prompt.")
     cache = None
     if args.prompt_cache_file is not None:
-        if len(prompts) > 1:
-            raise UserError("--prompt-cache-file goes with one prompt.")
         session = Session.load(args.prompt_cache_file, model, tokenizer)
         tokens, cache = [_encode_next(session, prompts[0], args)], session.prompt_cache()
     else:
         tokens = [_encode(tokenizer, prompt, args, model.args.vocab_size) for prompt in prompts]
+    if args.model is None and args.verbose and not args.json:
+        _introduce(model)
     if len(prompts) == 1:
         return _generate_one(model, tokenizer, tokens[0], cache, drafting, args)
     return _generate_batch(model, tokenizer, prompts, tokens, args)
 
 
+def _check_combinations(args: argparse.Namespace, prompts: int) -> None:
+    """Refuse arguments that exclude each other, before anything is loaded."""
+    if args.prompt_lookup and args.draft_model is not None:
+        raise UserError("--prompt-lookup is for generating without a --draft-model.")
+    if prompts > 1:
+        if args.prompt_lookup or args.draft_model is not None:
+            raise UserError("--draft-model and --prompt-lookup go with one prompt.")
+        if args.prompt_cache_file is not None:
+            raise UserError("--prompt-cache-file goes with one prompt.")
+        if args.max_tokens == -1:
+            raise UserError("--max-tokens -1 goes with one prompt.")
+
+
 def _introduce(model: Model) -> None:
-    """Say on stderr what to expect of the embedded model."""
+    """Print a note about the embedded model on stderr."""
     from mlx.utils import tree_flatten
 
     from mlx_rgemma import distributed
@@ -125,9 +135,7 @@ def _introduce(model: Model) -> None:
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts, before anything slow is done."""
-    from mlx_rgemma.errors import UserError
-
+    """Read the prompts, before the model is loaded."""
     texts = [text.replace("\\n", "\n").replace("\\t", "\t") for text in args.prompt or []]
     if "-" in texts:
         cli.refuse_stdin("--prompt -")
@@ -149,7 +157,7 @@ def _encode(
     args: argparse.Namespace,
     vocab_size: int,
 ) -> list[int]:
-    """Token ids of a prompt, in the chat template where the model has one."""
+    """Return the token ids of a prompt, in the chat template if the model has one."""
     from mlx_rgemma.generation.prompts import chat_text, encode, template_options
 
     if tokenizer.has_chat_template and not args.ignore_chat_template:
@@ -165,7 +173,7 @@ def _encode(
 
 
 def _encode_next(session: Session, prompt: str, args: argparse.Namespace) -> list[int]:
-    """Token ids of a prompt that goes on from a state, in the chat template as its next turn."""
+    """Return the token ids of a prompt that continues a state, as the next turn of a chat."""
     from mlx_rgemma.generation.prompts import template_options
     from mlx_rgemma.sessions.conversation import Conversation
 
@@ -181,17 +189,14 @@ def _encode_next(session: Session, prompt: str, args: argparse.Namespace) -> lis
 
 
 def _drafting(model: Model, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What speculative decoding needs; nothing where it is not asked for."""
+    """Return the options of speculative decoding; empty without it."""
     from mlx_rgemma.checkpoints.load import load
-    from mlx_rgemma.errors import UserError
     from mlx_rgemma.generation.speculative import SpeculationStats, check_vocabulary
 
     if args.draft_model is None:
         if not args.prompt_lookup:
             return {}
         return {"prompt_lookup": args.prompt_lookup, "speculation_stats": SpeculationStats()}
-    if args.prompt_lookup:
-        raise UserError("--prompt-lookup is for generating without a --draft-model.")
     draft_model, draft_tokenizer = load(args.draft_model, dtype=args.dtype, window=args.window)
     check_vocabulary(model, draft_model, tokenizer, draft_tokenizer)
     return {
@@ -274,12 +279,9 @@ def _generate_batch(
 ) -> int:
     import json
 
-    from mlx_rgemma.errors import UserError
     from mlx_rgemma.generation.batch import batch_generate
     from mlx_rgemma.griffin.cache import state_nbytes
 
-    if args.max_tokens == -1:
-        raise UserError("--max-tokens -1 goes with one prompt.")
     result = batch_generate(
         model,
         tokenizer,

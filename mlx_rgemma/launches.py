@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shape", choices=("2b", "9b"), default="2b", help="Layers of the model.")
     add(
         "--prompt",
-        type=cli.int_at_least(2),
+        type=cli.int_at_least(2, 1 << 14),  # the graph of mlx-lm grows with each token
         nargs="+",
         default=[64, 128],
         help="Lengths of a chunk of a prompt. Default: 64 128.",
@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
 def _count(args: argparse.Namespace) -> int:
     import json
 
+    from mlx_rgemma.evaluation.launch_count import count_layer, count_model, small_model
     from mlx_rgemma.griffin.config import ATTENTION, RECURRENT, GriffinConfig
-    from mlx_rgemma.measurement.launch_count import count_layer, count_model, small_model
 
     shape = GriffinConfig.preset(args.shape)
     config = small_model(shape.num_hidden_layers, shape.block_types)

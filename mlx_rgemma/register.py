@@ -1,4 +1,4 @@
-"""Making mlx-lm use this package's model and caches."""
+"""Make mlx-lm use this package's model and caches."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ MODULE = "mlx_lm.models.recurrent_gemma"
 
 
 class ModelArgs:
-    """mlx-lm's name for `GriffinConfig`, made as mlx-lm makes its own: both ways give one.
+    """mlx-lm's name for `GriffinConfig`; constructing one returns a `GriffinConfig`.
 
-    `ModelArgs(**values)` takes the keyword arguments of mlx-lm's class, and those of
-    `GriffinConfig`. `head_dim` is hidden_size / num_attention_heads where it is not given,
-    `lru_width` is hidden_size. The number of key/value heads is ignored, as it is by mlx-lm's
-    class: there is one.
+    `ModelArgs(**values)` accepts the keyword arguments of mlx-lm's class and of `GriffinConfig`.
+    `head_dim` defaults to hidden_size / num_attention_heads, `lru_width` to hidden_size. The number
+    of key/value heads is ignored, as by mlx-lm's class: there is one.
 
     Raises:
-        ConfigError: If a value is missing or cannot be; the message names it.
+        ConfigError: If a value is missing or invalid; the message names it.
         TypeError: If an argument is unknown.
     """
 
@@ -46,7 +45,7 @@ def register() -> None:
     """Make mlx-lm run RecurrentGemma with this package's class.
 
     Afterwards `mlx_lm.load`, `generate`, `server`, `lora`, `fuse`, the quantizers and prompt-cache
-    files all use it. Calling it again does nothing; nothing is patched unless it is called.
+    files all use it. Calling it again has no effect. Nothing is patched until it is called.
     """
     import mlx_lm.models
     import mlx_lm.models.cache as mlx_lm_cache

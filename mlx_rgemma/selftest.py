@@ -85,13 +85,12 @@ def _selftest(args: argparse.Namespace) -> int:
     mlx_version = version("mlx")
     head = {"mlx_rgemma": __version__, "mlx": mlx_version, "device": device}
     unavailable = metal.unavailable_reason()
-    timing = args.timing or ("model" if mx.metal.is_available() else "none")
+    timing = args.timing or ("model" if mx.default_device().type == mx.gpu else "none")
     rows: list[Row] = []
     if unavailable is None:
-        with mx.stream(mx.gpu if mx.metal.is_available() else mx.cpu):
-            for kernel in chosen:
-                for variant in kernel.variants:
-                    rows.append(_examine(kernel, variant, timing, args.repeat))
+        for kernel in chosen:
+            for variant in kernel.variants:
+                rows.append(_examine(kernel, variant, timing, args.repeat))
     failed = any(row.state != "passed" for row in rows)
     if args.json:
         found = [row._asdict() for row in rows]

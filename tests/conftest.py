@@ -119,6 +119,7 @@ LONGEST = (
     "test_launch.py",
     "test_speculation.py",
     "test_mutants.py",
+    "test_without_cpu_backend.py",
     "test_session_walks.py",
     "test_finetuning.py",
     "test_benchmark_command.py",

@@ -9,7 +9,7 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mlx_rgemma.measurement.launch_count import (
+from mlx_rgemma.evaluation.launch_count import (
     count_launches,
     count_layer,
     count_model,

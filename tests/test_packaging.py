@@ -1,4 +1,4 @@
-"""The wheel and the editable install: everything that a user needs is in them."""
+"""The wheel and the editable install: their files, their commands, and their size."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+MAX_FILES, MAX_LINES, MAX_CPU_LINES = 170, 26_000, 3_200
+"""Python in the wheel, outside of the Linux CPU backend and in it."""
+
 pytest.importorskip("hatchling", reason="needs the extra: pip install '.[test]'")
 pytestmark = pytest.mark.skipif(
     not (ROOT / "pyproject.toml").is_file(), reason="not a clone of the repository"
 )
 
 FIND_SOURCES = (
-    "from mlx_rgemma.ops import kernels; import mlx_rgemma.ops;"
-    "[kernels.source(kernel.file) for kernel in kernels.registered()];"
-    "print(len(kernels.registered()), mlx_rgemma.__file__)"
+    "from mlx_rgemma.ops import metal; import mlx_rgemma.ops;"
+    "[metal.source(kernel.file) for kernel in metal.registered()];"
+    "print(len(metal.registered()), mlx_rgemma.__file__)"
 )
 
 
@@ -60,7 +63,21 @@ def test_the_wheel_holds_the_sources_and_the_model(wheel):
     names = {Path(name).name for name in embedded}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.model"} <= names
     assert sum(embedded.values()) < 8_000_000
-    assert not any(name.startswith("tests/") for name in sizes)
+    folders = {name.partition("/")[0] for name in sizes}
+    (metadata,) = folders - {"mlx_rgemma"}
+    assert metadata.endswith(".dist-info")
+
+
+def test_the_wheel_is_small(wheel):
+    """Limits of files and lines of Python, with and without the Linux CPU backend."""
+    lines: dict[bool, list[int]] = {True: [], False: []}
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith(".py"):
+                of_cpu = name.startswith("mlx_rgemma/cpu/")
+                lines[of_cpu].append(archive.read(name).count(b"\n"))
+    assert sum(lines[True]) <= MAX_CPU_LINES
+    assert sum(lines[False]) <= MAX_LINES and len(lines[False]) <= MAX_FILES
 
 
 def test_the_wheel_declares_its_commands(wheel):

@@ -6,17 +6,13 @@ import json
 import subprocess
 import sys
 
-import metal_emulator
 import mlx.core as mx
 import pytest
+from helpers.emulated import emulated, needs_compiler
 
 from mlx_rgemma import selftest
 from mlx_rgemma.ops import metal
 
-needs_compiler = pytest.mark.skipif(
-    metal_emulator.compiler()[0] is None,
-    reason=f"kernels not executed: {metal_emulator.compiler()[1]}",
-)
 needs_no_metal = pytest.mark.skipif(mx.metal.is_available(), reason="this machine has Metal")
 
 
@@ -46,8 +42,8 @@ def test_without_metal_json_has_the_reason(capsys):
 
 @needs_compiler
 def test_kernels_are_compared_and_timed(capsys):
-    with metal_emulator.emulate():
-        command = ["--kernel", "rg_lru", "linear_scan", "--timing", "example", "--repeat", "1"]
+    with emulated(validate=True):
+        command = ["--kernel", "rg_lru", "rms_norm", "--timing", "example", "--repeat", "1"]
         assert selftest.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("mlx_rgemma ")
@@ -55,9 +51,11 @@ def test_kernels_are_compared_and_timed(capsys):
         *("kernel", "variant", "shape", "error", "allowed"),
         *("kernel", "ms", "plain", "ms", "state"),
     ]
-    rows = [line for line in lines[2:] if line.startswith(("rg_lru ", "linear_scan "))]
-    assert len(rows) == len(lines) - 2 == 8
-    assert all(row.endswith("agrees") and "2x150x35" in row and " - " not in row for row in rows)
+    rows = [line for line in lines[2:] if line.startswith(("rg_lru ", "rms_norm "))]
+    assert len(rows) == len(lines) - 2 == 6
+    shapes = {"rg_lru": "2x150x35", "rms_norm": "2x4093"}
+    for row in rows:
+        assert row.endswith("passed") and shapes[row.split()[0]] in row and " - " not in row
 
 
 @needs_compiler
@@ -68,8 +66,8 @@ def test_kernels_are_compared_and_timed(capsys):
 )
 def test_a_kernel_that_fails_makes_it_fail(capsys, monkeypatch, old, new, reason):
     original = metal.source
-    monkeypatch.setattr(kernels, "source", lambda file: original(file).replace(old, new))
-    with metal_emulator.emulate():
+    monkeypatch.setattr(metal, "source", lambda file: original(file).replace(old, new))
+    with emulated(validate=True):
         assert selftest.main(["--kernel", "rg_lru", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["not_run"] is None

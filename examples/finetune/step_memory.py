@@ -24,8 +24,8 @@ from mlx.utils import tree_flatten
 
 from mlx_rgemma import Model
 from mlx_rgemma.adapters.files import AdapterConfig, add_adapters
+from mlx_rgemma.evaluation.random_model import quantize, random_weights
 from mlx_rgemma.griffin.config import PRESETS
-from mlx_rgemma.measurement.shapes import quantize, random_weights
 from mlx_rgemma.ops.backend import Backend, active
 from mlx_rgemma.tuner.data.packing import Batch
 from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers

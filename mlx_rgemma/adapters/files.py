@@ -1,8 +1,8 @@
 """Adapters in mlx-lm's format: configuration, loading and saving.
 
-`adapter_config.json` has the layers and the kind of adapters; `adapters.safetensors` has the trained
-weights. mlx-lm and this package load each other's folders, except for adapters on the RG-LRU's
-gates, which mlx-lm does not know: fuse these first.
+`adapter_config.json` has the layers and the kind of adapters; `adapters.safetensors` has the
+trained weights. mlx-lm and this package load each other's folders, except for adapters on the
+RG-LRU's gates, which mlx-lm does not know: fuse these first.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class AdapterConfig:
             raise refuse("lora_gates", gates, "true or false")
         if kind == "full":
             if gates:
-                raise UserError(f"{where}: lora_gates: fine_tune_type full trains the gates anyway.")
+                raise UserError(
+                    f"{where}: lora_gates: fine_tune_type full trains the gates anyway."
+                )
             return cls(kind, layers)
         if not isinstance(parameters, Mapping):
             raise refuse("lora_parameters", parameters, "rank, scale and dropout")
@@ -223,7 +225,6 @@ def load_adapter_weights(
     """
     path = Path(file).expanduser()
     _set_weights(model, path, load_arrays(path)[0], partial=partial)
-
 
 
 def _set_weights(

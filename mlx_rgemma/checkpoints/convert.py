@@ -217,12 +217,14 @@ def _recipe(
 def _stored_dtype(folder: CheckpointFolder, contents: ValidatedCheckpoint) -> mx.Dtype:
     """Return the dtype of the configuration, else that of the embedding."""
     if folder.config.dtype is not None:
-        return getattr(mx, folder.config.dtype)
+        named: mx.Dtype = getattr(mx, folder.config.dtype)
+        return named
     how = contents.quantized.get(EMBEDDING)
     name = "weight" if how is None else "scales"
     if how is not None and how.mode != "affine":
         return mx.bfloat16
-    return getattr(mx, MLX_NAME[folder.tensors[f"{EMBEDDING}.{name}"].dtype])
+    stored: mx.Dtype = getattr(mx, MLX_NAME[folder.tensors[f"{EMBEDDING}.{name}"].dtype])
+    return stored
 
 
 def _with_stops(config: GriffinConfig, source: Source) -> GriffinConfig:

@@ -8,10 +8,10 @@ import mlx.core as mx
 
 from mlx_rgemma.cpu import numba_runtime
 from mlx_rgemma.cpu.arrays import empty, materialize
+from mlx_rgemma.cpu.eager import eager
 from mlx_rgemma.cpu.fastmath import LOG2_E, exp2, tanh
 from mlx_rgemma.cpu.streams import split_across_streams
 from mlx_rgemma.ops.activations import GELU_CUBE, GELU_SLOPE, gated_gelu, soft_cap
-from mlx_rgemma.ops.autograd import custom_function
 from mlx_rgemma.ops.backend import Backend
 
 
@@ -31,7 +31,14 @@ def differentiable_gated_gelu(gate: mx.array, x: mx.array) -> mx.array:
     return y
 
 
-@custom_function
+def _gated_gelu_gradient(primals, cotangents, outputs):
+    (gate, x), share = primals, outputs[1]
+    arrays = (z.astype(mx.float32) for z in (gate, x, cotangents[0]))
+    dg, dx = split_across_streams(_gelu_gradients, share, *arrays)
+    return dg.astype(gate.dtype), dx.astype(x.dtype)
+
+
+@eager(_gated_gelu_gradient)
 def _gated_gelu(gate, x):
     """-> `gated_gelu`, and the sigmoid in it for the backward pass."""
     y, share = split_across_streams(_gelu_product, gate.astype(mx.float32), x.astype(mx.float32))
@@ -44,14 +51,6 @@ def _gelu_product(g: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
     return g * share * x, share
 
 
-@_gated_gelu.vjp
-def _gated_gelu_vjp(primals, cotangents, outputs):
-    (gate, x), share = primals, outputs[1]
-    arrays = (z.astype(mx.float32) for z in (gate, x, cotangents[0]))
-    dg, dx = split_across_streams(_gelu_gradients, share, *arrays)
-    return dg.astype(gate.dtype), dx.astype(x.dtype)
-
-
 def _gelu_gradients(
     share: mx.array, g: mx.array, x: mx.array, dy: mx.array
 ) -> tuple[mx.array, mx.array]:
@@ -61,5 +60,6 @@ def _gelu_gradients(
 
 
 @soft_cap.implementation(Backend.CPU, gradient="own")
+@eager()
 def fast_soft_cap(logits: mx.array, cap: mx.array) -> mx.array:
     return tanh(logits.astype(mx.float32) / cap) * cap

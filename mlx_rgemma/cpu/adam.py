@@ -26,7 +26,7 @@ def fuse_adam(optimizer: optim.Optimizer) -> optim.Optimizer:
     memory than it saves time.
 
     What is computed stays the same, bit for bit. The moments are changed where they lie, and a new
-    parameter takes the memory of its gradient, which nobody is to read afterwards. In a model it
+    parameter takes the memory of its gradient, which must not be read afterwards. In a model it
     takes the old one's place at once: no more than one parameter is there twice.
 
     Args:
@@ -61,7 +61,7 @@ def fuse_adam(optimizer: optim.Optimizer) -> optim.Optimizer:
 
 @dataclass
 class _UpdateState:
-    """Of a model: elements of its largest gradient, where each array is, what memory was taken."""
+    """Elements of a model's largest gradient, where each array is, addresses that were taken."""
 
     largest: int = 0
     taken: set[int] = field(default_factory=set)

@@ -17,9 +17,9 @@ from mlx_rgemma.cpu import numba_runtime
 from mlx_rgemma.cpu.arrays import View, empty, materialize
 from mlx_rgemma.cpu.fastmath import LOG2_E
 from mlx_rgemma.ops.backend import Backend
-from mlx_rgemma.ops.decode_attention import DECODE_ATTENTION
-from mlx_rgemma.ops.decode_attention import reference as decode_reference
+from mlx_rgemma.ops.decode_attention import DECODE_ATTENTION, appending, token_reference
 from mlx_rgemma.ops.prefill_attention import PREFILL_ATTENTION, Mask, blockwise, with_past
+from mlx_rgemma.ops.rotary import rotate_heads_reference
 
 QUERY_BLOCK = 128
 """Queries handled at once: masked scores cost as much as visible ones."""
@@ -112,7 +112,7 @@ def _scores(q: View, k: View, mask: View) -> View:
     batch, heads, length, dim = q.shape
     rows = q.reshape(batch, heads * length, dim) * np.float32(dim**-0.5)
     scores = np.matmul(rows, k.swapaxes(1, 2))
-    if mask.size > 1:
+    if not mask.all():
         by_head = scores.reshape(batch, heads, length, -1)
         by_head += np.where(mask, np.float32(0.0), MASK_VALUE)
     return scores
@@ -125,8 +125,40 @@ def _is_large(
 
 
 @DECODE_ATTENTION.implementation(Backend.CPU, supports=_is_large, gradient="own")
-def decode(*arrays: Any, **options: Any) -> Any:
-    return decode_reference(*arrays, **options, attend=attend)
+@appending
+def decode(
+    *arrays: Any, write_pos: int, window: int, cached_len: int | None
+) -> tuple[mx.array, mx.array]:
+    """Attend to the ring as it is and to the token beside it.
+
+    To evaluate the ring with the token appended would copy it: its owner still holds the old one.
+    """
+    q, k, v, cos, sin, ring, max_lookback = arrays
+    rotated, kv = rotate_heads_reference(q, k, v, cos, sin)
+    visible = mx.array([[window]]) if max_lookback is None else max_lookback
+    views = materialize(rotated, kv, ring, visible)
+    if views is None:
+        options = {"write_pos": write_pos, "window": window, "cached_len": cached_len}
+        return token_reference(*arrays, **options)
+    past, slots = views[2], views[2].shape[2]
+    mask = np.ones(1, bool)
+    if cached_len is not None and cached_len <= min(write_pos, window):
+        past = past[:, :, write_pos - cached_len : write_pos]
+    else:
+        distance = slots - (np.arange(slots) - write_pos) % slots
+        mask = distance <= np.minimum(views[3], window)[:, None, None]
+    batch, heads, _, dim = q.shape
+    rows = views[0].reshape(batch, heads, dim) * np.float32(dim**-0.5)
+    own = np.matmul(rows, views[1][:, 0].swapaxes(1, 2))
+    scores = _scores(views[0], past[:, 0], mask)
+    row_max = np.maximum(own, scores.max(axis=-1, keepdims=True, initial=MASK_VALUE))
+    own, scores = np.exp(own - row_max), np.exp(scores - row_max)
+    row_sum = own + scores.sum(axis=-1, keepdims=True)
+    out, view = empty((batch, heads, dim))
+    np.matmul(scores, past[:, 1], out=view)
+    view += own * views[1][:, 1]
+    view /= row_sum
+    return out.reshape(q.shape).astype(q.dtype), kv
 
 
 @PREFILL_ATTENTION.implementation(Backend.CPU, supports=numba_runtime.is_long, gradient="none")

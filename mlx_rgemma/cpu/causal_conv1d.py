@@ -1,4 +1,4 @@
-"""The causal convolution of a prompt by a Numba kernel."""
+"""The causal convolution: a Numba kernel for a prompt, the reference at once in training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_rgemma.cpu import numba_runtime
 from mlx_rgemma.cpu.arrays import empty, materialize
+from mlx_rgemma.cpu.eager import eager
 from mlx_rgemma.ops.backend import Backend
 from mlx_rgemma.ops.causal_conv1d import CAUSAL_CONV1D, last_inputs
 
@@ -37,3 +38,6 @@ def causal_conv1d(
     y, out = empty(x.shape)
     numba_runtime.run("causal_conv1d", batch * length, *views, out)
     return y.astype(x.dtype), last_inputs(inputs, state.shape[1], segment_pos, lengths)
+
+
+CAUSAL_CONV1D.implementation(Backend.CPU, gradient="own")(eager()(CAUSAL_CONV1D.reference))

@@ -24,8 +24,8 @@ from mlx_rgemma.cpu.layers import Embedding, Linear, QuantizedEmbedding, Quantiz
 from mlx_rgemma.cpu.parameter_guard import ParameterGuard
 from mlx_rgemma.cpu.thread_pool import spin_between_tasks
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
+from mlx_rgemma.griffin.checks import check_token_ids
 from mlx_rgemma.griffin.fused_projection import FusedInputBlock
-from mlx_rgemma.griffin.indices import check_token_ids
 from mlx_rgemma.griffin.layers import RecurrentBlock, ResidualBlock, RMSNorm
 from mlx_rgemma.ops import rotary_angles
 from mlx_rgemma.ops.rg_lru import log_a_base

@@ -1,7 +1,7 @@
 """Matrix products by NumPy, dense and quantized, with gradients of their own.
 
-Products are computed at once: their inputs are evaluated, and a gradient that nobody reads would be
-computed too. So a weight without a gradient is given as frozen.
+Products are computed at once: their inputs are evaluated, and an unused gradient would be computed
+too. So a weight without a gradient is passed as frozen.
 """
 
 from __future__ import annotations

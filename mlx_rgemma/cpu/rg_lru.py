@@ -11,9 +11,9 @@ import mlx.core as mx
 
 from mlx_rgemma.cpu import numba_runtime
 from mlx_rgemma.cpu.arrays import empty, materialize
+from mlx_rgemma.cpu.eager import eager
 from mlx_rgemma.cpu.fastmath import LOG2_E, gate_coefficients, sigmoid
 from mlx_rgemma.cpu.streams import split_across_streams
-from mlx_rgemma.ops.autograd import custom_function
 from mlx_rgemma.ops.backend import Backend
 from mlx_rgemma.ops.rg_lru import MAX_SQRT_GRADIENT, RG_LRU, C, TokenType, biased, log_a_base
 from mlx_rgemma.ops.scan import linear_scan, scan_gradients
@@ -56,27 +56,7 @@ def differentiable_rg_lru(
     return h.astype(x.dtype), h[:, -1]
 
 
-@custom_function
-def _states(x, input_gate, recurrent_gate, a_param, h0, token_type):
-    """-> the states, and what the backward pass needs beside them, each (B, L, D) fp32."""
-    base = log_a_base(a_param)
-
-    def gates(input_gate, recurrent_gate, *types):
-        i, r = sigmoid(input_gate), sigmoid(recurrent_gate)
-        a, multiplier = gate_coefficients(base * r)
-        if types:  # multiplications instead of `where`, which takes twenty times as long
-            normal, padding, reset = types
-            a, multiplier = a * normal + padding, multiplier * normal + reset
-        return i, r, a, multiplier
-
-    types = _indicators(token_type, x.shape, TokenType.NORMAL, TokenType.PADDING, TokenType.RESET)
-    i, r, a, multiplier = split_across_streams(gates, input_gate, recurrent_gate, *types)
-    h = linear_scan(multiplier * i * x.astype(mx.float32), a, h0)
-    return h, i, r, a, multiplier
-
-
-@_states.vjp
-def _states_vjp(primals, cotangents, outputs):
+def _states_gradient(primals, cotangents, outputs):
     x, _, _, a_param, h0, token_type = primals
     h, i, r, a, multiplier = outputs
     dv, da, dh0 = scan_gradients(a, h0, h, cotangents[0])
@@ -110,6 +90,25 @@ def _states_vjp(primals, cotangents, outputs):
         dh0,
         mx.zeros_like(token_type),
     )
+
+
+@eager(_states_gradient)
+def _states(x, input_gate, recurrent_gate, a_param, h0, token_type):
+    """-> the states, and what the backward pass needs beside them, each (B, L, D) fp32."""
+    base = log_a_base(a_param)
+
+    def gates(input_gate, recurrent_gate, *types):
+        i, r = sigmoid(input_gate), sigmoid(recurrent_gate)
+        a, multiplier = gate_coefficients(base * r)
+        if types:  # multiplications instead of `where`, which takes twenty times as long
+            normal, padding, reset = types
+            a, multiplier = a * normal + padding, multiplier * normal + reset
+        return i, r, a, multiplier
+
+    types = _indicators(token_type, x.shape, TokenType.NORMAL, TokenType.PADDING, TokenType.RESET)
+    i, r, a, multiplier = split_across_streams(gates, input_gate, recurrent_gate, *types)
+    h = linear_scan(multiplier * i * x.astype(mx.float32), a, h0)
+    return h, i, r, a, multiplier
 
 
 def _indicators(token_type: mx.array, shape: tuple[int, ...], *types: int) -> list[mx.array]:

@@ -1,4 +1,4 @@
-"""Several processes under `mlx.launch`: joining them, agreeing, and noticing one that is lost."""
+"""Process groups under `mlx.launch`: rendezvous, broadcast, and detection of lost ranks."""
 
 from mlx_rgemma.distributed.group import (
     abandon,

@@ -1,6 +1,6 @@
-"""The group of processes that a command runs in under `mlx.launch`.
+"""The process group of a command under `mlx.launch`.
 
-One place where it is joined and left. Whoever is not the first process prints nothing but errors.
+Ranks other than 0 print nothing but errors.
 """
 
 from __future__ import annotations
@@ -17,115 +17,116 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.distributed import watchdog as peers
+from mlx_rgemma.distributed import watchdog
 from mlx_rgemma.distributed.rank_info import RankInfo
+from mlx_rgemma.distributed.watchdog import Watchdog
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.streams import synchronize_streams
+from mlx_rgemma.ops.streams import synchronize_streams
 
 
-class _Membership:
-    """This process's place in the group; there is one of these, `_here`."""
+class _State:
+    """The process group of this process."""
 
     joined = False
     group: mx.distributed.Group | None = None
-    peers: peers.Peers | None = None
+    watchdog: Watchdog | None = None
 
 
-_here = _Membership()
+_state = _State()
 
 
 def join(seed: int | None = None) -> mx.distributed.Group | None:
-    """The group that this process is part of, or None if it is by itself.
+    """Join the process group; None for a single process.
 
-    The first call waits for the other processes, for `peers.timeout_seconds` at most, and from
-    then on this process ends with a message when another one is lost.
+    The first call waits for the other ranks, for `watchdog.timeout_seconds` at most. From then on
+    this process ends with a message when another rank is lost.
 
     Args:
-        seed: Of the random numbers, which are the same on all processes; any, when omitted.
+        seed: Seed of the random numbers of all ranks; random when omitted.
 
     Raises:
-        UserError: If a process does not come, or MLX cannot connect them.
+        UserError: If a rank does not appear, or MLX cannot connect them.
     """
-    if not _here.joined:
-        place = RankInfo.from_environment()
-        if place is not None:
-            timeout = peers.timeout_seconds()
-            _here.peers = peers.Peers(place, timeout, peers.end_process)
-            _here.peers.rendezvous()
-            if place.rank > 0:
+    if not _state.joined:
+        info = RankInfo.from_environment()
+        if info is not None:
+            timeout = watchdog.timeout_seconds()
+            _state.watchdog = Watchdog(info, timeout, watchdog.end_process)
+            _state.watchdog.rendezvous()
+            if info.rank > 0:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
-        alone = place is None and "MLX_RANK" in os.environ  # mlx.launch -n 1
-        group = None if alone else _connect(place)
-        _here.joined = True
+        alone = info is None and "MLX_RANK" in os.environ  # mlx.launch -n 1
+        group = None if alone else _connect(info)
+        _state.joined = True
         if group is not None and group.size() > 1:
-            _here.group = group
+            _state.group = group
             mx.random.seed(broadcast_object(time.time_ns() & 0xFFFFFFFF if seed is None else seed))
-    return _here.group
+    return _state.group
 
 
 def group() -> mx.distributed.Group | None:
-    """The group that was joined, if it was."""
-    return _here.group
+    """Return the group that was joined, if any."""
+    return _state.group
 
 
 def rank() -> int:
-    """This process's number: 0 for the first one, which reads, writes and prints."""
-    return 0 if _here.group is None else _here.group.rank()
+    """Return the rank of this process: 0 reads, writes and prints."""
+    return 0 if _state.group is None else _state.group.rank()
 
 
 def is_main_process() -> bool:
-    """Whether this process tells the user of its mistakes; the others tell the first one."""
-    return rank() == 0 or _here.peers is None
+    """Return whether this process reports errors to the user; other ranks report to rank 0."""
+    return rank() == 0 or _state.watchdog is None
 
 
 def leave(problem: str = "", status: int | None = None, *, mistake: bool = False) -> None:
-    """Part from the others: when all are done, or at once where this one has failed.
+    """Leave the group: when all ranks are done, or at once if this one has failed.
 
     Args:
-        problem: Why this process cannot go on; the others end with it.
-        status: End this process with it, unless an exception is on its way to tell the user more.
-        mistake: Whether the problem is the user's, so that the others will meet it, too.
+        problem: Why this rank failed; the other ranks end as well.
+        status: Exit status to end this process with, unless an exception is being raised.
+        mistake: Whether the problem is a user error, which the other ranks will find as well.
     """
-    line, _here.peers = _here.peers, None
-    if line is None:
+    dog, _state.watchdog = _state.watchdog, None
+    if dog is None:
         return
     if problem:
-        grace = peers.MISTAKE_GRACE_SECONDS if mistake else peers.GRACE_SECONDS
-        line.lost(problem, grace)
-        if line.place.rank > 0:
-            # The first process tells the user; mlx.launch ends it as soon as this one has ended.
+        grace = watchdog.MISTAKE_GRACE_SECONDS if mistake else watchdog.GRACE_SECONDS
+        dog.report_failure(problem, grace)
+        if dog.info.rank > 0:
+            # Rank 0 informs the user; mlx.launch ends it as soon as this process has ended.
             time.sleep(2 * grace)
     else:
-        if _here.group is not None:
+        if _state.group is not None:
             synchronize_streams()
-        line.shutdown_barrier()
+        dog.shutdown_barrier()
     if status is not None and sys.exc_info()[0] is None:
-        # MLX may abort while an interpreter is being taken down that has generated in a thread.
+        # MLX may abort at interpreter exit if a thread has generated.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
 def abandon(problem: str) -> None:
-    """End this process at once, and the others with it: they are no longer in step."""
+    """End all ranks at once, because they are out of step."""
     leave(problem)
-    peers.end_process(f"rank {rank()} {problem}")
+    watchdog.end_process(f"rank {rank()} {problem}")
 
 
 def wait_for_failure_report() -> None:
-    """Give word of a lost process the time to come; it ends this one with a better message."""
-    if _here.peers is not None:
+    """Wait briefly: a peer's failure report gives a better error than MLX's."""
+    if _state.watchdog is not None:
         time.sleep(2.0)
 
 
 def broadcast_object(value: Any, group: mx.distributed.Group | None = None) -> Any:
-    """The first process's value, on all of them; what the others pass is not looked at.
+    """Return rank 0's value on all ranks; the values of the others are ignored.
 
     Args:
         value: Anything that can be pickled.
-        group: The processes; those that were joined, when omitted.
+        group: The group; the one that was joined when omitted.
     """
-    group = group or _here.group
+    group = group or _state.group
     if group is None:
         return value
     first = group.rank() == 0
@@ -138,7 +139,7 @@ def broadcast_object(value: Any, group: mx.distributed.Group | None = None) -> A
 
 
 def broadcast(arrays: Sequence[mx.array] | None, group: mx.distributed.Group) -> list[mx.array]:
-    """The first process's arrays, bit by bit, on all of them; the others pass None."""
+    """Return rank 0's arrays, bit for bit, on all ranks; the others pass None."""
     mine = list(arrays or ())
     kinds = broadcast_object(
         [(a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in mine], group
@@ -158,16 +159,16 @@ def _dtype(name: str) -> mx.Dtype:
 
 
 def run_on_rank0(work: Callable[[], Any], group: mx.distributed.Group | None = None) -> Any:
-    """Do something on the first process only; a `UserError` there is one on all.
+    """Call a function on rank 0 only; a `UserError` is raised on all ranks.
 
     Args:
-        work: What to do.
-        group: As for `share`.
+        work: The function.
+        group: As for `broadcast_object`.
 
     Returns:
-        What it returned, on all of them; it must be something that can be pickled.
+        Its result on all ranks, which must be picklable.
     """
-    group = group or _here.group
+    group = group or _state.group
     answer: Any = None
     problem: Exception | None = None
     if group is None or group.rank() == 0:
@@ -182,55 +183,55 @@ def run_on_rank0(work: Callable[[], Any], group: mx.distributed.Group | None = N
 
 
 def synchronized_sampler(sampler: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """A sampler whose tokens are the first process's on all of them.
+    """Return a sampler that yields rank 0's tokens on all ranks.
 
-    Sums may differ in the last bit between processes, where a back end adds in another order or a
-    machine is of another make, and a token once in a long while with them.
+    All-reduced sums may differ in the last bit between ranks (another order of addition, another
+    GPU), and so, rarely, may the sampled token.
     """
-    if _here.group is None:
+    if _state.group is None:
         return sampler
 
     def choose(logprobs: mx.array) -> mx.array:
         token = sampler(logprobs)
         mine = token if rank() == 0 else mx.zeros_like(token)
-        return mx.distributed.all_sum(mine, group=_here.group)
+        return mx.distributed.all_sum(mine, group=_state.group)
 
     return choose
 
 
-def _connect(place: RankInfo | None) -> mx.distributed.Group:
+def _connect(info: RankInfo | None) -> mx.distributed.Group:
     try:
-        with _deadline(place):
-            group = mx.distributed.init(strict=place is not None)
+        with _deadline(info):
+            group = mx.distributed.init(strict=info is not None)
     except RuntimeError as error:
         raise UserError(f"MLX cannot connect the processes: {error}.") from error
-    if place is not None and (group.rank(), group.size()) != (place.rank, place.size):
+    if info is not None and (group.rank(), group.size()) != (info.rank, info.size):
         raise UserError(
-            f"mlx.launch started rank {place.rank} of {place.size}, MLX made it"
+            f"mlx.launch started rank {info.rank} of {info.size}, MLX made it"
             f" {group.rank()} of {group.size()}; check --backend and the hostfile."
         )
     return group
 
 
 @contextlib.contextmanager
-def _deadline(place: RankInfo | None) -> Iterator[None]:
-    """End the process if this takes longer than one waits for another, with one line of the first.
+def _deadline(info: RankInfo | None) -> Iterator[None]:
+    """End the process after the timeout, with one line printed by rank 0.
 
-    MLX connects without letting other threads of Python run, so `faulthandler` ends the process,
-    and what that has to say makes another program speak, which waits for it.
+    MLX holds the interpreter lock while it connects, so `faulthandler` has to end the process. Its
+    output goes to a child process, which then prints the message.
     """
-    if place is None:
+    if info is None:
         yield
         return
-    seconds = peers.timeout_seconds()
+    seconds = watchdog.timeout_seconds()
     message = (
-        f"MLX has not connected the {place.size} processes within {seconds:g} s: one was lost, or"
+        f"MLX has not connected the {info.size} processes within {seconds:g} s: one was lost, or"
         " cannot reach the next one's address in the hostfile; start them again"
     )
-    speak = 'read -r _ && echo "error: $0." >&2' if place.rank == 0 else "read -r _"
-    with subprocess.Popen(["/bin/sh", "-c", speak, message], stdin=subprocess.PIPE) as speaker:
-        assert speaker.stdin is not None
-        faulthandler.dump_traceback_later(seconds, exit=True, file=speaker.stdin)
+    script = 'read -r _ && echo "error: $0." >&2' if info.rank == 0 else "read -r _"
+    with subprocess.Popen(["/bin/sh", "-c", script, message], stdin=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        faulthandler.dump_traceback_later(seconds, exit=True, file=child.stdin)
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Where `mlx.launch` has put a process: its number, and the addresses of the others."""
+"""Rank, world size and addresses that `mlx.launch` gives to a process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Address = tuple[str, int]
 
 
 class RankInfo(NamedTuple):
-    """Where a process stands among the others.
+    """Rank of a process, and the connections of the watchdog.
 
     Attributes:
-        rank: Its number.
-        size: How many there are.
-        listen: The address where others call it; None if none does.
-        callers: The numbers of those that do.
-        calls: Whom it calls itself, and where.
+        rank: Its rank.
+        size: World size.
+        listen: The address where other ranks connect; None if none does.
+        callers: The ranks that connect here.
+        calls: The ranks that this one connects to, and their addresses.
     """
 
     rank: int
@@ -32,12 +32,13 @@ class RankInfo(NamedTuple):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RankInfo | None:
-        """What `mlx.launch` says; None for a process by itself, or under another launcher.
+        """Read the variables of `mlx.launch`; None for a single process or another launcher.
 
-        With the ring back end each process calls the next one; with the others all call the first.
+        With the ring backend each rank connects to the next one; with the others all connect to
+        rank 0.
 
         Raises:
-            UserError: If it says something that cannot be.
+            UserError: If the variables are inconsistent.
         """
         if "MLX_RANK" not in environment:
             return None
@@ -45,7 +46,7 @@ class RankInfo(NamedTuple):
             return cls._read(environment)
         except (KeyError, ValueError, TypeError, IndexError, OSError) as error:
             raise UserError(
-                f"the variables that mlx.launch sets do not fit together"
+                f"the variables that mlx.launch sets are inconsistent"
                 f" ({type(error).__name__}: {error}); check the hostfile."
             ) from error
 
@@ -70,7 +71,7 @@ class RankInfo(NamedTuple):
             return None
         _check_rank(rank, size)
         if len(set(addresses)) < size:
-            raise ValueError("two processes have the same address")
+            raise ValueError("two ranks have the same address")
         after, before = (rank + 1) % size, (rank - 1) % size
         return cls(rank, size, addresses[rank], frozenset({before}), {after: addresses[after]})
 
@@ -86,9 +87,9 @@ class RankInfo(NamedTuple):
 
 def _read_list(path: str) -> list[Any]:
     text = Path(path).read_text().strip()
-    values = json.loads(text) if text else []  # empty where there is one host
+    values = json.loads(text) if text else []  # empty for a single host
     if not isinstance(values, list):
-        raise ValueError(f"{path} holds no list")
+        raise ValueError(f"{path} is not a list")
     return values
 
 
@@ -99,10 +100,10 @@ def _check_rank(rank: int, size: int) -> None:
 
 def _address(text: Any) -> Address:
     if not isinstance(text, str):
-        raise TypeError(f"{text!r} is no address")
+        raise TypeError(f"{text!r} is not an address")
     host, _, port = text.rpartition(":")
     host = host.strip("[]")
-    host.encode("idna")  # as the socket will; what it refuses is a ValueError here
+    host.encode("idna")  # the socket would raise later; a ValueError here
     if not host or not 0 < int(port) < 1 << 16:
-        raise ValueError(f"{text!r} is no address and port")
+        raise ValueError(f"{text!r} is not an address with a port")
     return host, int(port)

@@ -1,13 +1,13 @@
-"""Knowing whether the other processes are there.
+"""A watchdog that ends all ranks with a message when one is lost.
 
-MLX waits without end for a process that never comes, and its back ends differ in what they do when
-one is lost. So the processes meet before MLX does, on the addresses that MLX is about to use, and
-keep these lines open, beside MLX's own: who sees one break, or hears nothing on it for long, tells
-the others, and each ends with a message.
+MLX waits forever for a rank that never appears, and its backends differ in how they handle a lost
+one. So the ranks connect before MLX does, on the addresses that MLX is about to use, and keep these
+connections open. If a connection breaks, or is silent for too long, the failure is forwarded to all
+ranks, and each ends with a message.
 
-A line carries JSON objects, one a line of text: ``{"arrived": rank}``, ``{"ready": rank}``,
-``{"bye": rank}`` and ``{"lost": message}`` are passed on from neighbour to neighbour, an empty
-object says no more than that its sender lives.
+Messages are JSON objects, one per line: ``{"arrived": rank}``, ``{"ready": rank}``, ``{"bye":
+rank}`` and ``{"lost": message}`` are forwarded from neighbour to neighbour (gossip). An empty
+object is a heartbeat.
 """
 
 from __future__ import annotations
@@ -25,31 +25,30 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_rgemma.distributed.rank_info import Address, RankInfo
-from mlx_rgemma.errors import UserError
+from mlx_rgemma.errors import UserError, shown
 
 TIMEOUT_VARIABLE = "MLX_RGEMMA_PEER_TIMEOUT"
 TIMEOUT_SECONDS = 60.0
-PARTING_SECONDS = 10.0
-"""How long a process that is done waits for the others to be."""
+SHUTDOWN_SECONDS = 10.0
+"""Timeout of the shutdown barrier."""
 
 GRACE_SECONDS, MISTAKE_GRACE_SECONDS = 0.5, 5.0
-"""How long a process that is told of a failure may take to say that it has failed alike: most
-mistakes of a user are found by all of them, sooner or later."""
+"""Time for a rank to report its own failure after another's: all ranks find most user errors."""
 
 
-class Peers:
-    """Lines to the other processes.
+class Watchdog:
+    """Connections to the other ranks, and the thread that watches them.
 
     Args:
-        place: Where this process stands.
-        timeout: Seconds to wait for the others to come, and to go without hearing of one.
-        end: Called with a message, from a thread, when a process is lost; the message is empty
-            where another process tells it. It ends this process.
+        info: Rank and addresses.
+        timeout: Seconds to wait for the other ranks to appear, and between signs of life.
+        end: Called with a message, from a thread, when a rank is lost, to end this process. The
+            message is empty if rank 0 prints it.
     """
 
-    def __init__(self, place: RankInfo, timeout: float, end: Callable[[str], None]) -> None:
-        self.place, self.timeout, self.end = place, timeout, end
-        self._lines: dict[int, Connection] = {}
+    def __init__(self, info: RankInfo, timeout: float, end: Callable[[str], None]) -> None:
+        self.info, self.timeout, self.end = info, timeout, end
+        self._connections: dict[int, Connection] = {}
         self._known: dict[str, set[int]] = {"arrived": set(), "ready": set(), "bye": set()}
         self._changed = threading.Condition()
         self._over = False
@@ -58,101 +57,101 @@ class Peers:
         self._selector.register(woken, selectors.EVENT_READ, None)
 
     def rendezvous(self) -> None:
-        """Wait until all processes have come.
+        """Wait until all ranks are connected.
 
         Raises:
-            UserError: If one does not come in time, or the address is taken.
+            UserError: If one does not appear in time, or the address is in use.
         """
-        place, deadline = self.place, time.monotonic() + self.timeout
-        thread = threading.Thread(target=self._listen, name="peers", daemon=True)
+        info, deadline = self.info, time.monotonic() + self.timeout
+        thread = threading.Thread(target=self._listen, name="watchdog", daemon=True)
         thread.start()
-        self._gossip("arrived", place.rank)
+        self._gossip("arrived", info.rank)
         self._connect(deadline)
-        self._gossip("ready", place.rank)
+        self._gossip("ready", info.rank)
         with self._changed:
-            everybody = set(range(place.size))
-            while self._known["ready"] != everybody:
+            all_ranks = set(range(info.size))
+            while self._known["ready"] != all_ranks:
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    raise self._nobody(everybody - self._known["arrived"])
+                    raise self._timed_out(all_ranks - self._known["arrived"])
 
-    def lost(self, message: str, grace: float = GRACE_SECONDS) -> None:
-        """Tell the others that this process cannot go on; they end too, unless they are done.
+    def report_failure(self, message: str, grace: float = GRACE_SECONDS) -> None:
+        """Report a failure of this rank; the others end as well, unless they are done.
 
         Args:
-            message: Why.
-            grace: Seconds that they have to find that out themselves.
+            message: The reason.
+            grace: Seconds for them to report the same failure themselves.
         """
         self._over = True
-        if len(self._known["bye"] - {self.place.rank}) == self.place.size - 1:
-            return self._send({"bye": self.place.rank})
-        text = f"rank {self.place.rank} of {self.place.size} {message}"
+        if len(self._known["bye"] - {self.info.rank}) == self.info.size - 1:
+            return self._send({"bye": self.info.rank})
+        text = f"rank {self.info.rank} of {self.info.size} {message}"
         self._send({"lost": text, "grace": grace})
 
     def shutdown_barrier(self) -> None:
-        """Tell the others that this process is done, and wait until they are."""
-        self._gossip("bye", self.place.rank)
-        deadline = time.monotonic() + PARTING_SECONDS
+        """Report that this rank is done, and wait until all are."""
+        self._gossip("bye", self.info.rank)
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
         with self._changed:
-            while len(self._known["bye"]) < self.place.size:
+            while len(self._known["bye"]) < self.info.size:
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                     break
         self._over = True
 
     def _connect(self, deadline: float) -> None:
-        """Call whom this process calls, and wait for those that call it."""
-        place = self.place
-        listener = None if place.listen is None else _listener(place.listen)
-        to_call, to_come = dict(place.calls), set(place.callers)
+        """Connect to the neighbours of this rank, and accept their connections."""
+        info = self.info
+        listener = None if info.listen is None else _listener(info.listen)
+        to_call, to_accept = dict(info.calls), set(info.callers)
         try:
-            while to_call or to_come:
+            while to_call or to_accept:
                 if time.monotonic() > deadline:
-                    raise self._nobody(to_come | set(to_call))
+                    raise self._timed_out(to_accept | set(to_call))
                 for rank, address in list(to_call.items()):
-                    if (connection := _call(address, place.rank)) is not None:
+                    if (connection := _call(address, info.rank)) is not None:
                         del to_call[rank]
                         self._add(Connection(connection, rank, self.timeout))
-                answered = None if listener is None else _answer(listener, to_come)
-                if answered is not None:
-                    connection, rank = answered
-                    to_come.discard(rank)
+                accepted = None if listener is None else _accept(listener, to_accept)
+                if accepted is not None:
+                    connection, rank = accepted
+                    to_accept.discard(rank)
                     self._add(Connection(connection, rank, self.timeout))
                 elif listener is None:
                     time.sleep(0.1)
         finally:
-            # Before anyone is told that this process is ready: MLX listens here next.
+            # Close before reporting this rank as ready: MLX listens here next.
             if listener is not None:
                 listener.close()
 
-    def _nobody(self, missing: set[int]) -> UserError:
-        place = self.place
+    def _timed_out(self, missing: set[int]) -> UserError:
+        info = self.info
         names = ", ".join(
-            f"rank {rank} ({':'.join(map(str, place.calls[rank]))})"
-            if rank in place.calls
+            f"rank {rank} ({':'.join(map(str, info.calls[rank]))})"
+            if rank in info.calls
             else f"rank {rank}"
             for rank in sorted(missing)
         )
         message = (
-            f"waited {self.timeout:g} s for {names} in vain; see that the command runs there, and"
-            " that the addresses of the hostfile can be reached"
+            f"timed out after {self.timeout:g} s waiting for {names}; check that the command runs"
+            " there, and that the addresses of the hostfile can be reached"
         )
-        self.lost(message)
-        return UserError(f"rank {place.rank} of {place.size} {message}.")
+        self.report_failure(message)
+        return UserError(f"rank {info.rank} of {info.size} {message}.")
 
-    def _add(self, line: Connection) -> None:
+    def _add(self, connection: Connection) -> None:
         with self._changed:
-            # A ring of two has two lines between the same processes.
-            self._lines[line.socket.fileno()] = line
+            # A ring of two has two connections between the same ranks.
+            self._connections[connection.socket.fileno()] = connection
             for kind, ranks in self._known.items():
                 for rank in ranks:
-                    line.send({kind: rank})
-        self._selector.register(line.socket, selectors.EVENT_READ, line)
+                    connection.send({kind: rank})
+        self._selector.register(connection.socket, selectors.EVENT_READ, connection)
         self._wake.send(b".")
 
     def _gossip(self, kind: str, rank: int) -> None:
-        """Note something, and pass it on if it is new.
+        """Record a message, and forward it if it is new.
 
-        Nobody here may go on before it is passed on: MLX, once it connects, lets no thread run, and
-        the next process would not hear of it.
+        It must be forwarded before any thread continues: MLX holds the interpreter lock once it
+        connects, and the next rank would never receive the message.
         """
         with self._changed:
             if rank in self._known[kind]:
@@ -162,94 +161,96 @@ class Peers:
             self._changed.notify_all()
 
     def _send(self, message: Mapping[str, Any]) -> None:
-        for line in list(self._lines.values()):
-            line.send(message)
+        for connection in list(self._connections.values()):
+            connection.send(message)
 
     def _listen(self) -> None:
-        """Read what comes on the lines, until one of them breaks."""
+        """Read the connections until one of them breaks."""
         interval = min(5.0, self.timeout / 6)
         beat = time.monotonic()
         while not self._over:
             for key, _ in self._selector.select(interval):
-                line = key.data
-                if line is None:
+                connection = key.data
+                if connection is None:
                     key.fileobj.recv(64)  # type: ignore[union-attr]
-                elif not self._read(line):
+                elif not self._read(connection):
                     return
             now = time.monotonic()
             if now - beat >= interval:
                 beat = now
                 self._send({})
-            for line in list(self._lines.values()):
-                # Measured from the last look, too: this thread may have been kept waiting itself.
-                line.timeout_left -= min(now - line.looked, 2 * interval)
-                line.looked = now
-                if line.timeout_left < 0 and line.rank not in self._known["bye"]:
-                    self._lose(
-                        f"rank {line.rank} of {self.place.size} has not been heard of for"
+            for connection in list(self._connections.values()):
+                # Bounded per check: this thread may not have been scheduled itself.
+                connection.timeout_left -= min(now - connection.checked, 2 * interval)
+                connection.checked = now
+                if connection.timeout_left < 0 and connection.rank not in self._known["bye"]:
+                    self._end(
+                        f"rank {connection.rank} of {self.info.size} has been silent for"
                         f" {self.timeout:g} s"
                     )
                     return
 
-    def _read(self, line: Connection) -> bool:
-        """Take what a line brings; False when that is the end."""
+    def _read(self, connection: Connection) -> bool:
+        """Handle the messages of a connection; return False if the group has failed."""
         try:
-            messages = line.receive()
+            messages = connection.receive()
         except ValueError:
-            self._lose(
-                f"what answers in place of rank {line.rank} of {self.place.size} is another"
-                " program; see that the addresses of the hostfile are those of the machines"
+            self._end(
+                f"another program answers at the address of rank {connection.rank} of"
+                f" {self.info.size}; check the addresses of the hostfile"
             )
             return False
-        line.timeout_left = self.timeout
+        connection.timeout_left = self.timeout
         for message in messages or ():
             if "lost" in message:
-                self._lose(str(message["lost"]), told_grace=float(message.get("grace", 0)))
+                self._end(str(message["lost"]), reported_grace=float(message.get("grace", 0)))
                 return False
             for kind, rank in message.items():
                 if kind in self._known:
                     self._gossip(kind, int(rank))
         if messages is None:
-            self._selector.unregister(line.socket)
-            del self._lines[line.socket.fileno()]
-            if line.rank not in self._known["bye"]:
-                self._lose(f"rank {line.rank} of {self.place.size} has ended or cannot be reached")
+            self._selector.unregister(connection.socket)
+            del self._connections[connection.socket.fileno()]
+            rank = connection.rank
+            if rank not in self._known["bye"]:
+                self._end(f"rank {rank} of {self.info.size} has ended or cannot be reached")
                 return False
         return True
 
-    def _lose(self, message: str, *, told_grace: float | None = None) -> None:
+    def _end(self, message: str, *, reported_grace: float | None = None) -> None:
+        """Forward a failure and end; `reported_grace` is set if another rank reported it."""
         if self._over:
             return
-        told = told_grace is not None
-        grace = GRACE_SECONDS if told_grace is None else told_grace
+        reported = reported_grace is not None
+        grace = GRACE_SECONDS if reported_grace is None else reported_grace
         self._send({"lost": message, "grace": grace})
-        if told:
+        if reported:
             time.sleep(grace)
-        # Among those that were told, the first one is enough to tell the user.
-        self.end("" if told and self.place.rank > 0 else message)
+        # Of the ranks that received a report, rank 0 prints it.
+        self.end("" if reported and self.info.rank > 0 else message)
 
 
 class Connection:
-    """A connection to another process."""
+    """A connection to another rank."""
 
     def __init__(self, connection: socket.socket, rank: int, timeout_left: float) -> None:
         self.socket, self.rank = connection, rank
-        self.timeout_left, self.looked = timeout_left, time.monotonic()
+        self.timeout_left, self.checked = timeout_left, time.monotonic()
         self.rest = b""
         self.lock = threading.Lock()
         connection.settimeout(5.0)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        # A line that is broken is noticed where it is read.
+        # A broken connection is detected when it is read.
         with self.lock, contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None at the end.
+        """Return the messages received; None at the end of the connection.
 
         Raises:
-            ValueError: If they are none of a process.
+            ValueError: If they are not messages of a watchdog.
         """
         try:
             data = self.socket.recv(4096)
@@ -260,15 +261,15 @@ class Connection:
         *lines, self.rest = (self.rest + data).split(b"\n")
         messages = [json.loads(text) for text in lines]
         if not all(isinstance(message, dict) for message in messages):
-            raise ValueError("no message of a process")
+            raise ValueError("not a message of a watchdog")
         return messages
 
 
 def timeout_seconds() -> float:
-    """How long to wait for another process: 60 s, or what the user has set.
+    """Return the timeout: 60 s, or the environment variable.
 
     Raises:
-        UserError: If that is no number of seconds.
+        UserError: If the variable is not a number of seconds.
     """
     text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_SECONDS))
     try:
@@ -276,12 +277,14 @@ def timeout_seconds() -> float:
     except ValueError:
         seconds = 0.0
     if not 1 <= seconds < 1e6:
-        raise UserError(f"{TIMEOUT_VARIABLE} is {text!r}, expected a number of seconds from 1 on.")
+        raise UserError(
+            f"{TIMEOUT_VARIABLE} is {shown(text)}, expected a number of seconds from 1 on."
+        )
     return seconds
 
 
 def end_process(message: str) -> None:
-    """Say why, and end at once: the main thread may wait for a process that is no more."""
+    """Print a message and end at once: the main thread may be waiting for a lost rank."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         if message:
@@ -303,7 +306,7 @@ def _listener(address: Address) -> socket.socket:
         hint = (
             "is another command running? mlx.launch --starting-port chooses other ports."
             if error.errno == errno.EADDRINUSE
-            else "see that the hostfile has an address of this machine for it."
+            else "check that the hostfile has an address of this machine for it."
         )
         raise UserError(
             f"cannot listen on {address[0]}:{address[1]} ({error.strerror}); {hint}"
@@ -312,7 +315,7 @@ def _listener(address: Address) -> socket.socket:
 
 
 def _call(address: Address, rank: int) -> socket.socket | None:
-    """Call a process and say who calls; None if it does not answer."""
+    """Connect to a rank and send the own rank; None if it does not answer."""
     try:
         connection = socket.create_connection(address, timeout=1.0)
         connection.sendall(b'{"rank": %d}\n' % rank)
@@ -321,8 +324,8 @@ def _call(address: Address, rank: int) -> socket.socket | None:
     return connection
 
 
-def _answer(listener: socket.socket, expected: set[int]) -> tuple[socket.socket, int] | None:
-    """A process that calls, and its number; None if none does, or it is something else."""
+def _accept(listener: socket.socket, expected: set[int]) -> tuple[socket.socket, int] | None:
+    """Accept the connection of an expected rank; None if there is none."""
     try:
         connection, _ = listener.accept()
     except OSError:

@@ -13,8 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.griffin.tied_head import tied_head
+from mlx_rgemma.griffin.model import Model, tied_head
 from mlx_rgemma.ops import inference_mode
 from mlx_rgemma.ops.sums import log_softmax, long_sum
 

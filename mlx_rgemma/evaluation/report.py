@@ -18,7 +18,13 @@ from mlx_rgemma.checkpoints.load import load
 from mlx_rgemma.checkpoints.model_card import MODEL_CARD
 from mlx_rgemma.checkpoints.schema import check_contents, expected_tensors
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.evaluation.perplexity import Quality, Reference, TokenizedText, tokenize_documents, measure
+from mlx_rgemma.evaluation.perplexity import (
+    Quality,
+    Reference,
+    TokenizedText,
+    measure,
+    tokenize_documents,
+)
 from mlx_rgemma.griffin.cache import state_nbytes
 from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.griffin.model import Model

@@ -1,1 +1,1 @@
-"""Generating text: one prompt or many, token by token or several at once."""
+"""Text generation: single prompts, batches, speculative decoding."""

@@ -1,4 +1,4 @@
-"""Generating text: mlx-lm's loop and samplers, with a state and a memory that do not grow."""
+"""`generate` and `stream_generate`: mlx-lm's interface, in constant memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mlx_rgemma.generation.options import (
 from mlx_rgemma.generation.prompts import Prompt, encode_prompt
 from mlx_rgemma.generation.response import GenerationResponse, text_responses
 from mlx_rgemma.generation.speculative import DRAFT_TOKENS, SpeculationStats, speculative_steps
-from mlx_rgemma.generation.streams import generation_stream, wired_limit
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
 from mlx_rgemma.griffin.model import Model
+from mlx_rgemma.ops.streams import generation_stream, wired_limit
 
 
 @suggest
@@ -59,13 +59,13 @@ def stream_generate(
 ) -> Iterator[GenerationResponse]:
     """Generate text piece by piece.
 
-    Memory does not depend on the number of tokens read or written: the prompt is read in chunks,
-    and neither the tokens nor the text are kept.
+    Memory does not depend on the number of tokens: the prompt is read in chunks, and neither the
+    tokens nor the text are kept.
 
     Args:
         model: From `load`.
         tokenizer: From `load`.
-        prompt: A text, which is read as it is, as in mlx-lm; token ids; or a list of chat messages
+        prompt: A text, used verbatim as in mlx-lm; token ids; or a list of chat messages
             (mappings with "role" and "content"), to which the chat template is applied.
         max_tokens: Tokens to generate at most; -1 for no limit.
         temp: Sampling temperature; 0 takes the most probable token.
@@ -75,7 +75,7 @@ def stream_generate(
         top_k: Keep this many of the most probable tokens; 0 for all.
         xtc_probability: Probability per token of excluding the top choices (XTC).
         xtc_threshold: Probability from which on XTC excludes a token.
-        seed: Seeds MLX's random numbers, those of the whole process, before the first token.
+        seed: Seeds MLX's random numbers of the whole process before the first token.
         repetition_penalty: Divides positive logits of recent tokens, multiplies negative ones.
         presence_penalty: Subtracted from the logits of recent tokens.
         frequency_penalty: Subtracted once per occurrence.
@@ -85,14 +85,14 @@ def stream_generate(
         sampler: A function of log-probabilities (1, V) to tokens (1,), in place of `temp` to
             `xtc_threshold`.
         logits_processors: Functions of (the last tokens, logits) to logits, applied after the
-            penalties. They see at most `CONTEXT_LIMIT` tokens.
+            penalties. They get at most `CONTEXT_LIMIT` tokens.
         stop: Texts that end the generation; they are not part of the output.
         prompt_cache: A state to continue, from `model.make_cache()`; updated in place.
         prefill_step_size: Prompt tokens to read at a time.
         prompt_progress_callback: Called with the prompt tokens read so far and their number.
         draft_model: A smaller model with the same vocabulary, for speculative decoding.
-        num_draft_tokens: Tokens that it drafts at a time.
-        prompt_lookup: Tokens to draft at a time from the text so far, without a draft model.
+        num_draft_tokens: Tokens that it drafts per pass.
+        prompt_lookup: Tokens to draft per pass from the text so far, without a draft model.
         speculation_stats: Filled in while speculating.
 
     Yields:
@@ -185,7 +185,7 @@ def generate(
         generate(model, tokenizer, [{"role": "user", "content": "Why is the sky blue?"}])
 
     Args:
-        verbose: Whether to print the text as it comes, and mlx-lm's statistics after it.
+        verbose: Whether to print the text while it is generated, and mlx-lm's statistics after it.
 
     All other arguments are those of `stream_generate`.
 
@@ -215,7 +215,7 @@ def generate(
 
 
 def statistics(response: GenerationResponse, state_bytes: int) -> str:
-    """mlx-lm's lines about a generation, and the size of the state."""
+    """Return mlx-lm's statistics of a generation, and the size of the state."""
     return (
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
         f"Generation: {response.generation_tokens} tokens,"

@@ -1,4 +1,4 @@
-"""Generating for several prompts at once, through mlx-lm's continuous batching."""
+"""Generate for several prompts at once with mlx-lm's continuous batching."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class BatchResponse:
-    """What `batch_generate` returns, in the order of the prompts.
+    """Results of `batch_generate`, in the order of the prompts.
 
     Attributes:
         texts: The generated texts.
         token_ids: Their tokens, without the one that ended them.
         finish_reasons: "stop" or "length".
         stats: mlx-lm's statistics of the whole batch.
-        caches: Each prompt's state after its last token, where asked for.
+        caches: Each prompt's state after its last token, if requested.
     """
 
     texts: list[str]
@@ -41,8 +41,8 @@ class BatchResponse:
     caches: list[list[GriffinCache]] | None = None
 
 
-class _Row:
-    """One prompt's answer while it grows."""
+class _Sequence:
+    """The text and tokens generated so far for one prompt."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self.stream = StreamingDetokenizer(tokenizer)
@@ -53,7 +53,7 @@ class _Row:
         self.cache: list[GriffinCache] | None = None
 
     def add(self, token: int, finish_reason: str | None, ended: bool) -> bool:
-        """Take a token; returns whether a stop text has appeared."""
+        """Add a token; return whether a stop text has appeared."""
         text = "" if ended else self.stream.add(token)
         if not ended:
             self.tokens.append(token)
@@ -96,7 +96,7 @@ def batch_generate(
     completion_batch_size: int = 32,
     prefill_batch_size: int = 8,
 ) -> BatchResponse:
-    """Generate a text for each of several prompts at once; each is what it would be alone.
+    """Generate a text for each of several prompts at once, the same as one by one.
 
     Args:
         model, tokenizer: From `load`.
@@ -104,9 +104,9 @@ def batch_generate(
         max_tokens: Tokens to generate at most, for all or for each.
         stop: Texts that end a generation; they are not part of the output.
         return_prompt_caches: Whether to return each prompt's state.
-        prompt_caches: A state for each prompt to continue.
+        prompt_caches: A state per prompt to continue.
         prefill_step_size: Prompt tokens to read at a time.
-        completion_batch_size: Texts that are written together.
+        completion_batch_size: Sequences that are decoded together.
         prefill_batch_size: Prompts that are read together.
 
     The arguments from `temp` to `logits_processors` are those of `stream_generate`.
@@ -116,7 +116,7 @@ def batch_generate(
 
     Raises:
         UserError: If a prompt is empty, holds an unknown token or malformed messages, or an option
-            is out of bounds; or a state is another model's.
+            is out of bounds, or a state belongs to another model.
     """
     sampling = SamplingOptions.of(locals())
     from mlx_lm.generate import BatchGenerator
@@ -154,36 +154,35 @@ def batch_generate(
         logits_processors=processors,
         **sizes,
     )
-    rows = {
-        uid: _Row(tokenizer, stop) for uid in generator.insert(tokens, limits, caches=prompt_caches)
-    }
+    uids = generator.insert(tokens, limits, caches=prompt_caches)
+    sequences = {uid: _Sequence(tokenizer, stop) for uid in uids}
     try:
         with generator.stats() as stats:
             while responses := generator.next_generated():
                 for response in responses:
-                    row = rows[response.uid]
+                    sequence = sequences[response.uid]
                     ended = response.token in tokenizer.eos_token_ids
-                    stopped = row.add(response.token, response.finish_reason, ended)
+                    stopped = sequence.add(response.token, response.finish_reason, ended)
                     if response.finish_reason is not None:
-                        row.cache = response.prompt_cache
+                        sequence.cache = response.prompt_cache
                     elif stopped:
                         cache = generator.remove([response.uid], return_prompt_caches=True)
-                        row.cache = cache[response.uid][0]
+                        sequence.cache = cache[response.uid][0]
     finally:
         generator.close()
-    _leave_out(stats, compile_seconds(started))
-    answers = list(rows.values())
+    _subtract_compilation(stats, compile_seconds(started))
+    answers = list(sequences.values())
     return BatchResponse(
-        texts=["".join(row.pieces) for row in answers],
-        token_ids=[row.tokens for row in answers],
-        finish_reasons=[row.finish_reason or "length" for row in answers],
+        texts=["".join(answer.pieces) for answer in answers],
+        token_ids=[answer.tokens for answer in answers],
+        finish_reasons=[answer.finish_reason or "length" for answer in answers],
         stats=stats,
-        caches=[row.cache or [] for row in answers] if return_prompt_caches else None,
+        caches=[answer.cache or [] for answer in answers] if return_prompt_caches else None,
     )
 
 
 def _check_caches(model: Model, caches: list[list[GriffinCache]], prompts: int) -> None:
-    """Refuse states that are not one of one sequence for each prompt."""
+    """Refuse anything but one state of one sequence per prompt."""
     if len(caches) != prompts:
         raise UserError(f"there are {len(caches)} prompt_caches for {prompts} prompts.")
     for cache in caches:
@@ -195,8 +194,8 @@ def _check_caches(model: Model, caches: list[list[GriffinCache]], prompts: int) 
             raise UserError("each of prompt_caches must be the state of one sequence.")
 
 
-def _leave_out(stats: BatchStats, seconds: float) -> None:
-    """Take the compilation of loops, as a rule on the first prompt, out of the speeds."""
+def _subtract_compilation(stats: BatchStats, seconds: float) -> None:
+    """Exclude kernel compilation, usually during the first prompt, from the speeds."""
     stats.wall_time -= seconds
     if seconds < stats.prompt_time:
         stats.prompt_time -= seconds

@@ -1,4 +1,4 @@
-"""Where drafts of the next tokens come from: a smaller model, or the text so far."""
+"""Drafters for speculative decoding: a smaller model, or lookup in the text so far."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.ops.sums import log_softmax
 
 Process = Callable[[mx.array, mx.array], mx.array]
-"""Logits processors, applied to (1, V) logits behind the tokens drafted so far."""
+"""Applies the logits processors to (1, V) logits after the tokens drafted so far."""
 
 LOOKUP_WINDOW = 8192
-"""Most recent tokens that `PromptLookup` looks for drafts in."""
+"""Most recent tokens that `PromptLookup` searches."""
 LOOKUP_SIZES = (4, 3, 2)
-"""Numbers of tokens that have to agree, the longest tried first."""
+"""Lengths of the n-grams to match, the longest first."""
 
 
 class Draft(NamedTuple):
-    """Tokens that may come next.
+    """Proposed next tokens.
 
     Attributes:
         tokens: (n,), int32.
-        logprobs: (n, V), fp32. What each was drawn with; None when nothing was left to chance.
+        logprobs: (n, V), fp32. The distribution of each; None if they were not sampled.
     """
 
     tokens: mx.array
@@ -37,36 +37,36 @@ EMPTY_DRAFT = Draft(mx.array([], mx.int32))
 
 
 class Drafter(Protocol):
-    """What proposes tokens."""
+    """Interface of drafters."""
 
     def read(self, tokens: mx.array) -> None:
-        """Take a part of the prompt."""
+        """Read a part of the prompt."""
 
     def draft(self, last: int, n: int, process: Process) -> Draft:
-        """Propose up to `n` tokens behind `last`, which has not been read yet."""
+        """Propose up to `n` tokens after `last`, which has not been read yet."""
 
     def accept(self, kept: int) -> None:
-        """Of the tokens proposed, the first `kept` have become part of the text."""
+        """Accept the first `kept` proposed tokens as part of the text."""
 
     def finish(self, last: int | None) -> None:
-        """The generation ends, with a token that has not been read yet (if any)."""
+        """End the generation; `last` is a token that has not been read yet, if any."""
 
 
 class DraftModel:
-    """Drafts of a smaller model with the same vocabulary.
+    """Drafter that runs a smaller model with the same vocabulary.
 
     Args:
         model: The smaller model.
         cache: Its state, of the same text; updated in place.
-        sampler: What the text is sampled with.
-        limit: Tokens a draft has at most.
+        sampler: The sampler of the text.
+        limit: Tokens per draft at most.
     """
 
     def __init__(self, model: Model, cache: list[GriffinCache], sampler: Any, limit: int) -> None:
         self.model = model
         self.cache = cache
         self.sampler = sampler
-        self.pending: list[int] = []  # tokens of the text that the model has not read
+        self.pending: list[int] = []  # accepted tokens that the model has not read
         self.drafted: mx.array = EMPTY_DRAFT.tokens
         for layer in cache:
             layer.enable_rollback(limit + 1)
@@ -82,19 +82,19 @@ class DraftModel:
             return EMPTY_DRAFT
         with_probs = isinstance(self.sampler, Sampler) and not self.sampler.greedy
         unread = mx.array(self.pending, mx.int32)
-        odds = []
+        distributions = []
         for _ in range(n):
             logits = self.model(unread[None], cache=self.cache)[:, -1]
             logprobs = log_softmax(process(logits, self.drafted))
             if with_probs:
-                odds.append(self.sampler.distribution(logprobs))
-                token = mx.random.categorical(odds[-1])
+                distributions.append(self.sampler.distribution(logprobs))
+                token = mx.random.categorical(distributions[-1])
             else:
                 token = self.sampler(logprobs)
             unread = token.astype(mx.int32)
             self.drafted = mx.concatenate([self.drafted, unread])
         self.pending = []
-        return Draft(self.drafted, mx.concatenate(odds) if odds else None)
+        return Draft(self.drafted, mx.concatenate(distributions) if distributions else None)
 
     def accept(self, kept: int) -> None:
         spare = self.drafted.size - 1 - kept  # the last token drafted has not been read
@@ -116,21 +116,21 @@ class DraftModel:
 
 
 class PromptLookup:
-    """Drafts from the text itself: what followed when its last tokens were there before.
+    """Drafter that finds an earlier occurrence of the last tokens and copies its continuation.
 
-    Holds the last tokens of the text, so many that they are bounded, and an index of them.
+    Keeps a bounded number of the last tokens, and an index of their n-grams.
 
     Args:
-        window: How many tokens.
-        sizes: Numbers of tokens that have to agree, the longest first.
+        window: Tokens to keep.
+        sizes: Lengths of the n-grams to match, the longest first.
     """
 
     def __init__(self, window: int = LOOKUP_WINDOW, sizes: Sequence[int] = LOOKUP_SIZES) -> None:
         self.window = window
         self.sizes = tuple(sizes)
         self.tokens: list[int] = []
-        self.start = 0  # number of tokens before the first one held
-        self.index: dict[tuple[int, ...], int] = {}  # of the token that followed, last time
+        self.start = 0  # position of the first token kept
+        self.index: dict[tuple[int, ...], int] = {}  # position after the last occurrence
         self.drafted: list[int] = []
 
     def read(self, tokens: mx.array) -> None:
@@ -162,7 +162,7 @@ class PromptLookup:
             self.index = {key: at for key, at in self.index.items() if at >= longest}
 
     def _continuation(self, n: int) -> list[int]:
-        """What followed the last tokens before; where that is the end, it goes round."""
+        """Return the continuation of an earlier occurrence, repeated up to `n` tokens."""
         for size in self.sizes:
             at = self.index.get(tuple(self.tokens[-size:]))
             if at is not None and len(self.tokens) >= size:

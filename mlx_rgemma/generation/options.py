@@ -1,4 +1,4 @@
-"""Sampling options under mlx-lm's names: their defaults, their bounds, and what is made of them."""
+"""Sampling options with mlx-lm's names: defaults, bounds, and the functions built from them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ R = TypeVar("R")
 
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**64 - 1
-LOWEST_TEMP = 1e-6
-"""A temperature below takes the most probable token: logits divided by it could overflow."""
+MIN_TEMP = 1e-6
+"""Lower temperatures are greedy: logits divided by them could overflow."""
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "temp": (0, 1000),
@@ -43,7 +43,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 """The lowest and the highest value of each numeric option."""
 
-CHOICE = (
+SAMPLER_OPTIONS = (
     "temp",
     "top_p",
     "min_p",
@@ -101,12 +101,12 @@ class SamplingOptions:
             if field.name in BOUNDS and value is not None:
                 whole = "int" in str(field.type)
                 check_number(field.name, value, *BOUNDS[field.name], whole=whole)
-                # MLX compiles for Python's own numbers, not for NumPy's.
+                # `mx.compile` accepts Python's numbers, but not NumPy's.
                 object.__setattr__(self, field.name, int(value) if whole else float(value))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> SamplingOptions:
-        """Return the options among other values by name: a function's or a command's arguments."""
+        """Pick the options from the arguments of a function or command, by name."""
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def functions(
@@ -123,9 +123,9 @@ class SamplingOptions:
         Args:
             tokenizer: From `load`.
             vocab_size: Tokens of the vocabulary.
-            sampler: The caller's own, in place of one made here.
-            logits_processors: The caller's own, applied after those made here.
-            speculative: Whether the sampler's distribution is needed, for speculative decoding.
+            sampler: A sampler of the caller, in place of one from these options.
+            logits_processors: Processors of the caller, applied after those of these options.
+            speculative: Whether speculative decoding needs the sampler's distribution.
 
         Raises:
             UserError: If both a sampler and its options are given, or `logit_bias` has an unknown
@@ -133,10 +133,10 @@ class SamplingOptions:
         """
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         if sampler is not None:
-            if clash := [name for name in CHOICE if name in given]:
+            if clash := [name for name in SAMPLER_OPTIONS if name in given]:
                 raise UserError(
-                    f"sampler and {clash[0]} were both given: a sampler alone chooses the token."
-                    " Leave one of the two out."
+                    f"sampler and {clash[0]} were both given: a sampler replaces the"
+                    " sampling options. Leave one of the two out."
                 )
             choose = sampler
         else:
@@ -160,7 +160,7 @@ class SamplingOptions:
     def _sampler(self, tokenizer: Any, vocab_size: int, speculative: bool) -> SamplerFunction:
         from mlx_rgemma.generation.sampling import Sampler
 
-        temp = self.temp if self.temp >= LOWEST_TEMP else 0.0
+        temp = self.temp if self.temp >= MIN_TEMP else 0.0
         common: dict[str, Any] = {
             "top_p": self.top_p,
             "min_p": self.min_p,
@@ -172,10 +172,9 @@ class SamplingOptions:
 
         from mlx_lm.sample_utils import make_sampler  # a second to import: not for greedy decoding
 
-        never_excluded = [
-            *tokenizer.encode("\n", add_special_tokens=False),
-            *tokenizer.eos_token_ids,
-        ]
+        special = [*tokenizer.encode("\n", add_special_tokens=False), *tokenizer.eos_token_ids]
+        # mlx-lm uses them as indices; a reduced vocabulary may lack some.
+        never_excluded = [token for token in special if 0 <= token < vocab_size]
         made: SamplerFunction = make_sampler(
             temp,
             **common,
@@ -197,7 +196,7 @@ class SamplingOptions:
 def check_number(
     name: str, value: Any, low: float, high: float = MAX_COUNT, *, whole: bool = False
 ) -> None:
-    """Refuse what is no number (no integer) between two bounds.
+    """Refuse anything but a number (an integer) between two bounds.
 
     Raises:
         UserError: Naming the argument, what was found and what was expected.
@@ -210,10 +209,10 @@ def check_number(
 
 
 def check_max_tokens(value: Any) -> None:
-    """Refuse what is no number of tokens to generate.
+    """Refuse an invalid number of tokens to generate.
 
     Raises:
-        UserError: If it is below 1 and not -1, which stands for no limit.
+        UserError: If it is below 1 and not -1, which means no limit.
     """
     if value != -1 or isinstance(value, bool):
         try:
@@ -224,7 +223,7 @@ def check_max_tokens(value: Any) -> None:
 
 
 def suggest(function: Callable[P, R]) -> Callable[P, R]:
-    """Have an unknown keyword's TypeError name the closest known one."""
+    """Let the TypeError of an unknown keyword name the closest known one."""
     known = signature(function).parameters
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""A line on a terminal while a long prompt is read: how far, how fast, how long it will take."""
+"""Progress line on a terminal while a long prompt is read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def reading_line(
 
     Args:
         tokens: Tokens read so far.
-        seconds: How long that took.
+        seconds: Duration so far.
         total: Tokens of the whole text, if known.
         estimated: Whether `total` is an estimate.
     """
@@ -46,7 +46,7 @@ def _duration(seconds: float) -> str:
 def show_reading(
     tokens: int, seconds: float, total: int | None = None, *, estimated: bool = False
 ) -> None:
-    """Show `reading_line` on stderr if it is a terminal, in place of the line before."""
+    """Show `reading_line` on stderr if it is a terminal, replacing the previous line."""
     if sys.stderr.isatty():
         line = reading_line(tokens, seconds, total, estimated=estimated)
         width = shutil.get_terminal_size().columns - 1
@@ -84,7 +84,7 @@ def source_progress(source: Any) -> Callable[[Any], None]:
     The number of tokens of a file is estimated from its size, once a part of it has been read.
 
     Args:
-        source: What is fed: a text, or an open file.
+        source: The source of `feed`: a text, or an open file.
     """
     position, total = 0, None
 
@@ -92,7 +92,7 @@ def source_progress(source: Any) -> Callable[[Any], None]:
         nonlocal position, total
         here = _position(source)
         if here != position:
-            # The file is read a piece at a time: all before the last position is tokens by now.
+            # The file is read in pieces: everything before the last position is tokenized.
             if position:
                 total = int(reading.tokens * _size(source) / position)
             position = here
@@ -102,7 +102,7 @@ def source_progress(source: Any) -> Callable[[Any], None]:
 
 
 def _position(source: Any) -> int:
-    """Return the bytes read of a file; 0 for what is no file on disk."""
+    """Return the bytes read of a file on disk; 0 for other sources."""
     try:
         return int(source.buffer.tell())
     except (AttributeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Prompts as token ids: of a text, of token ids that are checked, and of chat messages."""
+"""Encode prompts (texts, token ids or chat messages) as checked token ids."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.errors import UserError, shown
-from mlx_rgemma.griffin.process import refuse_forked_process
+from mlx_rgemma.griffin.checks import refuse_forked_process
+from mlx_rgemma.io.reading import reason
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | mx.array
-"""A text, which is read as it is; token ids; or chat messages, for the chat template."""
+"""A text, used verbatim; token ids; or chat messages, for the chat template."""
 
 EXPECTED = "expected a text, token ids, or a list of chat messages"
 
@@ -36,10 +37,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, vocab_size: int) -> mx.array:
 def encode(tokenizer: Any, prompt: Prompt, vocab_size: int) -> mx.array:
     """Return the token ids of a text or of token ids, (L,) int32.
 
-    A text gets a BOS token in front unless it has one.
+    A text gets a BOS token unless it starts with one.
 
     Raises:
-        UserError: If there is no token, or one that the model does not have.
+        UserError: If the prompt is empty or holds an unknown token.
     """
     refuse_forked_process()
     if isinstance(prompt, str):
@@ -82,7 +83,7 @@ def _token_ids(prompt: Any) -> list[int]:
 
 
 def _messages_text(tokenizer: Any, prompt: Sequence[Any]) -> str:
-    """Return checked chat messages in the chat template, ready for the model's answer."""
+    """Check chat messages and apply the chat template."""
     if not tokenizer.has_chat_template:
         raise UserError(
             "the prompt is a list of chat messages, but the model's tokenizer has no chat"
@@ -99,12 +100,11 @@ def _messages_text(tokenizer: Any, prompt: Sequence[Any]) -> str:
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
-    """Return a chat in the model's chat template, ready for the model's answer.
+    """Apply the chat template to messages, up to the start of the model's answer.
 
     Args:
         tokenizer: From `load`, with a chat template.
-        messages: Mappings with "role" and "content". If the last one is the assistant's, the model
-            continues it.
+        messages: Mappings with "role" and "content". A last message of the assistant is continued.
         **options: More arguments for the template.
 
     Raises:
@@ -116,16 +116,18 @@ def chat_text(tokenizer: Any, messages: Sequence[Message], **options: Any) -> st
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], **{**defaults, **options, "tokenize": False}
         )
-    except Exception as error:  # templates raise errors of their own making
-        raise UserError(f"the model's chat template refuses the prompt: {error}.") from error
+    except Exception as error:  # templates may raise any error
+        raise UserError(
+            f"the model's chat template refuses the prompt: {reason(error)}."
+        ) from error
     return str(text)
 
 
 def template_options(config: str | None) -> dict[str, Any]:
-    """Return the arguments for a chat template that `--chat-template-config` holds.
+    """Parse `--chat-template-config`: arguments for the chat template.
 
     Raises:
-        UserError: If it is no JSON object.
+        UserError: If it is not a JSON object.
     """
     try:
         options = {} if config is None else json.loads(config)

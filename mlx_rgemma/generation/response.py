@@ -1,4 +1,4 @@
-"""From a loop's tokens to the responses that a caller sees: text, counts, and why it ended."""
+"""Turn the tokens of a decode loop into responses with text, counts and finish reason."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mlx_rgemma.tokenizers.detokenizer import StopSequences, StreamingDetokenize
 
 @dataclass
 class GenerationResponse:
-    """A token, the text that it completes, and how fast it went: the fields of mlx-lm's.
+    """A token, the text that it completes, and statistics, with mlx-lm's fields.
 
     Attributes:
         text: The next piece of the text; may be empty.
         token: The token.
-        logprobs: (vocab_size,). The log-probabilities that the model had for it.
-        from_draft: Whether it was drafted and kept.
-        prompt_tokens: Tokens read.
-        prompt_tps: Of them a second.
-        generation_tokens: Tokens written.
-        generation_tps: Of them a second.
-        peak_memory: MLX's so far, in GB.
-        finish_reason: None but for the last: "stop", or "length" at the limit.
+        logprobs: (vocab_size,). The log-probabilities that it was drawn from.
+        from_draft: Whether it was drafted and accepted.
+        prompt_tokens: Prompt tokens read.
+        prompt_tps: Prompt tokens per second.
+        generation_tokens: Tokens generated.
+        generation_tps: Generated tokens per second.
+        peak_memory: Peak memory of MLX so far, in GB.
+        finish_reason: "stop" or "length" in the last response, otherwise None.
     """
 
     text: str
@@ -52,16 +52,16 @@ def text_responses(
     started: float,
     after: int | None = None,
 ) -> Iterator[GenerationResponse]:
-    """One response a token, until the text ends, a stop text appears or the limit is reached.
+    """Yield one response per token until EOS, a stop text or the limit.
 
     Args:
         steps: The tokens, each with its log-probabilities (vocab_size,) and whether it was drafted.
         tokenizer: From `load`.
-        max_tokens: How many tokens there are at most; -1 for no limit.
+        max_tokens: Number of tokens at most; -1 for no limit.
         stop: Texts that end the generation; they are not part of the output.
         prompt_tokens: How many tokens were read before.
         started: When reading them began, by `time.perf_counter`, in seconds.
-        after: The token that the text goes on from, if it is in the middle of a sentence.
+        after: The last token of the text before, if the output continues it.
 
     Yields:
         A `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
@@ -96,5 +96,5 @@ def text_responses(
 
 
 def seconds_since(since: float) -> float:
-    """Return the seconds since a moment, without those of compiling loops for this machine."""
+    """Return the seconds since a moment, without those spent compiling CPU kernels."""
     return time.perf_counter() - since - compile_seconds(since)

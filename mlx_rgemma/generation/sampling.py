@@ -1,4 +1,4 @@
-"""Sampling whose probabilities can be asked for, as rejection sampling needs them."""
+"""A sampler that exposes its distribution, for the rejection sampling of speculative decoding."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from mlx_rgemma.ops.sums import log_softmax
 
 
 class Sampler:
-    """mlx-lm's sampler (`mlx_lm.sample_utils.make_sampler`), with its distribution at hand.
+    """mlx-lm's sampler (`mlx_lm.sample_utils.make_sampler`) with access to its distribution.
 
     Args:
-        temp: Temperature; 0 takes the most likely token.
-        top_p: Keep the likeliest tokens of so much probability together; 0 or 1 for all.
-        min_p: Keep tokens of at least so much of the likeliest one's probability.
+        temp: Temperature; 0 takes the most probable token.
+        top_p: Keep the most probable tokens of this total probability; 0 or 1 for all.
+        min_p: Keep tokens of at least this share of the highest probability; 0 for all.
         min_tokens_to_keep: Tokens that `min_p` keeps in any case.
-        top_k: Keep so many of the likeliest tokens; 0 for all.
+        top_k: Keep this many of the most probable tokens; 0 for all.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is left to chance."""
+        """Whether the most probable token is always taken."""
         return self.temp == 0
 
     def distribution(self, logprobs: mx.array) -> mx.array:
-        """Log-probabilities that tokens are drawn with: (N, V) to (N, V), fp32, normalized."""
+        """Return the log-probabilities that tokens are drawn from, (N, V), fp32, normalized."""
         from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
         if 0 < self.top_p < 1:
@@ -50,7 +50,7 @@ class Sampler:
         return log_softmax(logprobs.astype(mx.float32) / self.temp)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """Draw a token a row: (N, V) to (N,)."""
+        """Draw a token per distribution: (N, V) to (N,)."""
         if self.greedy:
             return mx.argmax(logprobs, axis=-1)
         return mx.random.categorical(self.distribution(logprobs))

@@ -1,22 +1,22 @@
-"""Speculative decoding: several tokens for one pass of the model, the text unchanged.
+"""Speculative decoding: several tokens per pass of the model, with unchanged output.
 
-A drafter proposes tokens, the model reads them all in one pass, and those that it would have
-written itself stay; its state is then taken back to the last of them (`Rollback.trim`). Greedy
-output is the model's own. Sampled output has the model's own distribution: a token drawn with
-probability q is kept with probability min(1, p / q), and the first one that is not is drawn anew
-from max(p - q, 0) (Leviathan et al., arXiv:2211.17192, algorithm 1).
+A drafter proposes tokens and the model reads all of them in one pass. Those that the model would
+have generated are accepted, and its state is rolled back to the last of them (`Rollback.trim`).
+Greedy output is identical to decoding without drafts. Sampled output has the same distribution: a
+token drawn with probability q is accepted with probability min(1, p / q), and the first rejected
+one is redrawn from max(p - q, 0) (Leviathan et al., arXiv:2211.17192, algorithm 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.decode import LogitsProcessor, Processors
+from mlx_rgemma.generation.decode import LogitsProcessor, Processors, Steps, prefill_chunks
 from mlx_rgemma.generation.draft import Draft, Drafter, DraftModel, PromptLookup
 from mlx_rgemma.generation.sampling import Sampler
 from mlx_rgemma.griffin.cache import GriffinCache
@@ -24,18 +24,18 @@ from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.ops.sums import log_softmax
 
 DRAFT_TOKENS = 3
-"""Tokens of a draft, unless asked otherwise."""
+"""Default number of tokens per draft."""
 
 
 @dataclass
 class SpeculationStats:
-    """What speculation brought.
+    """Statistics of speculative decoding.
 
     Attributes:
-        drafted: Tokens proposed.
-        accepted: Tokens proposed that became part of the text.
-        passes: Passes of the model, after the prompt.
-        tokens: Tokens written.
+        drafted: Drafted tokens.
+        accepted: Drafted tokens that became part of the text.
+        passes: Passes of the model after the prompt.
+        tokens: Generated tokens.
     """
 
     drafted: int = 0
@@ -45,7 +45,7 @@ class SpeculationStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Share of the proposed tokens that became part of the text."""
+        """Share of the drafted tokens that became part of the text."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     def __str__(self) -> str:
@@ -69,34 +69,34 @@ def speculative_steps(
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], object] | None = None,
     stats: SpeculationStats | None = None,
-) -> Generator[tuple[int, mx.array, bool], None, None]:
+) -> Steps:
     """Generate token by token, like `mlx_lm.generate.generate_step`.
 
-    When it ends, or is closed, the state has read every token that was handed out.
+    When it ends, or is closed, the state has read every token that was yielded.
 
     Args:
         prompt: (L,), int.
-        model: The model that writes.
-        prompt_cache: Its state; the draft model's, where it is to go on too, behind it.
+        model: The model.
+        prompt_cache: Its state, optionally followed by the draft model's; updated in place.
         draft_model: A smaller model with the same vocabulary.
-        num_draft_tokens: Tokens that it drafts at a time.
-        prompt_lookup: Tokens drafted at a time from the text so far, without a draft model.
-        max_tokens: How many tokens to write at most; -1 for no limit.
+        num_draft_tokens: Tokens that it drafts per pass.
+        prompt_lookup: Tokens to draft per pass from the text so far, without a draft model.
+        max_tokens: Tokens to generate at most; -1 for no limit.
         sampler: A `Sampler`, or any function of (1, V) log-probabilities to (1,) tokens. Without
-            known probabilities fewer drafted tokens are kept; the distribution is the same.
+            a known distribution fewer drafted tokens are accepted; the output is the same.
         logits_processors: Functions of (the last tokens, logits) to logits.
         prefill_step_size: Prompt tokens to read at a time.
-        prompt_progress_callback: Called with the tokens read so far and their number.
-        stats: Filled in as tokens are handed out.
+        prompt_progress_callback: Called with the prompt tokens read so far and their number.
+        stats: Updated as tokens are yielded.
 
     Yields:
-        A token, the log-probabilities (V,) that the model had for it, whether it was drafted.
+        A token, the log-probabilities (V,) of the model for it, and whether it was drafted.
 
     Raises:
-        UserError: If the draft model has another vocabulary, or there is no drafter or two.
+        UserError: If the draft model has another vocabulary, or not exactly one drafter is given.
     """
     if (draft_model is None) == (prompt_lookup < 1):
-        raise UserError("speculation takes a draft model or prompt lookup, and not both.")
+        raise UserError("speculation takes either a draft model or prompt lookup.")
     limit = num_draft_tokens if draft_model is not None else prompt_lookup
     if limit < 1:
         raise UserError(f"the number of draft tokens is {limit}, expected at least 1.")
@@ -117,18 +117,16 @@ def speculative_steps(
 
     progress = prompt_progress_callback or (lambda done, total: None)
     progress(0, prompt.size)
-    for first in range(0, prompt.size - 1, prefill_step_size):
-        chunk = prompt[first : min(first + prefill_step_size, prompt.size - 1)]
-        model.prefill(chunk[None], cache)
-        mx.eval([layer.state for layer in cache])
+    done = 0
+    for chunk in prefill_chunks(prompt[:-1], model, cache, prefill_step_size):
         drafter.read(chunk)
-        progress(first + chunk.size, prompt.size)
-        mx.clear_cache()
+        done += chunk.size
+        progress(done, prompt.size)
 
     for layer in cache:
         layer.enable_rollback(limit + 1)
     last: Any = prompt[-1].item()
-    unread: int | None = None  # the last token handed out, where the model has not read it
+    unread: int | None = None  # the last yielded token, if the model has not read it
     written = 0
     try:
         while written != max_tokens:
@@ -138,29 +136,29 @@ def speculative_steps(
             draft = drafter.draft(last, n, processors)
             fed = mx.concatenate([mx.array([last], mx.int32), draft.tokens])
             logits = model(fed[None], cache=cache)[0]
-            rows = [processors(logits[i : i + 1], fed[1 : i + 1]) for i in range(fed.size)]
-            logprobs = log_softmax(mx.concatenate(rows))
+            processed = [processors(logits[i : i + 1], fed[1 : i + 1]) for i in range(fed.size)]
+            logprobs = log_softmax(mx.concatenate(processed))
             mx.eval(processors.recent)
-            tokens, agreed = verify(draft, logprobs, sampler)
+            tokens, accepted = verify(draft, logprobs, sampler)
             if written == 0:
                 progress(prompt.size, prompt.size)
             stats.passes += 1
             stats.drafted += draft.tokens.size
-            handed_out = 0
+            yielded = 0
             try:
                 for i, token in enumerate(tokens):
-                    handed_out, from_draft = i + 1, i < agreed
+                    yielded, from_draft = i + 1, i < accepted
                     stats.tokens += 1
                     stats.accepted += from_draft
                     yield token, logprobs[i], from_draft
             finally:
-                kept = min(handed_out, agreed)
+                kept = min(yielded, accepted)
                 for layer in cache:
                     layer.trim(draft.tokens.size - kept)
                 drafter.accept(kept)
                 processors.append(draft.tokens[:kept])
-                if handed_out > agreed:
-                    unread = last = tokens[agreed]
+                if yielded > accepted:
+                    unread = last = tokens[accepted]
             written += len(tokens)
     finally:
         for layer in cache:
@@ -172,26 +170,26 @@ def speculative_steps(
 
 
 def verify(draft: Draft, logprobs: mx.array, sampler: Any) -> tuple[list[int], int]:
-    """Which of the tokens drafted the model keeps, and the token that it puts behind them.
+    """Accept or reject drafted tokens, and choose the token that follows the accepted ones.
 
     Args:
         draft: n tokens.
-        logprobs: (n + 1, V), fp32. The model's, at each token drafted and behind the last.
-        sampler: What the text is sampled with.
+        logprobs: (n + 1, V), fp32, of the model for each drafted token and the one after them.
+        sampler: The sampler of the text.
 
     Returns:
         The tokens, and how many of them were drafted: all but the last.
     """
     n = draft.tokens.size
     if draft.logprobs is None or n == 0:
-        # Drafts that leave nothing to chance: keeping those that the model draws too is the rule.
+        # The draft was not sampled: accept the tokens that the model draws as well.
         chosen = mx.concatenate([sampler(logprobs[i : i + 1]) for i in range(n + 1)])
         agree = chosen[:n] == draft.tokens
     else:
         p, q = mx.exp(sampler.distribution(logprobs)), mx.exp(draft.logprobs)
         at = draft.tokens[:, None]
-        odds = mx.random.uniform(shape=(n, 1)) * mx.take_along_axis(q, at, axis=1)
-        agree = (odds < mx.take_along_axis(p[:n], at, axis=1))[:, 0]
+        threshold = mx.random.uniform(shape=(n, 1)) * mx.take_along_axis(q, at, axis=1)
+        agree = (threshold < mx.take_along_axis(p[:n], at, axis=1))[:, 0]
         rest = mx.concatenate([mx.maximum(p[:n] - q, 0.0), p[n:]])
         chosen = mx.random.categorical(mx.log(rest))
     answer: Any = mx.concatenate(
@@ -204,11 +202,11 @@ def verify(draft: Draft, logprobs: mx.array, sampler: Any) -> tuple[list[int], i
 def check_vocabulary(
     model: Model, draft_model: Model, tokenizer: Any = None, draft_tokenizer: Any = None
 ) -> None:
-    """Refuse a draft model whose tokens mean something else.
+    """Refuse a draft model with another vocabulary.
 
     Args:
         model, draft_model: The two models.
-        tokenizer, draft_tokenizer: Their tokenizers, where at hand.
+        tokenizer, draft_tokenizer: Their tokenizers, if available.
 
     Raises:
         UserError: If the vocabularies differ.
@@ -217,7 +215,7 @@ def check_vocabulary(
     if size != draft_size:
         raise UserError(
             f"the draft model has a vocabulary of {draft_size} tokens, the model one of {size}:"
-            " they need the same one."
+            " they need the same vocabulary."
         )
     if draft_tokenizer is not None and tokenizer.get_vocab() != draft_tokenizer.get_vocab():
         raise UserError("the draft model's vocabulary has other tokens than the model's.")

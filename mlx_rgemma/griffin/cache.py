@@ -1,7 +1,7 @@
-"""The state of a Griffin model: allocated once, of a size that never changes.
+"""The state of a Griffin model: allocated once, of constant size.
 
-One cache a layer, in mlx-lm's protocol (`mlx_lm.models.cache`), for one sequence or a batch of
-them. All counters are Python integers, so that decoding adds nothing to a lazy graph.
+One cache per layer, in mlx-lm's protocol (`mlx_lm.models.cache`), for one sequence or a batch. All
+counters are Python integers, so that decoding does not extend a lazy graph.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rgemma.griffin.indices import KEPT, as_count, as_index, as_list, read_counts
+from mlx_rgemma.griffin.checks import KEPT, as_count, as_index, as_list, read_counts
 from mlx_rgemma.griffin.rollback import Rollback
-from mlx_rgemma.io.memory import check_memory
 from mlx_rgemma.ops import RingBuffer
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 """dtypes of activations."""
 
 SMALL_STATE = 1 << 26
-"""Bytes of a state that is allocated without asking the system what is free."""
+"""Bytes up to which a state is allocated without checking the available memory."""
 
 
 class _StateCache(Rollback):
-    """What both kinds of cache share: positions, and the lengths of right-padded prompts.
+    """Base of both kinds of cache: positions, and the lengths of right-padded prompts.
 
     Attributes:
-        positions: For each row, the position of its next token in its document.
-        lengths: For each row, how many tokens of the prompt being read are still to come, while
-            a right-padded batch is read; otherwise None.
+        positions: Per sequence, the position of its next token in its document.
+        lengths: Per sequence, the prompt tokens still to read while a right-padded batch is read;
+            otherwise None.
     """
 
     positions: list[int]
@@ -41,21 +40,21 @@ class _StateCache(Rollback):
 
     @property
     def offset(self) -> int:
-        """Tokens seen, of the row that has seen most."""
+        """Tokens seen by the longest sequence."""
         return max(self.positions)
 
     def size(self) -> int:
-        """Tokens seen, of the row that has seen most (mlx-lm's name)."""
+        """Return the tokens seen by the longest sequence (mlx-lm's name for `offset`)."""
         return self.offset
 
     def empty(self) -> bool:
-        """Whether no row has seen a token."""
+        """Return whether no sequence has seen a token."""
         return not any(self.positions)
 
     def prepare(
         self, *, lengths: Sequence[int] | None = None, right_padding: Any = None, **other: Any
     ) -> None:
-        """Announce a right-padded batch: row i has `lengths[i]` tokens, then padding."""
+        """Announce a right-padded batch: sequence i has `lengths[i]` tokens, then padding."""
         if other.get("left_padding") is not None:
             raise ValueError("[cache] prompts must be padded on the right, not on the left.")
         if lengths is not None:
@@ -65,20 +64,20 @@ class _StateCache(Rollback):
             self.lengths = counts
 
     def finalize(self) -> None:
-        """The right-padded batch has been read."""
+        """End a right-padded batch."""
         self.lengths = None
 
     def valid(self, length: int) -> list[int] | None:
-        """How many of the next `length` tokens of each row are real; None when all are."""
+        """Return how many of the next `length` tokens per sequence are no padding; None if all."""
         if self.lengths is None or all(n >= length for n in self.lengths):
             return None
         return [min(n, length) for n in self.lengths]
 
     def advance(self, length: int, next_positions: list[int] | None = None) -> None:
-        """Count a call of `length` tokens a row as read."""
+        """Count `length` tokens per sequence as read."""
         valid = self.valid(length)
         if next_positions is not None or self.lengths is not None:
-            self.clear_history()  # rows moved by different numbers of tokens
+            self.clear_history()  # sequences advance by different numbers of tokens
         if next_positions is not None:
             self.positions = list(next_positions)
         elif valid is None:
@@ -89,55 +88,54 @@ class _StateCache(Rollback):
             self.lengths = [max(0, n - length) for n in self.lengths]
 
     def resize(self, batch_size: int) -> None:
-        """Give a cache that has seen nothing another number of rows.
+        """Change the batch size of an empty cache.
 
         Raises:
-            ValueError: If it has seen a token, or there is to be no row.
+            ValueError: If it has seen a token, or the batch size is below 1.
         """
         if batch_size == self.batch_size:
             return
         if not self.empty():
             raise ValueError(
-                f"[cache] the cache holds {self.batch_size} sequences, the tokens are of"
-                f" {batch_size}."
+                f"[cache] the cache holds {self.batch_size} sequences, the tokens {batch_size}."
             )
         if batch_size < 1:
-            raise ValueError("[cache] a cache of no sequences.")
+            raise ValueError(f"[cache] the batch size is {batch_size}, expected at least 1.")
         self.positions = [0] * batch_size
         self.clear_history()
         self._allocate(batch_size)
 
-    def rows(self, batch_indices: Any) -> tuple[list[int], mx.array]:
-        """Return numbers of rows that there are, as integers and as an index.
+    def checked_indices(self, batch_indices: Any) -> tuple[list[int], mx.array]:
+        """Return checked batch indices, as integers and as an array.
 
         Raises:
-            ValueError: Naming the first that there is not.
+            ValueError: Naming the first index that is out of range.
         """
-        rows = [as_index("[cache] row", row, self.batch_size) for row in as_list(batch_indices)]
-        return rows, mx.array(rows, mx.int32)
+        indices = [as_index("[cache] sequence", i, self.batch_size) for i in as_list(batch_indices)]
+        return indices, mx.array(indices, mx.int32)
 
     @classmethod
     def same_model(cls, caches: Sequence[Any]) -> None:
-        """Refuse caches that cannot be one.
+        """Refuse caches that cannot be merged.
 
         Raises:
-            ValueError: If there is none, or they belong to different models.
+            ValueError: If there are none, or they belong to different models.
         """
         kinds = {getattr(cache, "signature", type(cache)) for cache in caches}
         if len(kinds) != 1 or not all(isinstance(cache, cls) for cache in caches):
             raise ValueError("[cache] only caches of the same model can be merged.")
 
     def _allocate(self, batch_size: int) -> None:
-        raise AssertionError("each kind of cache allocates its own arrays")
+        raise NotImplementedError
 
     @property
     def meta_state(self) -> str:
-        """Nothing beside `state` (mlx-lm before 0.32 asks for it)."""
+        """Empty: `state` holds everything (mlx-lm before 0.32 reads it)."""
         return ""
 
     @classmethod
     def from_state(cls, state: Any, meta_state: Any = None) -> Any:
-        """Rebuild a cache from what `state` gave (mlx-lm's prompt-cache files)."""
+        """Rebuild a cache from `state` (for mlx-lm's prompt-cache files)."""
         cache = cls.__new__(cls)
         cache.lengths = None
         cache.state = state  # type: ignore[attr-defined]
@@ -145,7 +143,7 @@ class _StateCache(Rollback):
 
 
 class RecurrentCache(_StateCache):
-    """State of a recurrent block: the RG-LRU's in fp32, and the convolution's last inputs.
+    """State of a recurrent block: the RG-LRU's state in fp32 and the last convolution inputs.
 
     Attributes:
         h: (B, lru_width), fp32.
@@ -171,12 +169,12 @@ class RecurrentCache(_StateCache):
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What the cache must share with a layer to serve it."""
+        """The type and sizes that a layer requires of its cache."""
         return (RecurrentCache, self.h.shape[1], self.conv.shape[1])
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Arrays only, so that every mlx-lm can save it: h, conv, positions (B,) int64."""
+        """h, conv, positions (B,) int64: arrays only, so that every mlx-lm can save it."""
         return self.h, self.conv, mx.array(self.positions, mx.int64)
 
     @state.setter
@@ -195,21 +193,21 @@ class RecurrentCache(_StateCache):
         self.clear_history()
 
     def filter(self, batch_indices: Sequence[int]) -> None:
-        """Keep these rows, in this order."""
-        rows, index = self.rows(batch_indices)
+        """Keep these sequences, in this order."""
+        kept, index = self.checked_indices(batch_indices)
         self.h, self.conv = self.h[index], self.conv[index]
-        _keep_rows(self, rows)
+        _keep_sequences(self, kept)
 
     def extend(self, other: RecurrentCache) -> None:
-        """Append the rows of another cache."""
+        """Append the sequences of another cache."""
         self.same_model([self, other])
         self.h = mx.concatenate([self.h, other.h])
         self.conv = mx.concatenate([self.conv, other.conv.astype(self.conv.dtype)])
-        _append_rows(self, other)
+        _append_sequences(self, other)
 
     def extract(self, idx: int) -> RecurrentCache:
-        """A cache of its own for one row."""
-        idx = as_index("[cache] row", idx, self.batch_size)
+        """Return a cache of one sequence, with arrays of its own."""
+        idx = as_index("[cache] sequence", idx, self.batch_size)
         cache = RecurrentCache.__new__(RecurrentCache)
         cache.h = mx.contiguous(self.h[idx : idx + 1])
         cache.conv = mx.contiguous(self.conv[idx : idx + 1])
@@ -218,7 +216,7 @@ class RecurrentCache(_StateCache):
 
     @classmethod
     def merge(cls, caches: Sequence[RecurrentCache]) -> RecurrentCache:
-        """One batch of all the rows of several caches."""
+        """Return one batch of the sequences of several caches."""
         cls.same_model(caches)
         cache = cls.__new__(cls)
         cache.h = mx.concatenate([c.h for c in caches])
@@ -228,17 +226,16 @@ class RecurrentCache(_StateCache):
 
 
 class AttentionCache(_StateCache):
-    """State of a local attention block: a ring with the keys and values of one window.
+    """State of a local attention block: a ring buffer with the keys and values of one window.
 
-    The ring has ``window + 1`` slots, the query's own among them, so that a token is written
-    first and all the slots are read as they lie. The newest token of every row lies in slot
-    ``write_pos - 1``; how far back a row may look is for its position to say, so that slots never
-    written need no bookkeeping.
+    The ring has ``window + 1`` slots, including the query's own. The newest token of every sequence
+    is in slot ``write_pos - 1``. The position of a sequence limits how far back it looks, so slots
+    that were never written need no bookkeeping.
 
     Attributes:
         kv: (B, 2, window + 1, head_dim). Rotated keys, then values.
-        write_pos: The slot that the next token goes to.
-        window: How many past tokens a query sees beside its own.
+        write_pos: Slot of the next token.
+        window: Past tokens that a query sees, besides its own.
     """
 
     def __init__(self, window: int, head_dim: int, dtype: mx.Dtype, batch_size: int = 1) -> None:
@@ -261,17 +258,17 @@ class AttentionCache(_StateCache):
         self.kv, self.write_pos = ring
 
     def enable_rollback(self, tokens: int) -> None:
-        """Make the last `tokens` tokens of calls to come ones that `trim` can take back.
+        """Let `trim` take back up to `tokens` tokens of later calls.
 
         Raises:
-            ValueError: If the window is shorter than that.
+            ValueError: If the window is shorter.
         """
         if as_count(KEPT, tokens) > self.window:
             raise ValueError(f"[cache] a window of {self.window} cannot keep {tokens} tokens.")
         super().enable_rollback(tokens)
 
     def save_slots(self, length: int) -> None:
-        """Remember the slots that a call of `length` tokens is about to write over."""
+        """Record the slots that a call of `length` tokens is about to overwrite."""
         if self.history is None or length > self.history.limit:
             self.clear_history()
             return
@@ -281,7 +278,7 @@ class AttentionCache(_StateCache):
         if end > slots:
             old = mx.concatenate([old, self.kv[:, :, : end - slots]], axis=2)
         old = mx.contiguous(old)
-        # Copied before the ring is written, so that it can still be written in place.
+        # Copied before the ring is written, so that it can be written in place.
         (self.kv,) = mx.depends([self.kv], [old])
 
         def undo(cache: AttentionCache, kept: int) -> None:
@@ -296,7 +293,7 @@ class AttentionCache(_StateCache):
         kv = kv.astype(self.kv.dtype)
         valid = self.valid(length)
         if valid is not None:
-            # Rows end at different tokens: lay each out anew, so that all end in the last slot.
+            # Sequences end at different tokens: reorder each, so that all end in the last slot.
             history = mx.concatenate([self.ring.in_order(), kv], axis=2)
             index = mx.array(valid)[:, None] + mx.arange(slots)
             self.kv = mx.take_along_axis(history, index[:, None, :, None], axis=2)
@@ -314,12 +311,12 @@ class AttentionCache(_StateCache):
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What the cache must share with a layer to serve it."""
+        """The type and sizes that a layer requires of its cache."""
         return (AttentionCache, self.window, self.kv.shape[3])
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Arrays only: kv, [write_pos, window] (2,) int64, positions (B,) int64."""
+        """kv, [write_pos, window] (2,) int64, positions (B,) int64: arrays only."""
         ring = mx.array([self.write_pos, self.window], mx.int64)
         return self.kv, ring, mx.array(self.positions, mx.int64)
 
@@ -339,13 +336,13 @@ class AttentionCache(_StateCache):
         self.clear_history()
 
     def filter(self, batch_indices: Sequence[int]) -> None:
-        """Keep these rows, in this order."""
-        rows, index = self.rows(batch_indices)
+        """Keep these sequences, in this order."""
+        kept, index = self.checked_indices(batch_indices)
         self.kv = self.kv[index]
-        _keep_rows(self, rows)
+        _keep_sequences(self, kept)
 
     def extend(self, other: AttentionCache) -> None:
-        """Append the rows of another cache."""
+        """Append the sequences of another cache."""
         self.same_model([self, other])
         if self.write_pos != other.write_pos:
             self.kv, self.write_pos = self.ring.in_order(), 0
@@ -353,11 +350,11 @@ class AttentionCache(_StateCache):
         else:
             other_kv = other.kv
         self.kv = mx.concatenate([self.kv, other_kv.astype(self.kv.dtype)])
-        _append_rows(self, other)
+        _append_sequences(self, other)
 
     def extract(self, idx: int) -> AttentionCache:
-        """A cache of its own for one row."""
-        idx = as_index("[cache] row", idx, self.batch_size)
+        """Return a cache of one sequence, with arrays of its own."""
+        idx = as_index("[cache] sequence", idx, self.batch_size)
         cache = AttentionCache.__new__(AttentionCache)
         cache.kv = mx.contiguous(self.kv[idx : idx + 1])
         cache.write_pos, cache.window = self.write_pos, self.window
@@ -366,7 +363,7 @@ class AttentionCache(_StateCache):
 
     @classmethod
     def merge(cls, caches: Sequence[AttentionCache]) -> AttentionCache:
-        """One batch of all the rows of several caches."""
+        """Return one batch of the sequences of several caches."""
         cls.same_model(caches)
         cache = cls.__new__(cls)
         cache.kv = mx.concatenate([c.ring.in_order() for c in caches])
@@ -379,30 +376,32 @@ GriffinCache = RecurrentCache | AttentionCache
 
 
 def state_nbytes(cache: Sequence[GriffinCache]) -> int:
-    """Bytes of a model's whole state: known before the first token, and the same ever after."""
+    """Return the bytes of a model's whole state, which never change."""
     return sum(c.nbytes for c in cache)
 
 
 def check_state_memory(nbytes: int, batch_size: int) -> None:
-    """Refuse a state that memory cannot hold: MLX would not, but crash.
+    """Refuse a state larger than the available memory, which MLX would crash on.
 
     Raises:
         UserError: If less memory is available.
     """
     if nbytes > SMALL_STATE:
+        from mlx_rgemma.io.memory import check_memory
+
         texts = "1 sequence" if batch_size == 1 else f"{batch_size} sequences"
         remedy = "use fewer sequences, or a model with a smaller attention_window_size"
         check_memory(f"the state of {texts}", nbytes, remedy)
 
 
-def _keep_rows(cache: _StateCache, rows: list[int]) -> None:
+def _keep_sequences(cache: _StateCache, kept: list[int]) -> None:
     cache.clear_history()
-    cache.positions = [cache.positions[r] for r in rows]
+    cache.positions = [cache.positions[i] for i in kept]
     if cache.lengths is not None:
-        cache.lengths = [cache.lengths[r] for r in rows]
+        cache.lengths = [cache.lengths[i] for i in kept]
 
 
-def _append_rows(cache: _StateCache, other: _StateCache) -> None:
+def _append_sequences(cache: _StateCache, other: _StateCache) -> None:
     cache.clear_history()
     if cache.lengths is not None or other.lengths is not None:
         mine = cache.lengths or [0] * cache.batch_size

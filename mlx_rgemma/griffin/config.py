@@ -1,9 +1,10 @@
-"""The shape of a Griffin model: every spelling of the released configurations, checked."""
+"""Sizes and constants of a Griffin model, read from any released `config.json` and checked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from mlx_rgemma.errors import ConfigError, shown
@@ -28,14 +29,14 @@ MAX_SIZES = {
     "attention_window_size": 1 << 30,
     "conv1d_width": 1 << 8,
 }
-"""Sizes of a model, each at least 1, and the largest that is taken."""
+"""Largest accepted value per size; the smallest is 1."""
 RANGES = {
     "logits_soft_cap": (1e-3, 1e6),
     "rope_theta": (1.0, 1e15),
     "partial_rotary_factor": (1e-6, 1.0),
     "rms_norm_eps": (1e-30, 1.0),
 }
-"""Constants, all representable in float32 with their reciprocals; a cap of 0 means none."""
+"""Accepted range per constant, in float32 with its reciprocals; a cap of 0 means none."""
 MAX_BLOCK_TYPES = MAX_SIZES["num_hidden_layers"]
 MAX_STOP_TOKENS = 1024
 
@@ -53,9 +54,9 @@ class GriffinConfig:
         head_dim: Width of an attention head.
         lru_width: Width of the recurrence.
         attention_window_size: W. A query sees its own key and the W before it (`window="google"`,
-            what the released models were trained with), or W - 1 before it (`window="hf"`).
-        block_types: One cycle of temporal blocks, repeated (and cut short) to the depth.
-        conv1d_width: Taps of the temporal convolution.
+            as the released models were trained), or W - 1 before it (`window="hf"`).
+        block_types: One cycle of temporal blocks, repeated up to the depth.
+        conv1d_width: Kernel size of the temporal convolution.
         logits_soft_cap: Cap of the logits; 0 for none.
         embeddings_scale_by_sqrt_dim: Whether embeddings are multiplied by sqrt(hidden_size).
         rope_theta: Base of the rotary frequencies.
@@ -64,8 +65,8 @@ class GriffinConfig:
         attention_bias: Whether the q, k and v projections have a bias.
         num_key_value_heads: Always 1.
         tie_word_embeddings: Always true: the head is the embedding.
-        dtype: dtype that the file names for its weights, if it does.
-        bos_token_id, pad_token_id: Special tokens, if named.
+        dtype: dtype of the weights, if the file names it.
+        bos_token_id, pad_token_id: Special tokens, if any.
         eos_token_ids: The tokens that end a text.
         quantization: MLX's quantization section, if the weights are quantized.
         window: "google" or "hf": see `attention_window_size`.
@@ -105,11 +106,11 @@ class GriffinConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> GriffinConfig:
         """Read a `config.json` of any age: Hugging Face's, mlx-lm's or this package's.
 
-        Where a file carries two spellings of one thing, the one that transformers reads today
-        counts (`block_types`, `rope_parameters`, `dtype`). Unknown keys are ignored.
+        If a file has two spellings of one value, the one that current transformers reads counts
+        (`block_types`, `rope_parameters`, `dtype`). Unknown keys are ignored.
 
         Raises:
-            ConfigError: If a key is missing or cannot be; the message names it.
+            ConfigError: If a key is missing or invalid; the message names it.
         """
         if not isinstance(values, Mapping):
             raise ConfigError("the configuration is not a JSON object.")
@@ -156,7 +157,7 @@ class GriffinConfig:
 
     @classmethod
     def preset(cls, name: str) -> GriffinConfig:
-        """The shape of a released model: "2b" or "9b" (also for the -it variants)."""
+        """Return the configuration of a released model: "2b" or "9b" (with or without -it)."""
         if name not in PRESETS:
             raise ConfigError(
                 f"there is no preset {shown(name)}; choose one of {', '.join(PRESETS)}."
@@ -164,7 +165,7 @@ class GriffinConfig:
         return PRESETS[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """A `config.json` that this package, mlx-lm and transformers (4 and 5) all read."""
+        """Return a `config.json` that this package, mlx-lm and transformers (4 and 5) read."""
         values: dict[str, Any] = {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -189,24 +190,24 @@ class GriffinConfig:
             values["window"] = self.window
         return values
 
-    @property
+    @cached_property
     def layer_types(self) -> tuple[str, ...]:
-        """The temporal block of each layer: the cycle repeated, the last one cut short."""
+        """Temporal block type per layer."""
         cycle = self.block_types
         return tuple(cycle[i % len(cycle)] for i in range(self.num_hidden_layers))
 
-    @property
+    @cached_property
     def past_window(self) -> int:
-        """How many past tokens a query sees beside its own."""
+        """Past tokens that a query sees, besides its own."""
         return self.attention_window_size - (self.window == "hf")
 
     @property
     def rotary_dims(self) -> int:
-        """How many channels of each head are rotated."""
+        """Rotated channels per head."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def with_window(self, window: str) -> GriffinConfig:
-        """The same model under another window rule, "google" or "hf"."""
+        """Return the same configuration with another window rule, "google" or "hf"."""
         return replace(self, window=window)
 
 
@@ -217,12 +218,12 @@ def _divides(name: str, divisor: int, of: str, value: int) -> None:
 
 def _validate(c: GriffinConfig) -> None:
     """Check types and ranges, so that no size overflows an index of MLX."""
-    for key, most in MAX_SIZES.items():
+    for key, maximum in MAX_SIZES.items():
         value = getattr(c, key)
         if not is_int(value):
             raise ConfigError(f"{key} is {shown(value)}, expected an integer.")
-        if not 1 <= value <= most:
-            raise ConfigError(f"{key} is {shown(value)}, expected 1 to {most}.")
+        if not 1 <= value <= maximum:
+            raise ConfigError(f"{key} is {shown(value)}, expected 1 to {maximum}.")
     for key, (low, high) in RANGES.items():
         value = as_float(key, getattr(c, key))
         if not low <= value <= high and not (key == "logits_soft_cap" and value == 0):
@@ -265,7 +266,7 @@ def _validate(c: GriffinConfig) -> None:
 
 
 def _validate_tokens(c: GriffinConfig) -> None:
-    """Check the special tokens: ids, though not all need be in a vocabulary that was cut."""
+    """Check the special tokens. They may be outside of a vocabulary that was reduced."""
     if len(c.eos_token_ids) > MAX_STOP_TOKENS:
         raise ConfigError(
             f"eos_token_id has {len(c.eos_token_ids)} entries, expected at most {MAX_STOP_TOKENS}."

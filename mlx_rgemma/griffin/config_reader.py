@@ -1,4 +1,4 @@
-"""Typed access to the values of a `config.json`, whatever it holds."""
+"""Typed, checked access to the values of a `config.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ConfigReader:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
         self.rope_parameters: Mapping[str, Any] = {}
-        for name in ("rope_scaling", "rope_parameters"):  # the second one counts
+        for name in ("rope_scaling", "rope_parameters"):  # the later one takes precedence
             section = values.get(name) or {}
             if not isinstance(section, Mapping):
                 raise ConfigError(f"{name} is {shown(section)}, expected an object.")
@@ -37,14 +37,14 @@ class ConfigReader:
             value = int(value)
         if not is_int(value):
             raise ConfigError(f"{key} is {shown(value)}, expected an integer.")
-        return value  # its range is for `GriffinConfig` to check
+        return value  # `GriffinConfig` checks its range
 
     def number(self, key: str, default: float) -> float:
         value = self.values.get(key)
         return as_float(key, default if value is None else value)
 
     def soft_cap(self) -> float:
-        """A cap that is spelled out as null means none; a missing one is the released 30."""
+        """Return the cap: null means none, a missing key the released 30."""
         return self.number("logits_soft_cap", 0.0 if "logits_soft_cap" in self.values else 30.0)
 
     def rope(self, key: str, default: float) -> float:

@@ -1,4 +1,4 @@
-"""Projections of the same input as one matrix product, for decode steps."""
+"""Compute projections of the same input as one matrix product, for decode steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ KEYS = ("weight", "scales", "biases", "bias")
 class FusedProjection:
     """Several linear layers over one input, their weights concatenated.
 
-    The layers stay what they are: their parameters become views into the fused arrays, so that
-    nothing is stored twice. When one of them is replaced (by training, or by an adapter), the fused
-    arrays are stale and the layers run by themselves.
+    The parameters of the layers become views into the fused arrays, so no weight is stored twice.
+    If a layer is replaced (by training or an adapter), the fused arrays are stale and the layers
+    run separately.
 
     Attributes:
         layer: One linear layer with the parameters of all.
-        splits: Where the outputs of the second and later layers begin.
+        splits: First outputs of the second and later layers.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -35,14 +35,14 @@ class FusedProjection:
         if not dense:
             first: Any = layers[0]
             fused.group_size, fused.bits, fused.mode = first.group_size, first.bits, first.mode
-        fused.eval()  # it is for decode steps alone
+        fused.eval()  # used in decode steps only
         self.layer = fused
         mx.eval(fused.parameters())
         for layer, start, width in zip(layers, [0, *self.splits], widths, strict=True):
             for key in KEYS:
                 if key in layer:
                     layer[key] = fused[key][start : start + width]
-            # Evaluate now: lazy arrays can only be evaluated on the thread that made them.
+            # Evaluate now: lazy arrays can only be evaluated on the thread that created them.
             mx.eval(layer.parameters())
         self.parts = [layer["weight"] for layer in layers]
 
@@ -57,7 +57,7 @@ class FusedProjection:
 
     @staticmethod
     def can_fuse(layers: Sequence[nn.Module]) -> bool:
-        """Return whether the layers are all dense or quantized alike, with a bias all or none."""
+        """Return whether the layers agree in type, dtype, quantization and having a bias."""
         first = layers[0]
         if not isinstance(first, nn.Linear | nn.QuantizedLinear):
             return False
@@ -74,15 +74,15 @@ class FusedProjection:
 
 
 class FusedInputBlock(nn.Module):
-    """A block some of whose linear layers, named in `shared`, read the same input."""
+    """A block whose linear layers named in `shared` read the same input."""
 
     shared: tuple[str, ...] = ()
 
     def fuse_projections(self) -> None:
-        """Fuse the layers named in `shared`, if they can be."""
+        """Fuse the layers named in `shared`, if possible."""
         layers = [self[name] for name in self.shared]
         if FusedProjection.can_fuse(layers):
-            # A plain attribute: fused weights are no parameters of their own.
+            # Not a submodule: fused weights are no parameters of their own.
             object.__setattr__(self, "_fused", FusedProjection(layers))
 
     def fused_projection(self) -> FusedProjection | None:
@@ -95,8 +95,8 @@ class FusedInputBlock(nn.Module):
     def project(self, x: mx.array) -> list[mx.array]:
         """Return the outputs of the layers named in `shared`; x is (B, L, width).
 
-        One product for one token per sequence. For longer inputs one product saves nothing, and its
-        parts would have to be copied apart.
+        Fused for one token per sequence only: longer inputs gain nothing, and the outputs would
+        have to be copied apart.
         """
         layers = [self[name] for name in self.shared]
         one_step = x.shape[1] == 1
@@ -106,6 +106,6 @@ class FusedInputBlock(nn.Module):
             "weight" in layer.trainable_parameters() for layer in layers
         )
         if not one_step and trained and "_fused" in self.__dict__:
-            # The next update replaces the parts: the fused arrays would only take memory.
+            # The next update replaces the weights, which makes the fused arrays useless.
             object.__delattr__(self, "_fused")
         return [layer(x) for layer in layers]

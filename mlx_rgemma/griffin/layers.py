@@ -1,7 +1,7 @@
 """The blocks of Griffin (arXiv:2402.19427, section 2), with Hugging Face's parameter names.
 
-The residual stream is float32; matrix products run in the dtype of the weights; norms, gates,
-recurrence and softmax are float32 whatever that dtype is.
+The residual stream is float32. Matrix products run in the dtype of the weights. Norms, gates,
+recurrence and softmax are always float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, dtype=self.weight.dtype)
 
     def add_and_norm(self, x: mx.array, delta: mx.array) -> tuple[mx.array, mx.array]:
-        """Return ``x + delta``, and its norm."""
+        """Return ``x + delta`` and its norm."""
         return add_rms_norm(x, delta, self.weight, self.eps, dtype=self.weight.dtype)
 
 
@@ -121,10 +121,9 @@ class RecurrentBlock(FusedInputBlock):
     ) -> mx.array:
         y, x = self.project(x)
         if cache is not None and cache.history is not None:
-            few = info.is_short
-            self.record_inputs(
-                x, info.token_type if few else token_types(info.reset, info.mask), cache
-            )
+            short = info.is_short
+            types = info.token_type if short else token_types(info.reset, info.mask)
+            self.record_inputs(x, types, cache)
         if cache is not None and info.is_short:
             out, cache.conv, cache.h = recurrent_decode(
                 y, x, self._weights(), cache.conv, cache.h, info.token_type
@@ -141,12 +140,12 @@ class RecurrentBlock(FusedInputBlock):
     def record_inputs(
         self, x: mx.array, token_type: mx.array | None, cache: RecurrentCache
     ) -> None:
-        """Record how to restore the state after the first tokens of a call: by reading them again.
+        """Record how to restore the state after the first tokens of a call: by recomputing them.
 
         Args:
             x: (B, L, lru_width). The convolution's inputs.
-            token_type: (1 or B, L), from `token_types`; None when all are normal.
-            cache: As it is before the call.
+            token_type: (1 or B, L), from `token_types`; None if all tokens are normal.
+            cache: The cache before the call.
         """
         conv, h = cache.conv, cache.h
 
@@ -177,7 +176,7 @@ class RecurrentBlock(FusedInputBlock):
 
 
 class LocalAttentionBlock(FusedInputBlock):
-    """Sliding-window attention, many query heads over one key/value head."""
+    """Sliding-window attention of many query heads to one key/value head."""
 
     shared = ("q_proj", "k_proj", "v_proj")
 
@@ -241,7 +240,7 @@ class MLPBlock(FusedInputBlock):
 
 
 class ResidualBlock(nn.Module):
-    """A temporal block and an MLP, each behind a norm and added to the stream."""
+    """A temporal block and an MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, config: GriffinConfig, temporal_block_type: str) -> None:
         super().__init__()

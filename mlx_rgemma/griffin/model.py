@@ -1,4 +1,4 @@
-"""RecurrentGemma as one model class, in mlx-lm's contract."""
+"""RecurrentGemma as one model class that follows mlx-lm's model interface."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.griffin.cache import (
     AttentionCache,
     GriffinCache,
@@ -17,17 +18,17 @@ from mlx_rgemma.griffin.cache import (
     check_state_memory,
     state_nbytes,
 )
+from mlx_rgemma.griffin.checks import as_count, refuse_forked_process, safe_token_ids
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
-from mlx_rgemma.griffin.indices import as_count, safe_token_ids
 from mlx_rgemma.griffin.layers import ResidualBlock, RMSNorm
-from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.griffin.sequence_info import SequenceInfo
-from mlx_rgemma.griffin.sharding import shard_model
-from mlx_rgemma.griffin.tied_head import check_tied_head, tied_head
-from mlx_rgemma.ops import backend, inference_mode, rotary_frequencies
+from mlx_rgemma.ops import backend, inference_mode, rotary_frequencies, soft_cap
 
 MAX_BATCH = 1 << 16
-"""Sequences of a state."""
+"""Largest batch size of a state."""
+
+COMPARE_BYTES = 1 << 24
+"""Bytes of a file's head that are compared with the embedding at a time."""
 
 
 class Griffin(nn.Module):
@@ -69,7 +70,7 @@ class Model(nn.Module):
     """RecurrentGemma: tokens to logits, with a state of constant size.
 
     Args:
-        config: The model's shape.
+        config: Sizes and constants.
     """
 
     def __init__(self, config: GriffinConfig) -> None:
@@ -88,16 +89,16 @@ class Model(nn.Module):
         *,
         segment_pos: mx.array | None = None,
     ) -> mx.array:
-        """Logits of every token's successor.
+        """Return the logits of the next token at every position.
 
-        Ids are checked where that does not make a decode step wait for the device: see
-        `indices.safe_token_ids`.
+        Token ids are checked unless that would make a decode step wait for the device: see
+        `checks.safe_token_ids`.
 
         Args:
             tokens: (B, L), int.
-            cache: From `make_cache`; updated in place. Tokens then continue what it has seen.
-            segment_pos: (B, L), int. Position of each token in its document, falling back to 0
-                where a packed document starts. Counted on from the cache when omitted.
+            cache: From `make_cache`; updated in place. The tokens continue its sequences.
+            segment_pos: (B, L), int. Position of each token in its document, 0 where a packed
+                document starts. Positions continue those of the cache when omitted.
 
         Returns:
             (B, L, vocab_size), fp32, soft-capped.
@@ -111,7 +112,7 @@ class Model(nn.Module):
         return self.head(self._hidden(tokens, cache, segment_pos))
 
     def last_logits(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> mx.array:
-        """Return the logits of the last token, computed for no other.
+        """Return the logits after the last token only.
 
         Args:
             tokens: (B, L), int, without padding.
@@ -171,7 +172,7 @@ class Model(nn.Module):
             return self.model(tokens, cache, segment_pos, last_only=last_only)
 
     def head(self, x: mx.array) -> mx.array:
-        """Logits of what `self.model` gives: (..., hidden_size) -> (..., vocab_size), fp32."""
+        """Return the logits of hidden states: (..., hidden_size) -> (..., vocab_size), fp32."""
         return tied_head(x, self.model.embed_tokens, self.args.logits_soft_cap)
 
     @property
@@ -180,40 +181,40 @@ class Model(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """dtype of the activations between the blocks' matrix products."""
+        """dtype of the activations, that of the weights."""
         return self.model.final_norm.weight.dtype
 
     @property
     def state_width(self) -> int:
-        """Channels of the recurrence that this process keeps: all, unless the model is sharded."""
+        """Channels of the recurrence on this process: all, unless the model is sharded."""
         return self.args.lru_width // (1 if self.group is None else self.group.size())
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
-        """Keep this process's part of the model, which all processes of the group then run.
-
-        For generating: gradients of a sharded model are not those of the whole one.
+        """Keep this rank's shard of the model (tensor parallelism), for inference only.
 
         Args:
-            group: The processes that share it; all that MLX knows of, when omitted. They must
-                call the model with the same tokens.
+            group: The ranks that share the model; MLX's default group when omitted. All must call
+                the model with the same tokens.
 
         Raises:
-            UserError: If the processes do not divide the model; the message says which numbers do.
-            ValueError: If the model has been sharded before.
+            UserError: If the world size does not divide the model; the message lists valid ones.
+            ValueError: If the model is sharded already.
         """
         if self.group is not None:
-            raise ValueError("[shard] the model has been sharded before.")
+            raise ValueError("[shard] the model is sharded already.")
         group = group or mx.distributed.init()
         if group.size() > 1:
+            from mlx_rgemma.griffin.sharding import shard_model
+
             shard_model(self, group)
             self.group = group
 
     def make_cache(self, batch_size: int = 1) -> list[GriffinCache]:
-        """Return the state of `batch_size` sequences that have not begun, one cache per layer.
+        """Return the state of `batch_size` empty sequences, one cache per layer.
 
         Raises:
-            ValueError: If there cannot be so many.
-            UserError: If they do not fit into memory.
+            ValueError: If the batch size is out of range.
+            UserError: If the state does not fit into memory.
         """
         c, dtype = self.args, self.dtype
         if not 1 <= as_count("[cache] batch_size", batch_size) <= MAX_BATCH:
@@ -230,8 +231,8 @@ class Model(nn.Module):
     def fuse_projections(self) -> None:
         """Concatenate projections of the same input, so that a decode step has fewer products.
 
-        Layer by layer, without storing anything twice. Training and adapters may follow: layers
-        that they replace run by themselves again.
+        No weight is stored twice. Layers that training or adapters replace later run separately
+        again.
         """
         for layer in self.layers:
             layer.fuse_projections()
@@ -250,10 +251,10 @@ class Model(nn.Module):
         self.dequantized_nbytes = backend.prepare(self, **options)
 
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return names and layouts of a file as this class has them; its own output as it is.
+        """Convert names and layouts of a file to those of this class; idempotent.
 
         Raises:
-            CheckpointError: If the file has a head that is not the embedding, to the bit.
+            CheckpointError: If the file has a head that differs from the embedding in any bit.
         """
         c = self.args
         conv_shape = (c.lru_width, c.conv1d_width, 1)
@@ -268,14 +269,14 @@ class Model(nn.Module):
         return sanitized
 
     def quant_predicate(self, path: str, module: nn.Module) -> bool:
-        """What is quantized: the projections and the embedding."""
+        """Return whether a module is quantized: the projections and the embedding are."""
         return hasattr(module, "to_quantized")
 
     def check_cache(self, cache: Sequence[Any]) -> None:
         """Refuse a cache of another model, window or shape.
 
         Raises:
-            ValueError: Naming the first layer that does not fit.
+            ValueError: Naming the first layer that does not match.
         """
         c = self.args
         kinds = c.layer_types
@@ -309,6 +310,50 @@ class Model(nn.Module):
                 check_state_memory(each * tokens.shape[0], tokens.shape[0])
             for layer in cache:
                 layer.resize(tokens.shape[0])
+
+
+def tied_head(x: mx.array, embedding: nn.Module, cap: float) -> mx.array:
+    """Return logits by the input embedding, which is the head as well.
+
+    Args:
+        x: (..., hidden_size), after the final norm.
+        embedding: Dense or quantized.
+        cap: Soft cap of the logits; 0 for none.
+
+    Returns:
+        (..., vocab_size), fp32.
+    """
+    logits: mx.array = embedding.as_linear(x)
+    if not cap:
+        return logits.astype(mx.float32)
+    capped: mx.array = soft_cap(logits, mx.array(cap))
+    return capped
+
+
+def check_tied_head(name: str, head: mx.array, embedding: mx.array | None) -> None:
+    """Refuse a tensor of a head that differs from the embedding's in dtype, shape or any bit.
+
+    Args:
+        name: Name of the tensor: `lm_head.weight`; `.scales` and `.biases` if quantized.
+        head: The tensor.
+        embedding: The same parameter of the embedding; None if it has none.
+
+    Raises:
+        CheckpointError: Naming the tensor.
+    """
+    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if same and embedding is not None:
+        left, right = head.reshape(-1), embedding.reshape(-1)
+        step = COMPARE_BYTES // head.itemsize
+        same = all(
+            mx.array_equal(left[i : i + step].view(mx.uint8), right[i : i + step].view(mx.uint8))
+            for i in range(0, head.size, step)
+        )
+    if not same:
+        raise CheckpointError(
+            f"{name} differs from model.embed_tokens; RecurrentGemma's head is its embedding, a"
+            " model with another head is not supported."
+        )
 
 
 def _describe(signature: tuple[Any, ...]) -> str:

@@ -1,9 +1,9 @@
-"""What a cache keeps so that its last tokens can be taken back: only where it is asked for.
+"""Take back the last tokens of a cache, for speculative decoding.
 
-A recurrence cannot be run backwards. A cache that keeps a history remembers, for each of its last
-calls, how to become again what it was after the first tokens of that call: a recurrent block holds
-its state before the call and the inputs of its convolution, and reads the tokens that stay once
-more; a ring holds the slots that the call wrote over.
+A recurrence cannot be run backwards. A cache with rollback enabled records, for each of its last
+calls, how to restore the state after the first tokens of that call. A recurrent block keeps its
+state before the call and the inputs of its convolution, and recomputes the tokens that stay. A ring
+buffer keeps the slots that the call overwrote.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mlx_rgemma.griffin.indices import KEPT, as_count
+from mlx_rgemma.griffin.checks import KEPT, as_count
 
 Undo = Callable[[Any, int], None]
-"""Makes a cache what it was after so many tokens of the call that is undone."""
+"""Restores a cache to its state after the given number of tokens of a call."""
 
 
 class History(NamedTuple):
     """The last calls of a cache, oldest first.
 
     Attributes:
-        limit: How many tokens back it has to reach; calls of more tokens are not remembered.
-        calls: The number of tokens of each call, and what undoes it.
+        limit: Tokens that it can take back at most; longer calls are not recorded.
+        calls: The number of tokens of each call, and its undo function.
     """
 
     limit: int
@@ -30,11 +30,11 @@ class History(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many tokens can be taken back."""
+        """Tokens that can be taken back."""
         return sum(length for length, _ in self.calls)
 
     def with_call(self, length: int, undo: Undo) -> History:
-        """The history after a call, without what it no longer has to reach."""
+        """Return the history after a call, without calls beyond the limit."""
         if length > self.limit:
             return History(self.limit)
         calls = (*self.calls, (length, undo))
@@ -45,7 +45,7 @@ class History(NamedTuple):
         return History(self.limit, calls)
 
     def undone(self, cache: Any, tokens: int) -> History:
-        """The history after `cache` has been taken back by so many tokens."""
+        """Take `cache` back by `tokens` tokens and return the history after that."""
         calls = list(self.calls)
         while tokens:
             length, undo = calls.pop()
@@ -58,42 +58,42 @@ class History(NamedTuple):
 
 
 class Rollback:
-    """The part of a cache that takes tokens back.
+    """Mixin of caches that can take tokens back.
 
     Attributes:
-        positions: For each row, the position of its next token in its document.
-        history: How to take back the last tokens; None unless `enable_rollback` asked for it.
+        positions: Per sequence, the position of its next token in its document.
+        history: The recorded calls; None while rollback is disabled.
     """
 
     positions: list[int]
     history: History | None = None
 
     def enable_rollback(self, tokens: int) -> None:
-        """Make the last `tokens` tokens of calls to come ones that `trim` can take back.
+        """Let `trim` take back up to `tokens` tokens of later calls.
 
         Args:
-            tokens: How many; 0 to stop, and to drop what is kept.
+            tokens: The limit; 0 disables rollback and drops the history.
         """
         tokens = as_count(KEPT, tokens)
         self.history = History(tokens) if tokens > 0 else None
 
     @property
     def trimmable(self) -> int:
-        """How many tokens `trim` can take back now."""
+        """Tokens that `trim` can take back now."""
         return 0 if self.history is None else self.history.tokens
 
     def is_trimmable(self) -> bool:
-        """Whether a token can be taken back; False unless a history is kept."""
+        """Return whether a token can be taken back."""
         return self.trimmable > 0
 
     def trim(self, n: int) -> int:
-        """Take back the last `n` tokens of every row, exactly.
+        """Take back the last `n` tokens of every sequence, exactly.
 
         Returns:
             `n`.
 
         Raises:
-            ValueError: If the history does not reach back that far.
+            ValueError: If the history holds fewer.
         """
         if as_count("[cache] the number of tokens to take back", n) > self.trimmable:
             raise ValueError(f"[cache] cannot take back {n} tokens: {self.trimmable} are kept.")
@@ -103,11 +103,11 @@ class Rollback:
         return n
 
     def record_call(self, length: int, undo: Undo) -> None:
-        """Note what undoes a call of `length` tokens, where a history is kept."""
+        """Record the undo function of a call of `length` tokens, if rollback is enabled."""
         if self.history is not None:
             self.history = self.history.with_call(length, undo)
 
     def clear_history(self) -> None:
-        """Drop the calls remembered: the rows have changed."""
+        """Drop the recorded calls, because the sequences have changed."""
         if self.history is not None:
             self.history = History(self.history.limit)

@@ -1,16 +1,16 @@
-"""One model on several processes: which part of it each of them keeps.
+"""Tensor parallelism: the shard of a model that each rank keeps.
 
-Tensor parallelism as in Megatron-LM (arXiv:1909.08053, section 3), by MLX's own layers. Layers that
-read the residual stream are cut by their outputs, so that a process computes some heads of the
-attention, some heads of the recurrence with its gates, convolution and state, and some of the MLP's
-channels. Layers that write to the stream are cut by their inputs, and their results summed: two
-sums a layer. The one key/value head, the ring, norms and embedding are whole on every process.
+As in Megatron-LM (arXiv:1909.08053, section 3), with MLX's own layers. Layers that read the
+residual stream are column-parallel: a rank computes some attention heads, some heads of the
+recurrence with its gates, convolution and state, and some channels of the MLP. Layers that write to
+the stream are row-parallel: two all-reduces per layer. The single key/value head, the ring buffer,
+the norms and the embedding are replicated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,17 +18,24 @@ from mlx.nn.layers.distributed import shard_inplace, shard_linear
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.cache import GriffinCache, RecurrentCache
+from mlx_rgemma.griffin.config import GriffinConfig
 from mlx_rgemma.griffin.parameters import MODULES, Role, modules_of, shard_axis
 
-if TYPE_CHECKING:
-    from mlx_rgemma.griffin.model import Model
+
+class Shardable(Protocol):
+    """The parts of a model that sharding needs."""
+
+    args: GriffinConfig
+
+    @property
+    def layers(self) -> Any: ...
 
 
 def shard_slice(length: int, rank: int, size: int) -> slice:
-    """The part of an axis that a process keeps.
+    """Return the slice of an axis that a rank keeps.
 
     Raises:
-        ValueError: If the processes do not divide it.
+        ValueError: If the world size does not divide it.
     """
     if length % size:
         raise ValueError(f"[shard] {size} processes do not divide an axis of {length}.")
@@ -37,19 +44,19 @@ def shard_slice(length: int, rank: int, size: int) -> slice:
 
 
 def local_shard(name: str, value: mx.array, rank: int, size: int) -> mx.array:
-    """What a process keeps of a tensor."""
+    """Return a rank's shard of a tensor."""
     axis = shard_axis(name)
     if axis is None:
         return value
-    place: list[Any] = [slice(None)] * value.ndim
-    place[axis] = shard_slice(value.shape[axis], rank, size)
-    return mx.contiguous(value[tuple(place)])
+    index: list[Any] = [slice(None)] * value.ndim
+    index[axis] = shard_slice(value.shape[axis], rank, size)
+    return mx.contiguous(value[tuple(index)])
 
 
-def valid_world_sizes(model: Model) -> list[int]:
-    """The numbers of processes that can share a model.
+def valid_world_sizes(model: Shardable) -> list[int]:
+    """Return the world sizes that can share a model.
 
-    They divide its heads and the MLP's inner width, and cut no group of quantized weights.
+    They divide the heads and the MLP's inner width, and split no group of quantized weights.
     """
     c = model.args
     units = [c.num_attention_heads, c.intermediate_size // 2]
@@ -61,17 +68,17 @@ def valid_world_sizes(model: Model) -> list[int]:
                     units.append(linear["scales"].shape[1])
                     # Weights are packed by 32; a group may be smaller.
                     units.append(linear["scales"].shape[1] * linear.group_size // 32)
-    most = c.num_attention_heads
-    return [n for n in range(1, most + 1) if not any(unit % n for unit in units)]
+    heads = c.num_attention_heads
+    return [n for n in range(1, heads + 1) if not any(unit % n for unit in units)]
 
 
-def shard_model(model: Model, group: mx.distributed.Group) -> None:
-    """Keep this process's part of a model.
+def shard_model(model: Shardable, group: mx.distributed.Group) -> None:
+    """Keep this rank's shard of a model.
 
-    Its parameters may still be in their files, or be loaded afterwards, in parts already.
+    Its parameters may be lazy, or be loaded as shards afterwards.
 
     Raises:
-        UserError: If the processes do not divide the model; the message says which numbers do.
+        UserError: If the world size does not divide the model; the message lists valid ones.
     """
     size = group.size()
     possible = valid_world_sizes(model)
@@ -106,7 +113,7 @@ def _shard_block(block: Any, group: mx.distributed.Group) -> None:
 
 
 def gather_state(cache: Sequence[GriffinCache], group: mx.distributed.Group) -> list[GriffinCache]:
-    """A state as one process has it, from the parts of several; all of them must call this."""
+    """Return the whole state from the shards of all ranks; all of them must call this."""
     return [
         _recurrent(layer, lambda array: _gather(array, group))
         if isinstance(layer, RecurrentCache)
@@ -116,7 +123,7 @@ def gather_state(cache: Sequence[GriffinCache], group: mx.distributed.Group) -> 
 
 
 def split_state(cache: Sequence[GriffinCache], rank: int, size: int) -> list[GriffinCache]:
-    """A process's part of a state that `gather_state` or a single process made."""
+    """Return a rank's shard of a whole state."""
 
     def part(array: mx.array) -> mx.array:
         return mx.contiguous(array[..., shard_slice(array.shape[-1], rank, size)])
@@ -134,6 +141,6 @@ def _recurrent(layer: RecurrentCache, change: Any) -> RecurrentCache:
 
 
 def _gather(array: mx.array, group: mx.distributed.Group) -> mx.array:
-    """Parts along the last axis, end to end."""
+    """Concatenate the shards of all ranks along the last axis."""
     parts = mx.distributed.all_gather(array[None], group=group)
     return mx.concatenate(list(parts), axis=-1)

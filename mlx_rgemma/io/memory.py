@@ -21,6 +21,11 @@ CGROUP_FILES = (
 """Limit, usage and statistics of a control group, in both versions of Linux's interface."""
 
 
+def physical_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def available_memory() -> int | None:
     """Return the bytes available to this process, or None if the system does not report them.
 
@@ -68,7 +73,7 @@ def check_memory(what: str, needed: int, remedy: str) -> None:
 def _on_mac() -> int | None:
     import mlx.core as mx
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = physical_memory()
     if mx.metal.is_available():
         stated = mx.device_info().get("max_recommended_working_set_size", memory)
         memory = min(memory, int(stated))

@@ -49,6 +49,10 @@ def parse_yaml(text: str, path: str) -> dict[str, Any]:
         where = f"line {mark.line + 1}: " if mark is not None else ""
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "damaged"
         raise UserError(f"{path}: not a YAML file of settings ({where}{reason}).") from error
+    except UserError:
+        raise
+    except (ValueError, OverflowError) as error:  # an escape of no character, "\UFFFFFFFF"
+        raise UserError(f"{path}: not a YAML file of settings (an invalid escape).") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of the form key: value.")
     return values

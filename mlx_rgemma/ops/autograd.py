@@ -90,7 +90,9 @@ def with_reference_gradient(
         def vectorized(primals: Any, axes: Any) -> Any:
             primals, axes = _as_list(primals), _as_list(axes)
             outputs = mx.vmap(lambda *x: call(reference, x), in_axes=tuple(axes))(*primals)
-            return outputs, ([0] * len(outputs) if isinstance(outputs, tuple | list) else 0)
+            # MLX wants the axes in a container of the outputs' type.
+            several = isinstance(outputs, tuple | list)
+            return outputs, type(outputs)([0] * len(outputs)) if several else 0
 
         return custom(*[arrays[i] for i in given])
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_rgemma.errors import UserError
+from mlx_rgemma.errors import UserError, shown
 from mlx_rgemma.ops.autograd import is_inference, with_reference_gradient
 
 VARIABLE = "MLX_RGEMMA_BACKEND"
@@ -66,7 +66,13 @@ def active() -> Backend:
 
 @contextlib.contextmanager
 def use(backend: Backend) -> Iterator[None]:
-    """Run the operations of this thread on one backend."""
+    """Run the operations of this thread on one backend.
+
+    Raises:
+        UserError: If it is the CPU backend, and this is not Linux.
+    """
+    if backend is Backend.CPU:
+        _require_cpu("backend.use")
     before, _local.override = _local.override, backend
     try:
         yield
@@ -78,11 +84,15 @@ def use(backend: Backend) -> Iterator[None]:
 def _named(value: str) -> Backend:
     names = [backend.value for backend in Backend]
     if value not in names:
-        raise UserError(f"{VARIABLE}: found '{value}', expected one of {', '.join(names)}.")
-    backend = Backend(value)
-    if backend is Backend.CPU and _cpu() is None:
-        raise UserError(f"{VARIABLE}: the cpu backend needs Linux and the package numba.")
-    return backend
+        raise UserError(f"{VARIABLE}: found {shown(value)}, expected one of {', '.join(names)}.")
+    if value == Backend.CPU.value:
+        _require_cpu(VARIABLE)
+    return Backend(value)
+
+
+def _require_cpu(place: str) -> None:
+    if _cpu() is None:
+        raise UserError(f"{place}: found 'cpu', which is for Linux only; use 'mlx' instead.")
 
 
 @cache

@@ -37,7 +37,7 @@ def causal_conv1d(
         bias: (D,).
         state: (B, K-1, D). The inputs before the first one, oldest first; zeros when omitted.
         segment_pos: (1 or B, L), int. Each token's position in its document; None when no document
-            starts inside the sequence and the state belongs to the document that goes on.
+            starts inside the sequence and the state belongs to the same document.
         lengths: (B,), int. Real tokens of each sequence, the rest being padding on the right; None
             when all are.
 
@@ -125,7 +125,7 @@ def last_inputs(
         last_pos = None
         if segment_pos is not None:
             last = mx.maximum(lengths - 1, 0)[:, None]
-            # A sequence without a token keeps its state as it is.
+            # A sequence without a token keeps its state.
             last_pos = mx.where(
                 lengths[:, None] > 0, mx.take_along_axis(segment_pos, last, axis=1), memory
             )
@@ -149,25 +149,40 @@ _NO_BIAS = mx.array([0.0])
 _NO_BORDER = mx.array([2**30])
 
 
-def _supports(x, weight, *_rest) -> bool:
+def _supports(x: mx.array, weight: mx.array, *_rest: Any) -> bool:
     return weight.shape[1] > 1 and FORWARD.validated(x.dtype, weight.shape[1])
 
 
 @CAUSAL_CONV1D.implementation(Backend.METAL, supports=_supports, gradient="own")
-def _metal(x, weight, bias, state, segment_pos, lengths):
+def _metal(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    state: mx.array | None,
+    segment_pos: mx.array | None,
+    lengths: mx.array | None,
+) -> Any:
     bias = _NO_BIAS if bias is None else bias
     segment_pos = _NO_BORDER if segment_pos is None else segment_pos
     lengths = mx.array([x.shape[1]]) if lengths is None else lengths
-    return _kernel(x, weight, bias, state, segment_pos, lengths)
+    arrays: list[Any] = [x, weight, bias, state, segment_pos, lengths]
+    return _kernel(*arrays)
 
 
 @custom_function
-def _kernel(x, weight, bias, state, segment_pos, lengths):
+def _kernel(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    state: mx.array,
+    segment_pos: mx.array,
+    lengths: mx.array,
+) -> Any:
     return tuple(FORWARD.launch(x, weight, bias, state, segment_pos, lengths))
 
 
 @_kernel.vjp
-def _kernel_vjp(primals, cotangents, _outputs):
+def _kernel_vjp(primals: Any, cotangents: Any, _outputs: Any) -> Any:
     x, weight, bias, state, segment_pos, lengths = primals
     launch = BACKWARD.validated(x.dtype, weight.shape[1])
     dx, dweight, dbias, dstate = (BACKWARD.launch if launch else _backward_reference)(
@@ -202,7 +217,14 @@ def _geometry(x: mx.array) -> dict[str, Any]:
     }
 
 
-def _launch(x, weight, bias, state, segment_pos, lengths):
+def _launch(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    state: mx.array,
+    segment_pos: mx.array,
+    lengths: mx.array,
+) -> Any:
     return FORWARD.run(
         [x, weight, bias, state, segment_pos, lengths, _dims(x, bias, segment_pos, lengths)],
         [(x.shape, x.dtype), (state.shape, x.dtype)],
@@ -211,7 +233,16 @@ def _launch(x, weight, bias, state, segment_pos, lengths):
     )
 
 
-def _launch_backward(x, weight, bias, state, segment_pos, lengths, dy, d_new_state):
+def _launch_backward(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    state: mx.array,
+    segment_pos: mx.array,
+    lengths: mx.array,
+    dy: mx.array,
+    d_new_state: mx.array,
+) -> Any:
     batch, _, width = x.shape
     taps = weight.shape[1]
     geometry = _geometry(x)
@@ -227,11 +258,20 @@ def _launch_backward(x, weight, bias, state, segment_pos, lengths, dy, d_new_sta
     return dx, d_parameters[:taps].T[..., None], d_parameters[taps], dstate
 
 
-def _backward_reference(x, weight, bias, state, segment_pos, lengths, dy, d_new_state):
+def _backward_reference(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    state: mx.array,
+    segment_pos: mx.array,
+    lengths: mx.array,
+    dy: mx.array,
+    d_new_state: mx.array,
+) -> Any:
     given_pos = None if segment_pos.ndim == 1 else segment_pos
     given_lengths = lengths if lengths.size == x.shape[0] else None
 
-    def outputs(x, weight, bias, state):
+    def outputs(x: mx.array, weight: mx.array, bias: mx.array, state: mx.array) -> Any:
         return reference(x, weight, bias, state, given_pos, given_lengths)
 
     # The kernel's gradients of parameters are fp32; they are cast to the parameters' dtype later.
@@ -249,7 +289,7 @@ _MODEL = (1, 2048, 2560)
 def _sample_inputs(
     dtype: mx.Dtype, taps: int, shape: tuple[int, int, int] = _SAMPLE
 ) -> tuple[mx.array, ...]:
-    """Documents of five tokens; rows without a token, and of fewer than the taps."""
+    """Documents of five tokens; sequences without tokens, and shorter than the kernel."""
     batch, length, width = shape
     return (
         sample(shape, dtype, 0),

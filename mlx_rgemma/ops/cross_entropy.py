@@ -5,6 +5,8 @@ Automatic gradients make several such arrays.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from mlx_rgemma.ops.activations import soft_cap
@@ -38,7 +40,7 @@ def cross_entropies(scores: mx.array, targets: mx.array, cap: float) -> mx.array
 def reference(scores: mx.array, targets: mx.array, *, cap: float) -> mx.array:
     """`cross_entropies` in plain MLX."""
 
-    def forward(scores):
+    def forward(scores: Any) -> Any:
         logits = soft_cap(scores, mx.array(cap)) if cap else scores.astype(mx.float32)
         normalizers = log_sum_exp(logits)[:, 0]
         chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
@@ -47,7 +49,7 @@ def reference(scores: mx.array, targets: mx.array, *, cap: float) -> mx.array:
     losses = custom_function(forward)
 
     @losses.vjp
-    def gradient(scores, cotangents, outputs):
+    def gradient(scores: Any, cotangents: Any, outputs: Any) -> Any:
         _, normalizers, logits = outputs
         columns = mx.arange(logits.shape[1], dtype=targets.dtype)
         arrays = (logits, normalizers[:, None], columns, targets[:, None], cotangents[0][:, None])

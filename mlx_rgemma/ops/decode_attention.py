@@ -7,11 +7,13 @@ Gradients are the reference's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_rgemma.ops import metal
 from mlx_rgemma.ops.attention_checks import SAMPLE_HEAD_DIMS, check, fits_kernel
+from mlx_rgemma.ops.autograd import with_reference_gradient
 from mlx_rgemma.ops.backend import Backend, Operation
 from mlx_rgemma.ops.metal import SIMD, MetalKernel, sample
 from mlx_rgemma.ops.ring_buffer import RingBuffer
@@ -104,6 +106,29 @@ def reference(
 DECODE_ATTENTION = Operation(reference)
 
 
+def token_reference(*arrays: Any, **options: Any) -> tuple[mx.array, mx.array]:
+    """`reference` that returns the token's keys and values, (B, 2, 1, head_dim), not the ring."""
+    _, k, v, cos, sin = arrays[:5]
+    out, _ = reference(*arrays, **options)
+    return out, mx.concatenate([apply_rotary(k, cos, sin), v], axis=1)
+
+
+def appending(attend: Callable[..., Any]) -> Callable[..., tuple[mx.array, mx.array]]:
+    """Make an implementation of a function that returns what `token_reference` returns.
+
+    The gradient of `attend` is the reference's. The token is appended outside of it: a function
+    with a custom gradient would hold the ring, which would then be copied at each step.
+    """
+    run = with_reference_gradient(attend, token_reference)
+
+    def decode(*arrays: mx.array | None, **options: Any) -> tuple[mx.array, mx.array]:
+        out, kv = run(*arrays, **options)
+        before = RingBuffer(arrays[5], options["write_pos"])  # type: ignore[arg-type]
+        return out, before.appended(kv).kv
+
+    return decode
+
+
 # The Metal kernel.
 
 SIMDGROUPS = 16
@@ -111,25 +136,44 @@ THREADGROUPS = 40
 """Threadgroups that keep the cores of a large GPU busy: beyond, heads share their reads."""
 
 
-def _supports(q, k, v, cos, sin, ring, *_rest, **_options) -> bool:
+def _supports(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    ring: mx.array,
+    *_rest: Any,
+    **_options: Any,
+) -> bool:
     variant = q.dtype, q.shape[-1], heads_per_threadgroup(*q.shape[:2])
     return fits_kernel(q, k, v, ring) and KERNEL.validated(*variant)
 
 
-@DECODE_ATTENTION.implementation(Backend.METAL, supports=_supports)
-def _metal(q, k, v, cos, sin, ring, max_lookback, *, write_pos, window, cached_len):
-    out, kv = _launch(q, k, v, cos, sin, ring, max_lookback, write_pos, window)
-    return out, RingBuffer(ring, write_pos).appended(kv).kv
+@DECODE_ATTENTION.implementation(Backend.METAL, supports=_supports, gradient="own")
+@appending
+def _metal(*arrays: Any, write_pos: int, window: int, cached_len: int) -> Any:
+    return tuple(_launch(*[*arrays, write_pos, window]))
 
 
-def _launch(q, k, v, cos, sin, ring, max_lookback, write_pos, window):
+def _launch(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    ring: mx.array,
+    max_lookback: mx.array | None,
+    write_pos: int,
+    window: int,
+) -> Any:
     batch, heads, _, head_dim = q.shape
     share = heads_per_threadgroup(batch, heads)
     pairs = cos.shape[-1]
     angle_stride = 0 if cos.shape[0] == 1 else pairs
     lookback_stride = 0 if max_lookback is None or max_lookback.shape[0] == 1 else 1
-    params = [heads, ring.shape[2], write_pos, window, pairs, angle_stride, lookback_stride]
-    params = mx.array([*params, int(max_lookback is not None)], mx.int32)
+    values = [heads, ring.shape[2], write_pos, window, pairs, angle_stride, lookback_stride]
+    params = mx.array([*values, int(max_lookback is not None)], mx.int32)
     lookback = params if max_lookback is None else max_lookback.astype(mx.int32)
     return KERNEL.run(
         [q, k, v, cos, sin, ring, lookback, params],
@@ -145,7 +189,17 @@ def heads_per_threadgroup(batch: int, heads: int) -> int:
     return 2 if heads % 2 == 0 and batch * heads >= 2 * THREADGROUPS else 1
 
 
-def _definition(q, k, v, cos, sin, ring, max_lookback, write_pos, window):
+def _definition(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    ring: mx.array,
+    max_lookback: mx.array | None,
+    write_pos: int,
+    window: int,
+) -> Any:
     """The definition in fp32, one score for every pair, for small samples."""
     head_dim, slots = q.shape[-1], ring.shape[2]
     q, kv = rotate_heads_reference(q, k, v, cos, sin)
@@ -160,7 +214,7 @@ def _definition(q, k, v, cos, sin, ring, max_lookback, write_pos, window):
     return [(weights[..., None] * values[:, :, None]).sum(-2).astype(q.dtype), kv]
 
 
-def _sample_inputs(dtype, head_dim, share):
+def _sample_inputs(dtype: mx.Dtype, head_dim: int, share: int) -> tuple[Any, ...]:
     window = 75  # more than one round of the threadgroup's simdgroups
     batch, heads = (1, 3) if share == 1 else (2, THREADGROUPS)
     q = sample((batch, heads, 1, head_dim), dtype, 1)

@@ -11,6 +11,7 @@ reference's, which holds H * QUERY_BLOCK * (QUERY_BLOCK + window) scores per seq
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
@@ -167,23 +168,41 @@ def window_mask(
 # The Metal kernel.
 
 
-def _supports(q, kv, ring, max_lookback, **_options) -> bool:
+def _supports(
+    q: mx.array, kv: mx.array, ring: mx.array | None, max_lookback: mx.array | None, **_options: Any
+) -> bool:
     whole_chunk = q.shape[2] == kv.shape[2]
     return whole_chunk and fits_kernel(q, kv, ring) and KERNEL.validated(q.dtype, q.shape[-1])
 
 
 @PREFILL_ATTENTION.implementation(Backend.METAL, supports=_supports)
-def _metal(q, kv, ring, max_lookback, *, write_pos, window, cached_len):
+def _metal(
+    q: mx.array,
+    kv: mx.array,
+    ring: mx.array | None,
+    max_lookback: mx.array | None,
+    *,
+    write_pos: int,
+    window: int,
+    cached_len: int,
+) -> Any:
     return _launch(q, kv, ring, max_lookback, write_pos, window)[0]
 
 
-def _launch(q, kv, ring, max_lookback, write_pos, window):
+def _launch(
+    q: mx.array,
+    kv: mx.array,
+    ring: mx.array | None,
+    max_lookback: mx.array | None,
+    write_pos: int,
+    window: int,
+) -> Any:
     batch, heads, length, head_dim = q.shape
     rows, keys, simdgroups = tile(head_dim, q.dtype)
     slots = 0 if ring is None else ring.shape[2]
     lookback_stride = 0 if max_lookback is None or max_lookback.shape[0] == 1 else length
-    params = [length, heads, slots, write_pos, window]
-    params = mx.array([*params, lookback_stride, int(max_lookback is not None)], mx.int32)
+    values = [length, heads, slots, write_pos, window]
+    params = mx.array([*values, lookback_stride, int(max_lookback is not None)], mx.int32)
     (out,) = KERNEL.run(
         # Tokens before heads: as the projections leave the queries and take the output.
         [
@@ -218,7 +237,14 @@ def tile(head_dim: int, dtype: mx.Dtype) -> tuple[int, int, int]:
     return rows, 8 * max(simdgroups, 4), simdgroups
 
 
-def definition(q, kv, ring, max_lookback, write_pos, window):
+def definition(
+    q: mx.array,
+    kv: mx.array,
+    ring: mx.array | None,
+    max_lookback: mx.array | None,
+    write_pos: int,
+    window: int,
+) -> Any:
     """The definition in fp32, one score for every pair; arguments as `_launch`.
 
     Only for small samples: it multiplies and adds one by one, because a GPU may round the operands
@@ -240,7 +266,7 @@ def definition(q, kv, ring, max_lookback, write_pos, window):
     return [(weights[..., None] * v[:, :, None]).sum(-2).astype(q.dtype)]
 
 
-def _sample_inputs(dtype, head_dim):
+def _sample_inputs(dtype: mx.Dtype, head_dim: int) -> tuple[Any, ...]:
     heads, length, window = 3, 45, 12
     q = sample((1, heads, length, head_dim), dtype, 1)
     kv = sample((1, 2, length, head_dim), dtype, 2)

@@ -125,7 +125,7 @@ RECURRENT_DECODE = Operation(reference)
 # The Metal kernel.
 
 
-def _supports(y_branch, x_branch, *rest) -> bool:
+def _supports(y_branch: mx.array, x_branch: mx.array, *rest: Any) -> bool:
     weights = RecurrentWeights(*rest[:7])
     batch, steps, _ = x_branch.shape
     taps, block = weights.conv_weight.shape[1], weights.input_weight.shape[1]
@@ -136,11 +136,11 @@ def _supports(y_branch, x_branch, *rest) -> bool:
 
 
 @RECURRENT_DECODE.implementation(Backend.METAL, supports=_supports)
-def _metal(*arrays):
+def _metal(*arrays: Any) -> Any:
     return tuple(_launch(*arrays))
 
 
-def _launch(y_branch, x_branch, *rest):
+def _launch(y_branch: mx.array, x_branch: mx.array, *rest: Any) -> Any:
     weights, (conv_state, h0, token_type) = RecurrentWeights(*rest[:7]), rest[7:]
     batch, steps, width = x_branch.shape
     heads, block, _ = weights.input_weight.shape
@@ -184,7 +184,14 @@ def _rows(batch: int, steps: int) -> tuple[int, int]:
     return entries, 1 << (entries * steps - 1).bit_length()
 
 
-def _check(y_branch, x_branch, weights, conv_state, h0, token_type) -> None:
+def _check(
+    y_branch: mx.array,
+    x_branch: mx.array,
+    weights: Any,
+    conv_state: mx.array,
+    h0: mx.array,
+    token_type: mx.array | None,
+) -> None:
     if x_branch.ndim != 3 or x_branch.shape[1] == 0:
         raise ValueError(
             f"[recurrent_decode] x_branch must be (B, L, D) with L > 0, not {x_branch.shape}."
@@ -213,18 +220,20 @@ def _check(y_branch, x_branch, weights, conv_state, h0, token_type) -> None:
             )
 
 
-def _sample_inputs(dtype, weight_dtype, block, rows):
+def _sample_inputs(
+    dtype: mx.Dtype, weight_dtype: mx.Dtype, block: int, rows: int
+) -> tuple[Any, ...]:
     heads, taps = 2, 4
     width = heads * block
     types = [TokenType.NORMAL] * rows
     if rows > 2:
         types[1], types[-1] = TokenType.RESET, TokenType.PADDING
 
-    def eighths(shape, dtype, seed):
+    def eighths(shape: tuple[int, ...], dtype: mx.Dtype, seed: int) -> mx.array:
         # The convolution's sums of these are exact, and so rounded to 16 bits alike everywhere.
         return (mx.round(sample(shape, mx.float32, seed) * 8.0) / 8.0).astype(dtype)
 
-    def gate(seed):
+    def gate(seed: int) -> tuple[mx.array, mx.array]:
         weight = sample((heads, block, block), mx.float32, seed) * block**-0.5
         return weight.astype(weight_dtype), sample((heads, block), weight_dtype, seed + 1)
 
@@ -242,7 +251,7 @@ def _sample_inputs(dtype, weight_dtype, block, rows):
     )
 
 
-def _exact_reference(*arrays):
+def _exact_reference(*arrays: Any) -> Any:
     """The reference with the gates in fp32: a GPU may round the operands of matrix products."""
     return reference(*arrays, gate=_exact_gate)
 

@@ -122,7 +122,16 @@ def reference(
     return h.astype(x.dtype), h[:, -1]
 
 
-def _states(x, input_gate, recurrent_gate, a_param, h0, token_type, bias_i, bias_r):
+def _states(
+    x: mx.array,
+    input_gate: mx.array,
+    recurrent_gate: mx.array,
+    a_param: mx.array,
+    h0: mx.array,
+    token_type: mx.array,
+    bias_i: mx.array | None,
+    bias_r: mx.array | None,
+) -> Any:
     i = mx.sigmoid(biased(input_gate, bias_i))
     r = mx.sigmoid(biased(recurrent_gate, bias_r))
     log_a = log_a_base(a_param) * r
@@ -143,7 +152,7 @@ def bounded_sqrt(z: mx.array) -> mx.array:
 
 
 @bounded_sqrt.vjp
-def _bounded_sqrt_vjp(_z, cotangent, root):
+def _bounded_sqrt_vjp(_z: Any, cotangent: Any, root: Any) -> Any:
     return cotangent * mx.minimum(0.5 / mx.maximum(root, 1e-30), MAX_SQRT_GRADIENT)
 
 
@@ -184,28 +193,47 @@ core: one loads while the other waits at its barrier."""
 _NO_BIAS = mx.array([0.0])
 
 
-def _supports(x, input_gate, recurrent_gate, *_rest) -> bool:
+def _supports(x: mx.array, input_gate: mx.array, recurrent_gate: mx.array, *_rest: Any) -> bool:
     return input_gate.dtype == recurrent_gate.dtype and FORWARD.validated(x.dtype, input_gate.dtype)
 
 
 @RG_LRU.implementation(Backend.METAL, supports=_supports, gradient="own")
-def _metal(x, input_gate, recurrent_gate, a_param, h0, token_type, bias_i=None, bias_r=None):
+def _metal(
+    x: mx.array,
+    input_gate: mx.array,
+    recurrent_gate: mx.array,
+    a_param: mx.array,
+    h0: mx.array,
+    token_type: mx.array | None,
+    bias_i: mx.array | None = None,
+    bias_r: mx.array | None = None,
+) -> Any:
     # The kernel has one stride for both biases: (1,) where there are none.
     given = bias_i if bias_i is not None else bias_r
     absent = _NO_BIAS if given is None else mx.zeros_like(given)
     biases = (absent if bias is None else bias for bias in (bias_i, bias_r))
-    y, h_last, _ = _kernel(x, input_gate, recurrent_gate, a_param, h0, token_type, *biases)
+    arrays: list[Any] = [x, input_gate, recurrent_gate, a_param, h0, token_type, *biases]
+    y, h_last, _ = _kernel(*arrays)
     return y, h_last
 
 
 @custom_function
-def _kernel(x, input_gate, recurrent_gate, a_param, h0, token_type, bias_i, bias_r):
+def _kernel(
+    x: mx.array,
+    input_gate: mx.array,
+    recurrent_gate: mx.array,
+    a_param: mx.array,
+    h0: mx.array,
+    token_type: mx.array,
+    bias_i: mx.array,
+    bias_r: mx.array,
+) -> Any:
     gates = input_gate, recurrent_gate
     return tuple(FORWARD.launch(x, *gates, a_param, h0, token_type, bias_i, bias_r))
 
 
 @_kernel.vjp
-def _kernel_vjp(primals, cotangents, outputs):
+def _kernel_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
     x, input_gate, recurrent_gate, a_param, _, token_type, bias_i, bias_r = primals
     dy, dh_last, _ = cotangents
     launch = BACKWARD.validated(x.dtype, input_gate.dtype)
@@ -241,7 +269,8 @@ def _dims(x: mx.array, token_type: mx.array, bias: mx.array) -> mx.array:
     return mx.array([length, width, *token_strides(token_type), bias_step], mx.int32)
 
 
-def _launch(x, input_gate, recurrent_gate, a_param, h0, token_type, bias_i, bias_r):
+def _launch(*arrays: mx.array) -> Any:
+    x, input_gate, recurrent_gate, a_param, h0, token_type, bias_i, bias_r = arrays
     batch, length, width = x.shape
     chunk_states = (batch, ceil_div(length, CHUNK), width)
     return FORWARD.run(
@@ -255,9 +284,19 @@ def _launch(x, input_gate, recurrent_gate, a_param, h0, token_type, bias_i, bias
     )
 
 
-def _launch_backward(
-    x, input_gate, recurrent_gate, a_param, token_type, bias_i, bias_r, chunk_states, dy, dh_last
-):
+def _launch_backward(*arrays: mx.array) -> Any:
+    (
+        x,
+        input_gate,
+        recurrent_gate,
+        a_param,
+        token_type,
+        bias_i,
+        bias_r,
+        chunk_states,
+        dy,
+        dh_last,
+    ) = arrays
     batch, length, width = x.shape
     dx, d_input_gate, d_recurrent_gate, dh0, d_channels = BACKWARD.run(
         [
@@ -278,16 +317,29 @@ def _launch_backward(
     return dx, d_input_gate, d_recurrent_gate, dh0, d_a_param, d_bias_i, d_bias_r
 
 
-def _forward_reference(x, input_gate, recurrent_gate, a_param, h0, token_type, bias_i, bias_r):
+def _forward_reference(*arrays: mx.array) -> Any:
+    x, input_gate, recurrent_gate, a_param, h0, token_type, bias_i, bias_r = arrays
     h = _states(x, input_gate, recurrent_gate, a_param, h0, token_type, bias_i, bias_r)
     chunk_states = mx.concatenate([h0[:, None], h[:, CHUNK - 1 : -1 : CHUNK]], axis=1)
     return h.astype(x.dtype), h[:, -1], chunk_states
 
 
-def _backward_reference(
-    x, input_gate, recurrent_gate, a_param, token_type, bias_i, bias_r, chunk_states, dy, dh_last
-):
-    def states(x, input_gate, recurrent_gate, h0, a_param, bias_i, bias_r):
+def _backward_reference(*arrays: mx.array) -> Any:
+    (
+        x,
+        input_gate,
+        recurrent_gate,
+        a_param,
+        token_type,
+        bias_i,
+        bias_r,
+        chunk_states,
+        dy,
+        dh_last,
+    ) = arrays
+
+    def states(*differentiated: mx.array) -> Any:
+        x, input_gate, recurrent_gate, h0, a_param, bias_i, bias_r = differentiated
         return reference(x, input_gate, recurrent_gate, a_param, h0, token_type, bias_i, bias_r)
 
     # The kernel's gradients of parameters are fp32; they are cast to the parameters' dtype later.

@@ -5,6 +5,8 @@ Kernels: ``metal/rms_norm.metal`` and ``metal/add_rms_norm.metal``. Gradients ar
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from mlx_rgemma.ops import metal
@@ -95,12 +97,12 @@ MAX_SIMDGROUPS = 16
     Backend.METAL,
     supports=lambda x, weight, *, eps, dtype: NORM.validated(x.dtype, weight.dtype, dtype),
 )
-def _metal(x, weight, *, eps, dtype):
+def _metal(x: mx.array, weight: mx.array, *, eps: float, dtype: mx.Dtype) -> Any:
     return _launch(x, weight, eps, dtype)[0]
 
 
 @RMS_NORM.implementation(Backend.METAL, gradient="own")
-def _mlx(x, weight, *, eps, dtype):
+def _mlx(x: mx.array, weight: mx.array, *, eps: float, dtype: mx.Dtype) -> mx.array:
     """MLX's own kernel, which sums as a tree."""
     scale = 1.0 + weight.astype(mx.float32)
     return mx.fast.rms_norm(x.astype(mx.float32), scale, eps).astype(dtype)
@@ -112,17 +114,19 @@ def _mlx(x, weight, *, eps, dtype):
         x.dtype, delta.dtype, weight.dtype, dtype
     ),
 )
-def _metal_add(x, delta, weight, *, eps, dtype):
+def _metal_add(
+    x: mx.array, delta: mx.array, weight: mx.array, *, eps: float, dtype: mx.Dtype
+) -> Any:
     return tuple(_launch_add(x, delta, weight, eps, dtype))
 
 
 @ADD_RMS_NORM.implementation(Backend.METAL, gradient="own")
-def _mlx_add(x, delta, weight, *, eps, dtype):
+def _mlx_add(x: mx.array, delta: mx.array, weight: mx.array, *, eps: float, dtype: mx.Dtype) -> Any:
     total = (x.astype(mx.float32) + delta.astype(mx.float32)).astype(x.dtype)
     return total, _mlx(total, weight, eps=eps, dtype=dtype)
 
 
-def _launch(x, weight, eps, dtype):
+def _launch(x: mx.array, weight: mx.array, eps: float, dtype: mx.Dtype) -> Any:
     rows, width, simdgroups = _geometry(x)
     (y,) = NORM.run(
         [x.reshape(rows, width), weight, mx.array([eps], mx.float32)],
@@ -134,7 +138,7 @@ def _launch(x, weight, eps, dtype):
     return [y.reshape(x.shape)]
 
 
-def _launch_add(x, delta, weight, eps, dtype):
+def _launch_add(x: mx.array, delta: mx.array, weight: mx.array, eps: float, dtype: mx.Dtype) -> Any:
     rows, width, simdgroups = _geometry(x)
     total, y = ADD_NORM.run(
         [x.reshape(rows, width), delta.reshape(rows, width), weight, mx.array([eps], mx.float32)],
@@ -164,12 +168,14 @@ _EPS = 1e-6
 _WIDTH = 8 * SIMD * MAX_SIMDGROUPS - 3
 
 
-def _sample_inputs(x_dtype, weight_dtype, dtype):
+def _sample_inputs(x_dtype: mx.Dtype, weight_dtype: mx.Dtype, dtype: mx.Dtype) -> tuple[Any, ...]:
     x, weight = sample((2, _WIDTH), x_dtype, 1), sample((_WIDTH,), weight_dtype, 2)
     return x, weight, _EPS, dtype
 
 
-def _sample_inputs_add(x_dtype, delta_dtype, weight_dtype, dtype):
+def _sample_inputs_add(
+    x_dtype: mx.Dtype, delta_dtype: mx.Dtype, weight_dtype: mx.Dtype, dtype: mx.Dtype
+) -> tuple[Any, ...]:
     x, weight, *rest = _sample_inputs(x_dtype, weight_dtype, dtype)
     return x, sample((2, _WIDTH), delta_dtype, 3), weight, *rest
 

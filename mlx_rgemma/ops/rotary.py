@@ -10,6 +10,7 @@ Kernel: ``metal/rotary.metal``, for the heads of a chunk. Gradients are the refe
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -82,16 +83,16 @@ rotate_heads = Operation(rotate_heads_reference)
 THREADS = 256
 
 
-def _supports(q, k, v, cos, sin) -> bool:
+def _supports(q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array) -> bool:
     return fits_kernel(q, k, v) and KERNEL.validated(q.dtype, q.shape[-1])
 
 
 @rotate_heads.implementation(Backend.METAL, supports=_supports)
-def _metal(q, k, v, cos, sin):
+def _metal(q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array) -> Any:
     return tuple(_launch(q, k, v, cos, sin))
 
 
-def _launch(q, k, v, cos, sin):
+def _launch(q: mx.array, k: mx.array, v: mx.array, cos: mx.array, sin: mx.array) -> Any:
     batch, heads, length, head_dim = q.shape
     pairs = cos.shape[-1]
     angle_stride = 0 if cos.shape[0] == 1 else length * pairs
@@ -105,7 +106,7 @@ def _launch(q, k, v, cos, sin):
     return [rotated.swapaxes(1, 2), kv]
 
 
-def _sample_inputs(dtype, head_dim):
+def _sample_inputs(dtype: mx.Dtype, head_dim: int) -> tuple[Any, ...]:
     length, pairs = 5, max(1, head_dim // 4)
     q = sample((1, 3, length, head_dim), dtype, 1)
     k = sample((1, 1, length, head_dim), dtype, 2)

@@ -9,6 +9,7 @@ divided, no logarithms), so 0, 1 and 1e-30 are all exact enough.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 
@@ -42,7 +43,7 @@ def _linear_scan(x: mx.array, a: mx.array, h0: mx.array) -> mx.array:
 
 
 @_linear_scan.vjp
-def _linear_scan_vjp(primals, cotangent, h):
+def _linear_scan_vjp(primals: Any, cotangent: Any, h: mx.array) -> Any:
     _, a, h0 = primals
     return scan_gradients(a, h0, h, cotangent)
 

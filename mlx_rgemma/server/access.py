@@ -1,8 +1,8 @@
-"""Decide who may use the server: by the Host and Origin headers and by API keys.
+"""Access control: by the Host and Origin headers and by API keys.
 
 A web page may send requests to a server on the user's own machine. Its browser says where the page
-comes from (Origin) and which server it believes to talk to (Host); both are checked before anything
-else, so that a foreign page can neither use the server nor, by DNS rebinding, pose as its own.
+comes from (Origin) and which server it addresses (Host). Both are checked first, so that a foreign
+page can neither use the server nor pose as a local one by DNS rebinding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlx_rgemma.server.validation import BadRequest
 
 KEYS_VARIABLE = "MLX_RGEMMA_API_KEY"
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-EVERYBODY = -1
+ANY_CLIENT = -1
 """The client of every request to a server without keys that only this machine can reach."""
 
 
@@ -33,7 +33,7 @@ class Access:
         loopback: Whether only this machine can reach the address.
         origins: Origins of web pages that may use the server, besides its own and those of this
             machine; `*` for all.
-        keys: API keys, one of which a request must carry; empty to ask for none.
+        keys: API keys, one of which a request must carry; empty for none.
     """
 
     host: str
@@ -42,9 +42,9 @@ class Access:
     keys: Sequence[str] = field(default=(), repr=False)
 
     def check_host(self, hosts: Sequence[str]) -> None:
-        """Refuse a Host header of another machine, where only this one can reach the server.
+        """Refuse a Host header of another machine if only this one can reach the server.
 
-        Any port is accepted, as the server may be reached through a forwarded one.
+        Any port is accepted, because it may be forwarded.
 
         Raises:
             BadRequest: With status 403.
@@ -73,17 +73,17 @@ class Access:
         return "*" if "*" in self.origins else next(iter(origins), None)
 
     def client(self, authorizations: Sequence[str]) -> int | None:
-        """Return whose states a request may continue: clients share none with one another.
+        """Return the client of a request; clients do not share states.
 
         Returns:
-            The index of its key. Without keys `EVERYBODY`, or None, nobody's, where other machines
-            can reach the server.
+            The index of its key. Without keys `ANY_CLIENT`, or None (no states are kept) if other
+            machines can reach the server.
 
         Raises:
             BadRequest: With status 401, if there are keys and the request carries none of them.
         """
         if not self.keys:
-            return EVERYBODY if self.loopback else None
+            return ANY_CLIENT if self.loopback else None
         scheme, _, key = (authorizations[0] if len(authorizations) == 1 else "").partition(" ")
         digest = _digest(key.strip())
         # Compare with every key, each in constant time.

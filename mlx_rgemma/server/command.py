@@ -1,19 +1,15 @@
-"""The command `python -m mlx_rgemma.server`: OpenAI's protocol, through mlx-lm's server."""
+"""The command `mlx-rgemma server`: OpenAI's protocol with mlx-lm's server."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from mlx_rgemma import cli
 from mlx_rgemma.errors import shown
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-MAX_COUNT = 2**31 - 1
 
 
 def size(text: str) -> int:
@@ -24,21 +20,6 @@ def size(text: str) -> int:
     if unit is None or not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a size such as 500MB or 2GB")
     return int(value)
-
-
-def integer(minimum: int, maximum: int = MAX_COUNT) -> Callable[[str], int]:
-    """Return an argparse type: an integer between two bounds."""
-
-    def parse(text: str) -> int:
-        value = int(text) if len(text) <= 20 else maximum + 1
-        if minimum <= value <= maximum:
-            return value
-        raise argparse.ArgumentTypeError(
-            f"{shown(text)} is not an integer from {minimum} to {maximum}"
-        )
-
-    parse.__name__ = "integer"
-    return parse
 
 
 def api_key(text: str) -> str:
@@ -76,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         " with a state of fixed size for each conversation.",
         ["--model google/recurrentgemma-2b-it", "--port 8081 --temp 0.7 --max-tokens 1024"],
     )
-    number = cli.float_between
+    integer, number = cli.int_at_least, cli.float_between
     add = parser.add_argument
     add("--model", help="Folder or Hub repository; without it, the small embedded model.")
     add("--adapter-path", help="Folder with trained adapter weights and config.")
@@ -120,20 +101,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-requests",
         type=integer(1, 65536),
         default=256,
-        help="Requests taken at a time; more are answered with 429. Default: %(default)s.",
+        help="Requests accepted at a time; more are answered with 429. Default: %(default)s.",
     )
     add("--draft-model", help="A smaller model; requests are then served one by one.")
-    add("--num-draft-tokens", type=integer(1), default=3, help="Tokens it proposes at a time.")
+    add("--num-draft-tokens", type=integer(1), default=3, help="Tokens drafted per pass.")
     add("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
     add("--chat-template", default="", help="A chat template instead of the tokenizer's.")
-    add("--use-default-chat-template", action="store_true", help="Where the model has none.")
+    add("--use-default-chat-template", action="store_true", help="If the model has none.")
     add("--chat-template-args", type=json_object, default={}, help="JSON object for the template.")
     add("--temp", type=number(0, 100), default=0.0, help="Default temperature. Default: 0, greedy.")
     add("--top-p", type=number(0, 1), default=1.0, help="Default top-p.")
     add("--top-k", type=integer(0), default=0, help="Default top-k; 0 for all.")
     add("--min-p", type=number(0, 1), default=0.0, help="Default min-p.")
     add("--max-tokens", type=integer(1), default=512, help="Default length. Default: %(default)s.")
-    add("--decode-concurrency", type=integer(1), default=32, help="Answers written together.")
+    add("--decode-concurrency", type=integer(1), default=32, help="Sequences decoded together.")
     add("--prompt-concurrency", type=integer(1), default=8, help="Prompts read together.")
     add("--prefill-step-size", type=integer(1), default=2048, help="Prompt tokens read at a time.")
     add(
@@ -145,14 +126,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt-cache-bytes", type=size, help="Bytes of states kept, as in 500MB.")
     add("--kv-bits", type=int, help=argparse.SUPPRESS)
     add("--max-kv-size", type=int, help=argparse.SUPPRESS)
-    # mlx-lm's server reads these too.
+    # Read by mlx-lm's server.
     unused = {"kv_group_size": 64, "quantized_kv_start": 0}
     parser.set_defaults(trust_remote_code=False, pipeline=False, **unused)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _serve(args), pytorch=argv is not None)
 

@@ -1,8 +1,8 @@
 """Run mlx-lm's server with this package's model.
 
-mlx-lm batches the requests and keeps states for later turns. Added are: one served model, whatever
-a request names; states that belong to one client each and are reused only where a token is left to
-read; a thread that survives an error. `http_handler` answers the clients.
+mlx-lm batches the requests and keeps states for later turns. This module adds: one served model,
+whatever a request names; states that belong to one client each and are reused only if a token is
+left to read; a generation thread that survives errors. `handler` answers the clients.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mlx_rgemma.checkpoints.load import load
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.api import stream_generate
 from mlx_rgemma.generation.speculative import check_vocabulary
-from mlx_rgemma.generation.streams import synchronize_streams
 from mlx_rgemma.griffin.cache import state_nbytes
+from mlx_rgemma.ops.streams import synchronize_streams
 from mlx_rgemma.server.access import KEYS_VARIABLE, Access, api_keys
 from mlx_rgemma.server.handler import Handler, RequestAborted
 from mlx_rgemma.server.http_server import Server
@@ -38,7 +38,7 @@ from mlx_rgemma.server.states import Prompt, PromptCacheStore
 from mlx_rgemma.server.validation import DEFAULT_MODEL
 
 STOP = "stop"
-"""What processes that share a model are sent in place of a request, in the end."""
+"""Sent to the other ranks in place of a request, to stop them."""
 
 EMBEDDED_NAME = "embedded"
 """The embedded model's name in requests."""
@@ -49,22 +49,22 @@ MAX_STATE_MACHINES = 8
 THREAD_EXIT_S = 0.25
 """Time for the generation thread to end after it has been joined.
 
-MLX then destroys what it compiled in that thread, which takes the interpreter. If Python were
+MLX then destroys functions compiled in that thread, which needs the interpreter. If Python were
 already exiting, the process would abort.
 """
 
 FINISH_S = 2.0
-"""Time for open requests to be told that the server stops."""
+"""Time for open requests to receive the error that the server stops."""
 
 
 class Provider(mlx_lm_server.ModelProvider):
-    """Loads the one model that is served, with this package's loader."""
+    """Loads the served model with this package's loader."""
 
     model_key: Any
     model: Any
     draft_model: Any
     reserved_variables: frozenset[str] = frozenset()
-    """Parameters of the tokenizer, which are no variables of its chat template."""
+    """Parameters of the tokenizer, which are not variables of its chat template."""
 
     @property
     def name(self) -> str:
@@ -72,7 +72,7 @@ class Provider(mlx_lm_server.ModelProvider):
 
     @property
     def names(self) -> frozenset[str]:
-        """What requests may call it."""
+        """Names of the model in requests."""
         path = Path(self.name)
         where = {str(path.resolve())} if path.exists() else set()
         return frozenset({DEFAULT_MODEL, self.name} | where)
@@ -113,9 +113,9 @@ class Provider(mlx_lm_server.ModelProvider):
 
 
 def _parameters(tokenizer: Any) -> frozenset[str]:
-    """Return the names that mean something to `apply_chat_template` before the template sees them.
+    """Return the names that are not passed to the chat template.
 
-    That is: its parameters, those of the tokenizer's call, and the special tokens.
+    These are the parameters of `apply_chat_template` and the tokenizer's call, and special tokens.
     """
     tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
     functions = [getattr(tokenizer, "apply_chat_template", None), type(tokenizer).__call__]
@@ -129,7 +129,7 @@ def _parameters(tokenizer: Any) -> frozenset[str]:
 
 
 class Generator(mlx_lm_server.ResponseGenerator):
-    """The thread that generates; an error ends the requests at hand, not the thread."""
+    """The generation thread; an error ends the current requests, not the thread."""
 
     model_provider: Any
 
@@ -139,13 +139,13 @@ class Generator(mlx_lm_server.ResponseGenerator):
         self.ready = threading.Event()
         self.failure: Exception | None = None
         self.stopping = False
-        self._at_hand: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._current: weakref.WeakSet[Any] = weakref.WeakSet()
         super().__init__(provider, states)
 
     def _run_generate(self) -> None:
         try:
             self.model_provider.load_default()
-        except Exception as error:  # told by `wait`
+        except Exception as error:  # raised by `wait`
             self.failure = error
             self._generation_failed = True
             self.ready.set()
@@ -161,30 +161,30 @@ class Generator(mlx_lm_server.ResponseGenerator):
                 self._fail_requests("the batch was given up after an error; try again")
 
     def _fail_requests(self, reason: str) -> None:
-        for answers in list(self._at_hand):
+        for answers in list(self._current):
             answers.put(RequestAborted(reason))
 
     def wait(self) -> None:
-        """Wait until the model is there.
+        """Wait until the model is loaded.
 
         Raises:
-            Exception: Whatever kept it from being loaded.
+            Exception: The error of loading it.
         """
         self.ready.wait()
         if self.failure is not None:
             raise self.failure
 
     def stop_and_join(self) -> None:
-        """Stop, in all processes that share the model, and end the open requests."""
+        """Stop on all ranks, and end the open requests."""
         self.stopping = True
         self._stop = not self._is_distributed
         self.join()
         with suppress(queue.Empty):
             while True:
-                self._at_hand.add(self.requests.get_nowait()[0])
+                self._current.add(self.requests.get_nowait()[0])
         self._fail_requests("the server is shutting down")
         deadline = time.monotonic() + FINISH_S
-        for thread in list(self.threads):  # Python must not exit under them
+        for thread in list(self.threads):  # Python must not exit before them
             thread.join(max(0.0, deadline - time.monotonic()))
         time.sleep(THREAD_EXIT_S)
 
@@ -200,7 +200,7 @@ class Generator(mlx_lm_server.ResponseGenerator):
     def _next_request(self, timeout: float | None = None) -> Any:
         request = super()._next_request(timeout)
         if request is not None:
-            self._at_hand.add(request[0])
+            self._current.add(request[0])
         return request
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -224,23 +224,23 @@ class Generator(mlx_lm_server.ResponseGenerator):
         logging.info("Prompt cache: %d states, %.1f MB", states, megabytes)
 
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> Any:
-        """Generate with the served model, whatever name the request has for it."""
+        """Generate with the served model, whatever name the request uses."""
         adapter: Any = None
         generation_args.model = mlx_lm_server.ModelDescription(
             DEFAULT_MODEL, DEFAULT_MODEL, adapter
         )
         context, answers = super().generate(request, generation_args, progress_callback)
         if self._is_distributed and not self._is_batchable(generation_args):
-            # The other processes cannot be told in the middle: the answer is written to its end.
+            # The other ranks cannot be interrupted: the answer is generated to its end.
             context.stop = lambda: None
         return context, answers
 
 
 def serve(args: Namespace) -> None:
-    """Serve until interrupted; under `mlx.launch`, the first process serves for all.
+    """Serve until interrupted; under `mlx.launch`, rank 0 serves.
 
     Args:
-        args: The arguments of the command, which mlx-lm's server reads too.
+        args: The arguments of the command, which mlx-lm's server reads as well.
 
     Raises:
         UserError: If the model cannot be loaded, the address cannot be used, or mlx-lm has changed.
@@ -248,13 +248,13 @@ def serve(args: Namespace) -> None:
     check_mlx_lm()
     keys = api_keys(args.api_key)
     distributed.join()
-    first = distributed.rank() == 0
+    main = distributed.rank() == 0
     logging.basicConfig(
-        level=args.log_level if first else "ERROR",
+        level=args.log_level if main else "ERROR",
         format="%(asctime)s - %(levelname)s - %(message)s",
         force=True,
     )
-    # Requests that are served one by one speculate with this package's loop.
+    # Requests with a draft model are served one by one, with this package's decode loop.
     mlx_lm_server.stream_generate = _stream_generate  # type: ignore[assignment]
     if distributed.group() is not None:
         make_sampler = mlx_lm_server._make_sampler
@@ -262,8 +262,8 @@ def serve(args: Namespace) -> None:
     provider = Provider(args)
     limit = 1 << 63 if args.prompt_cache_bytes is None else args.prompt_cache_bytes
     states = PromptCacheStore(args.prompt_cache_size, limit)
-    if not first:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it for all
+    if not main:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends all ranks
         generator = Generator(provider, states, args.max_requests)
         generator.wait()
         return generator.join()
@@ -286,10 +286,10 @@ def serve(args: Namespace) -> None:
             each = provider.state_bytes
             kept = min(args.prompt_cache_size, limit // each)
             if not keys and not server.access.loopback:
-                kept = 0  # requests have no client to keep them for
+                kept = 0  # requests have no client
             print(
                 f"Model: {provider.name}\n"
-                f"State: {each} bytes a conversation, at any length; {kept} kept for later turns,"
+                f"State: {each} bytes per conversation, at any length; {kept} kept for later turns,"
                 f" {kept * each / 1e6:.1f} MB\n"
                 f"Serving at {server.url}/v1",
                 flush=True,
@@ -306,30 +306,30 @@ def serve(args: Namespace) -> None:
 
 
 class _Ended(Exception):
-    """A signal has asked the server to end."""
+    """Raised by a signal that ends the server."""
 
 
 def _end_on_signals() -> None:
-    """End in order on SIGTERM and SIGHUP, and at once on a second one."""
+    """Shut down on SIGTERM and SIGHUP, and exit at once on a second one."""
 
     def end(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
         raise _Ended
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # and not ignored, as under nohup
+        if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as under nohup
             signal.signal(number, end)
 
 
 def _warn(access: Access, url: str) -> None:
-    """Warn on stderr where other machines can reach the server."""
+    """Warn on stderr if other machines can reach the server."""
     if access.loopback:
         return
     if access.keys:
         warning = "the connection is not encrypted, API keys included"
     else:
         warning = (
-            "anybody who can reach this address may use the server, as it asks for no API key"
+            "anybody who can reach this address may use the server, as it has no API key"
             f" (--api-key or {KEYS_VARIABLE}); no states are kept for later turns"
         )
     print(f"warning: {url} is open to other machines: {warning}.", file=sys.stderr, flush=True)
@@ -338,7 +338,7 @@ def _warn(access: Access, url: str) -> None:
 def _stream_generate(
     *, model: Any, tokenizer: Any, prompt: list[int], draft_model: Any, **kwargs: Any
 ) -> Iterator[Any]:
-    """mlx-lm's `stream_generate`, with what RecurrentGemma needs of its arguments."""
+    """Call this package's `stream_generate` with the arguments of mlx-lm's."""
     options = {key: kwargs[key] for key in _OPTIONS}
     if draft_model is not None:
         options |= {"draft_model": draft_model, "num_draft_tokens": kwargs["num_draft_tokens"]}

@@ -1,7 +1,7 @@
-"""Answer HTTP requests: mlx-lm's handler behind the checks of `access` and `request_checks`.
+"""Answer HTTP requests: mlx-lm's handler after the checks of `access` and `validation`.
 
-mlx-lm speaks OpenAI's protocol. Added are: who may use the server, clear errors in OpenAI's shape
-before anything is done, limits on size and time, and that a client that disconnects frees its slot.
+mlx-lm implements OpenAI's protocol. This module adds access control, validation with errors in
+OpenAI's format, limits on size and time, and stops generating when the client disconnects.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REQUEST_TIMEOUT_S = 60
 WRITE_TIMEOUT_S = 60
 """Time for a client to read a piece of its answer."""
 LINGER_S = 1.0
-"""Time for a refused client to stop sending, so that it sees why."""
+"""Time for a refused client to stop sending, so that it receives the error."""
 MAX_MESSAGE_CHARS = 400
 MAX_LOGGED_CHARS = 300
 
@@ -39,14 +39,14 @@ GREETING = {
     " /v1. GET /v1/models, POST /v1/chat/completions, POST /v1/completions, GET /health."
 }
 CODES = {401: "invalid_api_key", 403: "forbidden", 404: "not_found", 429: "rate_limit_exceeded"}
-# http.server logs what clients send; terminals would obey its control characters.
+# http.server logs client input; terminals would interpret its control characters.
 CONTROL_CHARACTERS = {
     code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
 }
 
 
 class RequestAborted(RuntimeError):
-    """The generator has given up a request; it has logged why."""
+    """The generator has given up a request and logged the reason."""
 
 
 class _Failed(BaseException):
@@ -111,7 +111,7 @@ class _RequestReader(io.RawIOBase):
 
 
 class Handler(APIHandler):
-    """mlx-lm's handler behind the checks of `access` and `request_checks`."""
+    """mlx-lm's handler after the checks of `access` and `validation`."""
 
     response_generator: Any
     server: Any
@@ -119,9 +119,9 @@ class Handler(APIHandler):
     origin: str | None = None
     """Origin of web pages that may read the answer."""
     client: int | None = None
-    """Whose states the request may continue: see `access.Access.client`."""
+    """Client whose states the request may continue: see `access.Access.client`."""
     streaming = False
-    """Whether the head of a streamed answer has been sent."""
+    """Whether the headers of a streamed answer have been sent."""
     body_read = False
 
     def setup(self) -> None:
@@ -131,7 +131,7 @@ class Handler(APIHandler):
         self.rfile = io.BufferedReader(_RequestReader(self.connection))
 
     def parse_request(self) -> bool:
-        """Read the head of a request, and refuse it if its sender may not use the server."""
+        """Read the headers of a request, and refuse it if its client has no access."""
         if not super().parse_request():
             return False
         headers, access = self.headers, self.server.access
@@ -211,7 +211,7 @@ class Handler(APIHandler):
                 logging.exception("a request failed")
             status = 503 if isinstance(error, RuntimeError) else 500
             if not self.streaming:
-                self._headers_buffer: list[bytes] = []  # of an answer that will not come
+                self._headers_buffer: list[bytes] = []  # discard the headers of the failed answer
                 self._refuse(status, str(error))
             else:
                 event = json.dumps(_error(status, str(error)))
@@ -220,7 +220,7 @@ class Handler(APIHandler):
             self.rfile = stream
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        """Generate, as long as the client is there."""
+        """Generate until the client disconnects."""
         generator = self.response_generator
         request.client = self.client
         self.response_generator = _DisconnectAware(generator, self.connection)
@@ -261,7 +261,7 @@ class Handler(APIHandler):
         return response
 
     def handle_models_request(self) -> None:
-        """List the model that is served."""
+        """List the served model."""
         name = self.response_generator.model_provider.name
         wanted = self.path.removeprefix("/v1/models").removeprefix("/")
         if wanted not in ("", name):
@@ -271,7 +271,7 @@ class Handler(APIHandler):
         self._send(200, model if wanted else {"object": "list", "data": [model]})
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer in OpenAI's shape where `http.server` would in HTML."""
+        """Answer in OpenAI's format in place of `http.server`'s HTML."""
         if code == 501:  # a method without a do_... function
             code, message = 405, f"the server takes GET and POST, not {shown(self.command)}"
         self._refuse(code, message or self.responses[code][0])
@@ -343,7 +343,7 @@ class Handler(APIHandler):
             self.wfile.flush()
 
     def _linger(self) -> None:
-        """Read what the client still sends: closing at once would reset the connection."""
+        """Read the rest of the request: closing at once would reset the connection."""
         deadline = time.monotonic() + LINGER_S
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)

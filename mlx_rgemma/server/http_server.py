@@ -18,14 +18,14 @@ BUSY = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0
 
 
 class Server(ThreadingHTTPServer):
-    """Serve each connection in a thread; one that breaks off is not an error of the server.
+    """Serve each connection in a thread; a broken connection is not an error of the server.
 
     Args:
         address: Host and port to listen on.
-        handler: Makes the handler of a connection.
+        handler: Creates the handler of a connection.
         origins: See `Access`.
         keys: See `Access`.
-        body_limit: Bytes that a request may have.
+        body_limit: Bytes per request at most.
 
     Raises:
         OSError: If the address cannot be used.
@@ -60,7 +60,7 @@ class Server(ThreadingHTTPServer):
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for a connection, or close it where there are too many."""
+        """Start a thread for a connection, or close it if there are too many."""
         if not self._places.acquire(blocking=False):
             with request:
                 request.setblocking(False)

@@ -1,7 +1,7 @@
 """The private parts of mlx-lm's server that this package overrides or calls.
 
-mlx-lm may change them in any version. An override of a method that is no longer called would undo
-a check in silence, so the names and parameters are compared before the server starts.
+mlx-lm may change them in any version. An override of a method that is no longer called would remove
+a check silently, so names and parameters are compared before the server starts.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ EXPECTED: Mapping[Any, Mapping[str, str]] = {
         "handle_models_request": "self",
     },
 }
-"""Owner, name and parameters, as mlx-lm 0.32.2 has them."""
+"""Owners, names and parameters in mlx-lm 0.32.2."""
 
 
 def check_mlx_lm() -> None:
@@ -75,7 +75,7 @@ def check_mlx_lm() -> None:
             found = function and ", ".join(inspect.signature(function).parameters)
             if found != expected:
                 raise UserError(
-                    f"the server does not fit mlx-lm {mlx_lm.__version__}:"
+                    f"the server does not support mlx-lm {mlx_lm.__version__}:"
                     f" {owner.__name__}.{name}({expected}) is"
                     f" {'missing' if found is None else f'now ({found})'};"
                     " install mlx-lm>=0.32.2,<0.33."

@@ -1,4 +1,4 @@
-"""Keep the states of conversations for later turns, apart for each client."""
+"""Keep the states of conversations for later turns, separately per client."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_lm.models.cache import LRUPromptCache
 
 
 class Prompt(list[int]):
-    """Tokens of a request, which stay tagged with its client through slices and growth."""
+    """Tokens of a request, tagged with its client, also after slicing."""
 
     def __init__(self, tokens: Iterable[int], client: int | None) -> None:
         super().__init__(tokens)
@@ -22,17 +22,16 @@ class Prompt(list[int]):
 
 
 class PromptCacheStore(LRUPromptCache):
-    """States of conversations, the least recently used ones dropped first.
+    """LRU cache of the states of conversations.
 
-    A state is found only by the client whose prompt it was made from: `cached_tokens` and the time
-    of an answer would otherwise tell one client what another asked. Tokens without a client are
-    neither kept nor found.
+    A state is available only to the client of its prompt: `cached_tokens` and response times would
+    otherwise leak prompts between clients. States of tokens without a client are not kept.
     """
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """Return the client's state of the longest known prefix, and the tokens left to read.
+        """Return the client's state of the longest known prefix, and the remaining tokens.
 
-        There is at least one: the model needs it to go on from.
+        There is at least one, whose logits start the answer.
         """
         client = getattr(tokens, "client", None)
         if client is None or len(tokens) < 2:
@@ -43,7 +42,7 @@ class PromptCacheStore(LRUPromptCache):
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any
     ) -> None:
-        """Keep a state, as arrays of its own and not as a part of a batch's."""
+        """Keep a state, evaluated so that it does not hold the arrays of its batch."""
         client = getattr(tokens, "client", None)
         if client is None:
             return

@@ -1,8 +1,8 @@
-"""Check the body of a request before anything is done with it.
+"""Validate the body of a request before it is used.
 
-Whatever a client sends that is used as an index, a size, a number of the sampler or a variable of
-the chat template passes through here. `check_request` leaves in the body only what was checked, in
-the form that mlx-lm's server reads.
+Everything that is used as an index, a size, a sampling parameter or a variable of the chat template
+passes through here. `check_request` leaves only checked values in the body, in the form that
+mlx-lm's server reads.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def check_request(
     models: frozenset[str],
     reserved: frozenset[str] = frozenset(),
 ) -> None:
-    """Refuse what the model or mlx-lm's server cannot do; rewrite the rest as mlx-lm reads it.
+    """Refuse unsupported or invalid arguments; rewrite the others in mlx-lm's form.
 
     Args:
         body: From `parse_body`; changed in place.
-        chat: Whether it asks for a chat completion rather than a text completion.
-        vocab_size: Tokens of the model.
+        chat: Whether it is a chat completion rather than a text completion.
+        vocab_size: Size of the vocabulary.
         models: Names of the served model.
         reserved: Names that `chat_template_kwargs` may not set, besides `RESERVED_VARIABLES`.
 
@@ -95,8 +95,8 @@ def check_request(
     _check_unsupported(body)
     for key, (low, high) in NUMBERS.items():
         _number(body, key, low, high)
-    for key, (least, most) in COUNTS.items():
-        _count(body, key, least, most)
+    for key, (minimum, maximum) in COUNTS.items():
+        _count(body, key, minimum, maximum)
     _typed(body, "stream", bool)
     if body.get("top_k", 0) >= vocab_size:
         body["top_k"] = 0  # all tokens
@@ -193,8 +193,8 @@ def _typed(body: Mapping[str, Any], key: str, kind: type, default: Any = None) -
     return value
 
 
-def _is_integer(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def _is_integer(value: Any, minimum: int, maximum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
@@ -210,25 +210,25 @@ def _number(body: dict[str, Any], key: str, low: float, high: float) -> None:
     body[key] = float(body[key])
 
 
-def _count(body: Mapping[str, Any], key: str, least: int, most: int) -> None:
-    if key in body and not _is_integer(body[key], least, most):
+def _count(body: Mapping[str, Any], key: str, minimum: int, maximum: int) -> None:
+    if key in body and not _is_integer(body[key], minimum, maximum):
         hint = "; leave it out for the server's default" if key.startswith("max_") else ""
         raise BadRequest(
-            f"{key} must be an integer from {least} to {most}, not {shown(body[key])}{hint}"
+            f"{key} must be an integer from {minimum} to {maximum}, not {shown(body[key])}{hint}"
         )
 
 
 def _check_logprobs(body: dict[str, Any], chat: bool, vocab_size: int) -> None:
-    most = min(MAX_TOP_LOGPROBS, vocab_size)
+    limit = min(MAX_TOP_LOGPROBS, vocab_size)
     wanted = body.get("logprobs", False)
     if not chat and isinstance(wanted, int) and not isinstance(wanted, bool):
-        # Text completions ask for a number of alternatives.
-        _count(body, "logprobs", 0, most)
+        # In text completions logprobs is the number of alternatives.
+        _count(body, "logprobs", 0, limit)
         body["logprobs"] = True
         if wanted:
             body["top_logprobs"] = wanted
     _typed(body, "logprobs", bool)
-    _count(body, "top_logprobs", 0, most)
+    _count(body, "top_logprobs", 0, limit)
     if body.get("top_logprobs"):
         body["logprobs"] = True
 

@@ -1,4 +1,4 @@
-"""Questions and answers in one session: each turn is read once, in the model's chat template."""
+"""Chat in one session: each turn is read once, in the model's chat template."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from typing import Any
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.generation.response import GenerationResponse
+from mlx_rgemma.io.reading import reason
 from mlx_rgemma.sessions.session import Session, Snapshot
 
 TURN = "turn"
 OPEN = "open"
-"""What a session's metadata say of a text that the user has not finished: `cache_prompt`'s."""
+"""Metadata of a session whose user turn is unfinished, as `cache_prompt` saves it."""
 
 MLX_LM = "tokenizer_config"
-"""What the prompt caches of mlx-lm's own `cache_prompt` hold; they end in an open turn, too."""
+"""Metadata key of prompt caches of mlx-lm's `cache_prompt`, which end in an open turn as well."""
 
-MARK = "WHAT-STANDS-HERE-IS-REPLACED"
+MARK = "THIS-TEXT-IS-REPLACED"
 
 
 class Conversation:
-    """A session in which a user and a model take turns.
+    """A chat between a user and a model in one session.
 
-    With a chat template, a turn is what the template puts behind the answer before: the history
-    is in the state, and nothing is read again. Without one, each message begins a new line of
-    the text that the model goes on with.
+    The history is in the state and never read again. With a chat template, a turn is the text that
+    the template inserts after the previous answer. Without one, each message begins a new line.
 
     Args:
-        session: The session, which may have begun.
-        system_prompt: A system message, where the conversation begins.
+        session: The session, empty or not.
+        system_prompt: A system message, at the start of the conversation.
         use_template: Whether to use the model's chat template, if it has one.
         options: More arguments for the template.
 
     Raises:
-        UserError: If there is a system prompt but no template, or no beginning to put it at.
+        UserError: If there is a system prompt without a template, or in a session that is not
+            empty.
     """
 
     def __init__(
@@ -54,17 +55,17 @@ class Conversation:
             raise UserError("a system prompt belongs at the beginning of a conversation.")
 
     def ask(self, message: str, **kwargs: Any) -> Iterator[GenerationResponse]:
-        """Read a message and write the answer.
+        """Read a message and generate the answer.
 
-        An answer may be left at any moment; the next message then follows what was written. A
-        message whose answer has not begun is taken back.
+        The generator may be closed at any time; the next message then follows the part that was
+        generated. If generation fails before the first token, the session is rolled back.
 
         Args:
-            message: What the user says.
+            message: The user's message.
             **kwargs: As for `Session.stream`.
 
         Raises:
-            UserError: If the template refuses the message, or `Session.stream` does.
+            UserError: If the template or `Session.stream` refuses the message.
         """
         text = self.turn(message)
         before: Snapshot | None = self.session.mark()
@@ -79,7 +80,7 @@ class Conversation:
                 self.session.rewind(before)
 
     def turn(self, message: str) -> str:
-        """The text to read for a message: what the template puts around it.
+        """Return the text to read for a message, with the template's text around it.
 
         Raises:
             UserError: If the template refuses the message.
@@ -106,13 +107,13 @@ class Conversation:
         text = _split(text)[1]
         last = session.last_token
         if last is not None and last in tokenizer.eos_token_ids:
-            # The model has ended its turn itself.
+            # The model has generated the end of its turn.
             text = text.removeprefix(tokenizer.convert_ids_to_tokens(last))
         return text
 
 
 def open_turn(tokenizer: Any, **options: Any) -> tuple[str, str]:
-    """What a chat template puts before a user's first message, and behind it.
+    """Return the chat template's text before and after a user's first message.
 
     Raises:
         UserError: If the template refuses a user's message.
@@ -122,19 +123,24 @@ def open_turn(tokenizer: Any, **options: Any) -> tuple[str, str]:
 
 
 def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    """The text of some messages.
+    """Return messages in the chat template.
 
     Raises:
         UserError: If the template refuses them.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # templates raise errors of their own making
-        raise UserError(f"the model's chat template refuses the message: {error}.") from error
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return text
+    except Exception as error:  # templates may raise any error
+        raise UserError(
+            f"the model's chat template refuses the message: {reason(error)}."
+        ) from error
 
 
 def _split(text: str) -> tuple[str, str]:
     before, mark, after = text.partition(MARK)
     if not mark:
-        raise UserError("the model's chat template drops messages: it cannot go on turn by turn.")
+        raise UserError(
+            "the model's chat template drops messages, so it cannot be used turn by turn."
+        )
     return before, after

@@ -1,7 +1,7 @@
-"""States in files, in mlx-lm's prompt-cache format, checked against the model when loaded.
+"""Save and load states in mlx-lm's prompt-cache format, checked against the model.
 
-A file is recognized by its content, not its name. Everything in it is checked before it is used:
-the length of its header, the shapes and dtypes of its tensors, their checksums, each number.
+A file is recognized by its content, not its name. All of it is checked before use: the length of
+the header, the shapes and dtypes of the tensors, their checksums and all counters.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from mlx.utils import tree_flatten
 
 from mlx_rgemma import distributed
 from mlx_rgemma.errors import CheckpointError, UserError, shown
-from mlx_rgemma.generation.streams import synchronize_streams
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache, RecurrentCache
+from mlx_rgemma.griffin.checks import refuse_forked_process
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.griffin.process import refuse_forked_process
 from mlx_rgemma.griffin.sharding import gather_state, split_state
 from mlx_rgemma.io.atomic import atomic_file
 from mlx_rgemma.io.checksum import CRC32, crc32, dump_checksums, verify_file
 from mlx_rgemma.io.safetensors import TensorInfo, read_header
+from mlx_rgemma.ops.streams import synchronize_streams
 
 FINGERPRINT = "fingerprint"
 PENDING = "pending_token"
-"""Metadata key of the token that a saved session has seen, but not yet read."""
+"""Metadata key of the pending token of a session: seen, but not read yet."""
 
 SUFFIX = ".safetensors"
 MAX_METADATA_BYTES = 2_000_000
 MAX_HEADER_BYTES = 4_000_000
-"""Longest header of a state file: more than any metadata that is saved, and all tensors' names."""
+"""Largest header of a state file: enough for the metadata and all tensor names."""
 
-KINDS = {kind.__name__: kind for kind in (RecurrentCache, AttentionCache)}
+CACHE_CLASSES = {kind.__name__: kind for kind in (RecurrentCache, AttentionCache)}
 
 
 def fingerprint(model: Model) -> str:
-    """A short name of the model that a state belongs to: of its shape, window rule and weights.
+    """Return a short hash of a model's sizes, window rule and norm weights.
 
-    The weights enter by their norms, which quantization leaves alone, rounded to bfloat16, so
-    that the same checkpoint has one fingerprint in every precision.
+    Norm weights are not quantized. They are rounded to bfloat16, so that a checkpoint has the same
+    fingerprint in every precision.
     """
     c = model.args
     shape = (
@@ -74,18 +74,18 @@ def save_prompt_cache(
 ) -> None:
     """Save a state as a safetensors file that `load_prompt_cache` (and mlx-lm) reads.
 
-    The file appears whole or not at all. Of processes that share a model, all must call this; the
-    first one writes the file, which is the one that a single process would write.
+    The file is written atomically. If a model is sharded, all ranks must call this, and rank 0
+    writes the whole state.
 
     Args:
-        path: The file, of any name; one that exists is replaced.
-        model: The model that made the state.
+        path: The file, with any name; an existing one is replaced.
+        model: The model of the state.
         cache: The state.
-        metadata: Texts to keep with it.
+        metadata: Strings to save with it.
 
     Raises:
-        CheckpointError: If the file cannot be written; one that exists stays.
-        UserError: If the metadata are no texts, or too long.
+        CheckpointError: If the file cannot be written; an existing one is kept.
+        UserError: If the metadata are not strings, or too long.
     """
     refuse_forked_process()
     if model.group is None:
@@ -104,17 +104,17 @@ def _write(
     checksums = {name: crc32(value) for name, value in arrays.items()}
     texts = {**_checked(metadata or {}), FINGERPRINT: fingerprint(model)}
     texts[CRC32] = dump_checksums(checksums)
-    # What mlx-lm expects: metadata, the classes of the caches, and an empty list of scalars.
+    # mlx-lm expects metadata, the classes of the caches, and an empty list of scalars.
     header: Any = dict(tree_flatten([texts, [type(layer).__name__ for layer in cache], [""]]))
     with atomic_file(path, SUFFIX) as partial:
         mx.save_safetensors(str(partial), arrays, header)
 
 
 def _checked(metadata: Mapping[str, str]) -> Mapping[str, str]:
-    """Refuse metadata that could not be loaded again."""
+    """Refuse metadata that `load_prompt_cache` would refuse."""
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise UserError(f"metadata: {shown(key)} is {shown(value)}, expected a text.")
+            raise UserError(f"metadata: {shown(key)} is {shown(value)}, expected a string.")
     nbytes = len(json.dumps(dict(metadata)))
     if nbytes > MAX_METADATA_BYTES:
         raise UserError(f"metadata: {nbytes} bytes, expected at most {MAX_METADATA_BYTES}.")
@@ -126,7 +126,7 @@ def load_prompt_cache(path: str | Path, model: Model) -> list[GriffinCache]:
 
     Args:
         path: A file that `save_prompt_cache`, `Session.save` or mlx-lm wrote.
-        model: The model that is to continue from it.
+        model: The model that continues from it.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or of another model, window or shape.
@@ -140,10 +140,9 @@ def load_prompt_cache(path: str | Path, model: Model) -> list[GriffinCache]:
 
 
 def read_prompt_cache(path: str | Path, model: Model) -> tuple[list[GriffinCache], dict[str, str]]:
-    """Load a state as it lies in its file, and the texts kept with it.
+    """Load a state without reading its pending token, and its metadata.
 
-    Of processes that share a model, all must call this; the first one reads the file, and each
-    gets its part.
+    If a model is sharded, all ranks must call this; rank 0 reads the file.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or of another model, window or shape.
@@ -168,10 +167,10 @@ def read_prompt_cache(path: str | Path, model: Model) -> tuple[list[GriffinCache
 
 
 def find_state(path: str | Path) -> Path:
-    """Return the file of a saved state: `path`, or what mlx-lm makes of a name without suffix."""
+    """Return the file of a saved state: `path`, or `path` with the suffix that mlx-lm appends."""
     path = Path(path)
     appended = Path(f"{path}{SUFFIX}")
-    # os.path: a name that is too long is no file, rather than an error.
+    # os.path returns False for names that are too long; pathlib raises.
     return appended if os.path.isfile(appended) and not os.path.exists(path) else path
 
 
@@ -182,7 +181,7 @@ def _read(path: Path, model: Model) -> tuple[list[GriffinCache], dict[str, str]]
     tensors = _read_tensors(path)
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
-    except Exception as error:  # whatever a foreign file makes MLX stumble over
+    except Exception as error:  # MLX raises many kinds of errors on foreign files
         raise _foreign(path, f"{type(error).__name__}: {shown(str(error))}") from error
     arrays, header = loaded
     metadata = {key[2:]: text for key, text in header.items() if key.startswith("0.")}
@@ -194,12 +193,14 @@ def _read(path: Path, model: Model) -> tuple[list[GriffinCache], dict[str, str]]
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if any(layer.positions != cache[0].positions for layer in cache):
-        raise CheckpointError(f"{path}: its layers are at different positions; it is damaged.")
+        raise CheckpointError(
+            f"{path}: its layers are at different positions; the file is damaged."
+        )
     found = metadata.get(FINGERPRINT)
     if found is not None and found != fingerprint(model):
         raise CheckpointError(
             f"{path}: saved by another model (fingerprint {shown(found[:8])}, this one is"
-            f" {fingerprint(model)[:8]!r}); load it with the model that made it."
+            f" {fingerprint(model)[:8]!r}); load it with that model."
         )
     return cache, metadata
 
@@ -211,7 +212,7 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
             nbytes = int.from_bytes(file.read(8), "little")
         too_long = MAX_HEADER_BYTES < nbytes < path.stat().st_size
     except OSError:
-        too_long = False  # `read_header` says why
+        too_long = False  # `read_header` reports the error
     if too_long:
         raise _foreign(path, f"its header has {nbytes} bytes, expected at most {MAX_HEADER_BYTES}")
     return read_header(path)
@@ -228,10 +229,10 @@ def _caches(
         raise _foreign(path, "it holds other tensors")
     cache = []
     for i, name in enumerate(names):
-        if name not in KINDS:
+        if name not in CACHE_CLASSES:
             raise _foreign(path, f"it holds a {shown(name)}")
         try:
-            cache.append(KINDS[name].from_state([arrays[f"{i}.{j}"] for j in range(3)]))
+            cache.append(CACHE_CLASSES[name].from_state([arrays[f"{i}.{j}"] for j in range(3)]))
         except ValueError as error:
             raise CheckpointError(f"{path}: layer {i}: {error}") from error
     return cache
@@ -242,7 +243,7 @@ def _foreign(path: Path, why: str) -> CheckpointError:
 
 
 def pending_token(path: str | Path, model: Model, metadata: Mapping[str, str]) -> int | None:
-    """Return the token that a saved session has seen but not read.
+    """Return the pending token of a saved session, which it has seen but not read.
 
     Raises:
         CheckpointError: If the model has no such token.

@@ -1,4 +1,4 @@
-"""A text that a model is reading, as something to hold: feed it, fork it, save it, go back in it.
+"""Sessions: the model state of one text. Feed, fork, save, load and rewind it.
 
 session = Session(*load())
 session.feed(open("book.txt"))
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rgemma.errors import CheckpointError, UserError
-from mlx_rgemma.generation.decode import CONTEXT_LIMIT, LogitsProcessor, Processors, Sampler
+from mlx_rgemma.generation.decode import CONTEXT_LIMIT, LogitsProcessor, Sampler
 from mlx_rgemma.generation.prompts import encode
 from mlx_rgemma.generation.response import GenerationResponse, seconds_since, text_responses
-from mlx_rgemma.generation.streams import wired_limit
 from mlx_rgemma.griffin.cache import GriffinCache, state_nbytes
+from mlx_rgemma.griffin.checks import refuse_forked_process
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.griffin.process import refuse_forked_process
+from mlx_rgemma.ops.streams import generation_stream, wired_limit
 from mlx_rgemma.sessions.prompt_cache import (
     FINGERPRINT,
     PENDING,
@@ -42,11 +43,11 @@ TOKENS_SEEN = "tokens_seen"
 
 @dataclass(frozen=True)
 class PrefillProgress:
-    """How far a text has been read.
+    """Progress of reading a text.
 
     Attributes:
         tokens: Tokens read.
-        seconds: How long that took.
+        seconds: Duration.
     """
 
     tokens: int
@@ -59,7 +60,7 @@ class PrefillProgress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A place in a session that `rewind` goes back to; it holds one state."""
+    """A state of a session, to `rewind` to."""
 
     model: Model
     state: TextState
@@ -67,15 +68,14 @@ class Snapshot:
 
 
 class Session:
-    """A model, a tokenizer, and the state of one text, of a size that never changes.
+    """A model, a tokenizer, and the state of one text, of constant size.
 
-    The caches have read every token but the last, which is kept as a number: a session can then
-    go on writing at any moment, also one that was saved in the middle of a sentence. What is done
-    to a session is done whole or not at all; an exception in between leaves a state that can be
-    used.
+    The caches have read every token but the last, which is kept as a number. So generation can
+    continue at any token, also after loading a session that was saved in the middle of a sentence.
+    After an exception the session is still usable.
 
-    Several threads may share a model and a tokenizer's files, each with sessions of its own; a
-    session may be handed from thread to thread, but be used by one at a time.
+    Threads may share a model and a tokenizer's files, each with sessions of its own. A session may
+    be passed from thread to thread, but used by one at a time.
 
     Args:
         model: From `load`.
@@ -83,12 +83,12 @@ class Session:
         prefill_step_size: Tokens to read at a time.
 
     Attributes:
-        metadata: Texts that are saved with the state.
+        metadata: Strings that are saved with the state.
     """
 
     def __init__(self, model: Model, tokenizer: Any, *, prefill_step_size: int = 2048) -> None:
         refuse_forked_process()
-        # What is left to compute could only be computed by the thread that made it.
+        # Evaluate now: lazy arrays can only be evaluated on the thread that created them.
         mx.eval(model.parameters())
         self.model = model
         self.tokenizer = tokenizer
@@ -102,21 +102,21 @@ class Session:
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens read and written since the text began, BOS among them."""
+        """Tokens read and generated since the text began, including BOS."""
         return self._state.tokens_seen
 
     @property
     def last_token(self) -> int | None:
-        """The last token; None where there is none, or only the state it led to is known."""
+        """The last token; None before the first, or if only the state after it is known."""
         return self._state.last_token
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state; sessions that were forked share them until one of them goes on."""
+        """Bytes of the state; forked sessions share them until one is continued."""
         return state_nbytes(self._state.cache)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text that goes on from here; with BOS where nothing came before."""
+        """Return the token ids of a text that continues the session, with BOS if it is empty."""
         return [token for tokens in self._tokens(text) for token in tokens]
 
     def feed(
@@ -125,16 +125,15 @@ class Session:
         """Read a text.
 
         Args:
-            source: A text; token ids, taken as they are; or an open text file of any size, which
-                is read in pieces. The first text of a session gets BOS, later ones go on where
-                it ended.
+            source: A text; token ids, used verbatim; or an open text file of any size, which is
+                read in pieces. The first text of a session gets BOS, later ones continue it.
             progress: Called after each `prefill_step_size` tokens, and at the end.
 
         Returns:
             How many tokens were read, and how fast.
 
         Raises:
-            UserError: If a token is unknown, or a file holds no UTF-8 text. What came before it
+            UserError: If a token is unknown, or a file is not UTF-8 text. Everything before it
                 has been read.
         """
         started = time.perf_counter()
@@ -154,32 +153,32 @@ class Session:
         logits_processors: Sequence[LogitsProcessor] = (),
         progress: Callable[[PrefillProgress], object] | None = None,
     ) -> Iterator[GenerationResponse]:
-        """Read a prompt and write on, piece by piece.
+        """Read a prompt and generate text, piece by piece.
 
-        Whenever a piece has been handed out, the session has seen the tokens up to this piece and
-        no more: it may be saved, forked or marked then, and the stream be left. The token that
-        ends a text is part of the state, as in mlx-lm; so are the tokens of a stop text.
+        Whenever a piece is yielded, the session has seen exactly the tokens up to this piece: it
+        may be saved, forked or marked, and the generator closed. The state includes the EOS token,
+        as in mlx-lm, and the tokens of a stop text.
 
         Args:
-            prompt: As for `feed`; None to go on from the last token.
-            max_tokens: How many tokens to write at most; -1 for no limit.
+            prompt: As for `feed`; None to continue from the last token.
+            max_tokens: Tokens to generate at most; -1 for no limit.
             stop: Texts that end the generation; they are not part of the output.
             sampler: From log-probabilities (1, vocab_size) to a token (1,); greedy by default.
-            logits_processors: As for `stream_generate`; they see the prompt and what was written
-                since, `CONTEXT_LIMIT` tokens at most, not what was read before.
+            logits_processors: As for `stream_generate`; they get the tokens of the prompt and the
+                output, `CONTEXT_LIMIT` tokens at most, but no earlier ones.
             progress: As for `feed`.
 
         Yields:
             A `GenerationResponse`; the last one has a `finish_reason`, "stop" or "length".
 
         Raises:
-            UserError: If there is nothing to go on from, `max_tokens` is no count, the prompt
-                cannot be read, or the session was changed while the stream was paused.
+            UserError: If the session is empty, `max_tokens` or the prompt is invalid, or the
+                session was changed while the generator was paused.
         """
         if max_tokens < 1 and max_tokens != -1:
             raise UserError(f"max_tokens is {max_tokens}, expected at least 1 (or -1: no limit).")
         after = self.last_token if prompt is None else None
-        with wired_limit(self.model, mx.default_stream(mx.default_device())):
+        with wired_limit(self.model, generation_stream):
             tic = time.perf_counter()
             recent = [] if self.last_token is None else [self.last_token]
             before = self.tokens_seen
@@ -189,21 +188,27 @@ class Session:
                     progress(PrefillProgress(self.tokens_seen - before, seconds_since(tic)))
             read = self.tokens_seen - before
             if self.last_token is None:
-                raise UserError("there is nothing to go on from: give a prompt.")
-            processors = Processors(logits_processors, recent)
-            steps = self._state.steps(self.model, max_tokens, sampler, processors)
-            yield from text_responses(
-                ((token, logprobs, False) for token, logprobs in steps),
-                self.tokenizer,
+                raise UserError("the session is empty: give a prompt.")
+            steps = self._state.steps(
+                self.model,
                 max_tokens,
-                stop=stop,
-                prompt_tokens=read,
-                started=tic,
-                after=after,
+                sampler=sampler,
+                logits_processors=logits_processors,
+                recent=recent,
             )
+            with closing(steps):
+                yield from text_responses(
+                    steps,
+                    self.tokenizer,
+                    max_tokens,
+                    stop=stop,
+                    prompt_tokens=read,
+                    started=tic,
+                    after=after,
+                )
 
     def generate(self, prompt: Source | None = None, **kwargs: Any) -> str:
-        """Read a prompt and write on; the arguments are those of `stream`.
+        """Read a prompt and generate text; the arguments are those of `stream`.
 
         Returns:
             The text without the prompt.
@@ -211,39 +216,39 @@ class Session:
         return "".join(response.text for response in self.stream(prompt, **kwargs))
 
     def fork(self) -> Session:
-        """A session that goes on from here by itself; arrays are shared until one of them does."""
+        """Return an independent copy; arrays are shared until one of the two is continued."""
         other = copy.copy(self)
         other._state = self._state.copy()
         other.metadata = dict(self.metadata)
         return other
 
     def mark(self) -> Snapshot:
-        """A place to `rewind` to, any number of times."""
+        """Return a snapshot to `rewind` to, any number of times."""
         return Snapshot(self.model, self._state.copy(), dict(self.metadata))
 
     def rewind(self, mark: Snapshot) -> None:
-        """Go back (or over) to a place that was marked in a session of the same model.
+        """Restore a snapshot of a session of the same model.
 
         Raises:
-            UserError: If the mark is another model's.
+            UserError: If the snapshot belongs to another model.
         """
         if mark.model is not self.model:
-            raise UserError("the mark was made with another model.")
+            raise UserError("the mark belongs to another model.")
         self._state.restore(mark.state)
         self.metadata = dict(mark.metadata)
 
     def save(self, path: str | Path) -> None:
         """Save the session as a safetensors file, in mlx-lm's prompt-cache format.
 
-        The file appears whole or not at all. Its header says which token is still to be read.
+        The file is written atomically. Its header holds the pending token.
 
         Args:
-            path: The file, of any name (`load` does not look at it; mlx-lm needs `.safetensors`);
-                one that exists is replaced.
+            path: The file, with any name (mlx-lm needs `.safetensors`); an existing one is
+                replaced.
 
         Raises:
-            CheckpointError: If it cannot be written; a file that was there stays.
-            UserError: If `metadata` holds anything but texts, or 2 MB of them.
+            CheckpointError: If it cannot be written; an existing file is kept.
+            UserError: If `metadata` holds anything but strings, or more than 2 MB.
         """
         metadata = {**self.metadata, TOKENS_SEEN: str(self.tokens_seen)}
         if self.last_token is not None:
@@ -253,11 +258,11 @@ class Session:
 
     @classmethod
     def load(cls, path: str | Path, model: Model, tokenizer: Any, **options: Any) -> Session:
-        """A session that was saved, or a prompt cache of mlx-lm's.
+        """Load a saved session or a prompt cache of mlx-lm.
 
         Args:
-            path: What `save`, `save_prompt_cache` or `cache_prompt` wrote.
-            model: The model that made it.
+            path: A file of `save`, `save_prompt_cache` or `cache_prompt`.
+            model: The model of the state.
             tokenizer: From `load`.
             **options: As for the class itself.
 
@@ -266,7 +271,7 @@ class Session:
         """
         cache, metadata = read_prompt_cache(path, model)
         if cache[0].batch_size != 1:
-            raise CheckpointError(f"{path}: {cache[0].batch_size} sequences; a session is of one.")
+            raise CheckpointError(f"{path}: {cache[0].batch_size} sequences; a session has one.")
         session = cls(model, tokenizer, **options)
         session._state = TextState(cache, pending_token(path, model, metadata))
         own = (FINGERPRINT, PENDING, TOKENS_SEEN)
@@ -274,7 +279,7 @@ class Session:
         return session
 
     def prompt_cache(self) -> list[GriffinCache]:
-        """A copy of the state for mlx-lm's functions and `batch_generate`: all tokens are read."""
+        """Return a copy of the state that has read all tokens, for mlx-lm and `batch_generate`."""
         state = self._state.copy()
         if state.last_token is not None:
             self.model.prefill(mx.array([[state.last_token]]), state.cache)
@@ -285,9 +290,9 @@ class Session:
     def from_prompt_cache(
         cls, model: Model, tokenizer: Any, cache: Sequence[GriffinCache], **options: Any
     ) -> Session:
-        """A session that goes on from a state, which stays as it is.
+        """Return a session that continues from a copy of a state.
 
-        It has no last token: feed it something before it can write.
+        It has no last token: feed it a text before generating.
 
         Args:
             model, tokenizer: As for the class itself.
@@ -295,20 +300,20 @@ class Session:
             **options: As for the class itself.
 
         Raises:
-            UserError: If the state is another model's, or of several sequences.
+            UserError: If the state belongs to another model, or has several sequences.
         """
         try:
             model.check_cache(cache)
         except ValueError as error:
             raise UserError(str(error)) from error
         if cache[0].batch_size != 1:
-            raise UserError(f"the state is of {cache[0].batch_size} sequences, expected one.")
+            raise UserError(f"the state has {cache[0].batch_size} sequences, expected one.")
         session = cls(model, tokenizer, **options)
         session._state = TextState(cache)
         return session
 
     def _tokens(self, source: Source) -> Iterable[list[int]]:
-        """The tokens of a source, in lists of bounded length, each of them checked."""
+        """Yield the checked tokens of a source in lists of bounded length."""
         if isinstance(source, str) or hasattr(source, "read"):
             begin = self.tokens_seen == 0
             pieces: Any = self._pieces.tokens(source, begin=begin, last=self.last_token)
@@ -321,18 +326,18 @@ class Session:
                 yield [int(token) for token in tokens]
 
     def _read(self, pieces: Iterable[list[int]]) -> Iterator[list[int]]:
-        """Read tokens, all but the last, in chunks; yields the tokens of each, as new tokens."""
+        """Read all tokens but the last in chunks; yield the new tokens of each."""
         last = self.last_token
         waiting = [] if last is None else [last]
-        told = len(waiting)
+        yielded = len(waiting)
         for tokens in pieces:
             waiting += tokens
             while len(waiting) > self.prefill_step_size:
                 chunk = waiting[: self.prefill_step_size + 1]
                 self._state.advance(self.model, chunk)
-                yield chunk[told:]
+                yield chunk[yielded:]
                 del waiting[: self.prefill_step_size]
-                told = 1
-        if len(waiting) > told:
+                yielded = 1
+        if len(waiting) > yielded:
             self._state.advance(self.model, waiting)
-            yield waiting[told:]
+            yield waiting[yielded:]

@@ -1,36 +1,36 @@
-"""The state of one text while it is read and written: exact whenever a token is handed out."""
+"""The state of one text during prefill and decoding, exact whenever a token is yielded."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.generation.decode import Processors, Sampler, greedy
+from mlx_rgemma.generation.decode import Steps, generate_step
 from mlx_rgemma.griffin.cache import AttentionCache, GriffinCache
+from mlx_rgemma.griffin.checks import refuse_forked_process
 from mlx_rgemma.griffin.model import Model
-from mlx_rgemma.griffin.process import refuse_forked_process
-from mlx_rgemma.ops.sums import log_softmax
+from mlx_rgemma.ops.streams import generation_stream
 
 
 class TextState:
     """Caches that have read every token but the last, and that last token.
 
-    Arrays are never written to, only replaced, and caches are replaced as a whole: an exception
-    anywhere leaves a state that can be used, and a copy costs nothing until one of two goes on.
+    Arrays are replaced, never modified, and caches are replaced as a whole: an exception anywhere
+    leaves a usable state, and a copy costs nothing until one of the two is continued.
 
     Attributes:
-        cache: One cache a layer, of one sequence.
-        pending: The last token; None before the first, or where only the state it led to is
-            known. An array while it is being computed.
+        cache: One cache per layer, of one sequence.
+        pending: The last token; None before the first, or if only the state after it is known.
     """
 
     def __init__(self, cache: Iterable[GriffinCache], pending: int | None = None) -> None:
         self.cache = shallow_copies(cache)
-        self.pending: int | mx.array | None = pending
+        self.pending = pending
         self.evaluate()
 
     @property
@@ -39,93 +39,92 @@ class TextState:
 
     @property
     def last_token(self) -> int | None:
-        if isinstance(self.pending, mx.array):
-            value: Any = self.pending.item()
-            self.pending = int(value)
         return self.pending
 
     def evaluate(self) -> None:
-        """Compute what is left to compute: no other thread could."""
+        """Evaluate now: lazy arrays can only be evaluated on the thread that created them."""
         refuse_forked_process()
         mx.eval(_arrays(self.cache))
 
     def copy(self) -> TextState:
-        """A state that goes on by itself; arrays are shared until one of the two does."""
+        """Return an independent state; arrays are shared until one of the two is continued."""
         return TextState(self.cache, self.last_token)
 
     def restore(self, other: TextState) -> None:
-        """Go to where another state is, which stays there."""
+        """Become a copy of another state."""
         self.cache, self.pending = shallow_copies(other.cache), other.last_token
 
     def advance(self, model: Model, tokens: Sequence[int]) -> None:
-        """Read all but the last of some tokens, which is then the last seen."""
+        """Read all tokens but the last, which becomes the pending one."""
         cache = self.cache
         if len(tokens) > 1:
             cache = shallow_copies(cache)
-            model.prefill(mx.array([tokens[:-1]]), cache)
-            mx.eval(_arrays(cache))
+            with mx.stream(generation_stream):
+                model.prefill(mx.array([tokens[:-1]]), cache)
+                mx.eval(_arrays(cache))
             if len(tokens) > 2:
                 mx.clear_cache()
         self.cache, self.pending = cache, tokens[-1]
 
-    def steps(
-        self,
-        model: Model,
-        max_tokens: int,
-        sampler: Sampler | None,
-        processors: Processors,
-    ) -> Iterator[tuple[int, mx.array]]:
-        """Write tokens; the next one is computed while one is handed out.
+    def steps(self, model: Model, max_tokens: int, **options: Any) -> Steps:
+        """Generate tokens with `generate_step`; each is the last one seen when it is yielded.
 
         Args:
-            model: The model that made the state.
-            max_tokens: How many; -1 for no limit.
-            sampler: From log-probabilities (1, vocab_size) to a token (1,); greedy by default.
-            processors: What the logits go through before.
+            model: The model of the state.
+            max_tokens: Tokens to generate at most; -1 for no limit.
+            **options: The sampler, logits processors and recent tokens of `generate_step`.
 
         Yields:
-            A token and its log-probabilities (vocab_size,). The token is the last one seen then.
+            A token, its log-probabilities (V,), and False: it was not drafted.
 
         Raises:
-            UserError: If the state was changed in between.
+            UserError: If the state was changed while the generator was paused.
         """
-        choose = sampler or greedy
+        reader = _Reader(model, self.cache)
+        ahead = list(shallow_copies(self.cache))
+        loop = generate_step(
+            mx.array([self.last_token]),
+            reader,
+            prompt_cache=ahead,
+            max_tokens=max_tokens,
+            read_last=False,
+            **options,
+        )
+        with closing(loop):
+            for token, logprobs, drafted in loop:
+                if reader.behind[0].offset != self.tokens_seen:  # no step follows this token yet
+                    reader.behind = shallow_copies(ahead)
+                behind = self.cache = reader.behind
+                self.pending = token
+                yield token, logprobs, drafted
+                if self.cache is not behind or self.pending != token:
+                    raise UserError("the session was changed while this stream was paused.")
 
-        def step(cache: Sequence[GriffinCache], token: mx.array) -> tuple[mx.array, mx.array]:
-            logits = processors(model(token[:, None], cache=cache)[:, -1])
-            logprobs = log_softmax(logits)
-            return choose(logprobs), logprobs.squeeze(0)
 
-        ahead = shallow_copies(self.cache)
-        token, logprobs = step(ahead, mx.array([self.last_token]))
-        mx.async_eval(token, logprobs, _arrays(ahead))
-        n = 0
-        while True:
-            n += 1
-            behind = self.cache = ahead
-            self.pending = token
-            processors.append(token)
-            if n == 1:
-                mx.eval(token)  # before the next one is begun, which would delay it
-            if n != max_tokens:
-                ahead = shallow_copies(behind)
-                next_token, next_logprobs = step(ahead, token)
-                _share_rings(behind, ahead)
-                mx.async_eval(next_token, next_logprobs, processors.recent, _arrays(ahead))
-            value = self.last_token
-            assert value is not None  # it has just been set
-            yield value, logprobs
-            if n == max_tokens:
-                return
-            if self.cache is not behind or self.pending != value:
-                raise UserError("the session was changed while this stream was paused.")
-            token, logprobs = next_token, next_logprobs
-            if n % 256 == 0:
-                mx.clear_cache()
+class _Reader:
+    """A model for `generate_step` that keeps the caches as they were before its last step.
+
+    Attributes:
+        behind: Caches that have not read the token that the model has just read.
+    """
+
+    def __init__(self, model: Model, cache: tuple[GriffinCache, ...]) -> None:
+        self.model = model
+        self.behind = cache
+        self.prefill = model.prefill
+
+    def last_logits(self, tokens: mx.array, cache: Sequence[GriffinCache]) -> mx.array:
+        if self.behind[0].offset != cache[0].offset or self.behind[0] is cache[0]:
+            self.behind = shallow_copies(cache)
+        logits = self.model.last_logits(tokens, cache)
+        _share_rings(self.behind, cache)
+        # Dispatched now: arrays that are left lazy cannot be evaluated by another thread.
+        mx.async_eval(logits, _arrays(cache))
+        return logits
 
 
 def shallow_copies(cache: Iterable[GriffinCache]) -> tuple[GriffinCache, ...]:
-    """Caches of their own over the same arrays: what one of them reads reaches no other."""
+    """Return caches over the same arrays that are updated independently (copy-on-write)."""
     return tuple(copy.copy(layer) for layer in cache)
 
 
@@ -134,10 +133,10 @@ def _arrays(cache: Iterable[GriffinCache]) -> list[mx.array]:
 
 
 def _share_rings(behind: Iterable[GriffinCache], ahead: Iterable[GriffinCache]) -> None:
-    """Give the caches before a token the rings after it, so that these are written in place.
+    """Give the caches before a token the rings after it, so that those are written in place.
 
-    Nothing is lost: a ring has one slot more than a query looks back, and the one that the token
-    was written to is the one that a query in its place does not see.
+    This is exact: a ring has one slot more than a query looks back, and the slot that the token was
+    written to is the one that a query at its position does not see.
     """
     for before, after in zip(behind, ahead, strict=True):
         if isinstance(before, AttentionCache) and isinstance(after, AttentionCache):

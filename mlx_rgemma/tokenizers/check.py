@@ -6,6 +6,7 @@ backtracking panics, and a few chained replacements of one character by ten fill
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 from mlx_rgemma.errors import CheckpointError, shown
 from mlx_rgemma.io.reading import read_json, read_limited
+from mlx_rgemma.tokenizers.charsmap import charsmap_problem
 
 TOKENIZER = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
@@ -69,7 +71,7 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(read_limited(path, MAX_TOKENIZER_BYTES).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a tokenizer that can be read: not JSON.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a tokenizer that can be read: not a JSON object.")
@@ -105,9 +107,19 @@ def _problem(section: Any) -> str | None:
             if isinstance(step.get(key), str):
                 growth *= 1 + len(step[key]) if key == "prepend" else max(1, len(step[key]))
         charsmap = step.get("precompiled_charsmap")
-        if isinstance(charsmap, str) and len(charsmap) > MAX_TEXT_BYTES:
-            return f"a precompiled_charsmap of {len(charsmap):,} bytes"
+        if isinstance(charsmap, str) and (problem := _charsmap_problem(charsmap)):
+            return f"a precompiled_charsmap {problem}"
     return "replacements that make a text too long" if growth > MAX_GROWTH else None
+
+
+def _charsmap_problem(text: str) -> str | None:
+    if len(text) > MAX_TEXT_BYTES:
+        return f"of {len(text):,} bytes"
+    try:
+        problem = charsmap_problem(base64.b64decode(text, validate=True))
+    except ValueError:
+        return "that is not base64"
+    return problem and f"with {problem}"
 
 
 def _objects(section: Any) -> Iterator[dict[str, Any]]:

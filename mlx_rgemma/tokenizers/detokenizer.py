@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlx_rgemma.errors import UserError
+
 TEXT_LIMIT = 4096
 """Characters of emitted text, and tokens, that a detokenizer keeps."""
 
@@ -30,8 +32,18 @@ class StreamingDetokenizer:
             self.detokenizer.add_token(after)
 
     def add(self, token: int) -> str:
-        """Add a token and return the text that it completes, which may be empty."""
-        self.detokenizer.add_token(token)
+        """Add a token and return the text that it completes, which may be empty.
+
+        Raises:
+            UserError: If the tokenizer does not have the token.
+        """
+        try:
+            self.detokenizer.add_token(token)
+        except IndexError as error:  # the vocabulary of the model is larger
+            raise UserError(
+                f"the model wrote token {token}, which its tokenizer does not have: is the"
+                " tokenizer another model's?"
+            ) from error
         return self._segment()
 
     def finish(self) -> str:

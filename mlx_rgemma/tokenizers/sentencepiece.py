@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_rgemma.errors import CheckpointError, shown
 from mlx_rgemma.io.reading import read_limited
+from mlx_rgemma.tokenizers.charsmap import charsmap_problem
 from mlx_rgemma.tokenizers.check import MAX_SENTENCEPIECE_BYTES
 
 MAX_PIECES = 1_000_000
@@ -113,6 +114,11 @@ def _read(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: a SentencePiece model of kind {proto.trainer_spec.model_type}; only BPE (2)"
             " and unigram (1) can be read."
+        )
+    charsmap = proto.normalizer_spec.precompiled_charsmap
+    if charsmap and (problem := charsmap_problem(charsmap)):
+        raise CheckpointError(
+            f"{path}: damaged: a precompiled_charsmap with {problem}; download it again."
         )
     return proto
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from mlx_rgemma.checkpoints.schema import expected_tensors
@@ -10,6 +9,7 @@ from mlx_rgemma.errors import UserError
 from mlx_rgemma.griffin.config import RECURRENT, GriffinConfig
 from mlx_rgemma.griffin.parameters import Role, find_module
 from mlx_rgemma.io.atomic import gigabytes
+from mlx_rgemma.io.memory import physical_memory
 from mlx_rgemma.tuner.loss import chunk_tokens
 
 STREAM_BYTES = 4
@@ -28,11 +28,6 @@ MAX_LOGIT_CHUNKS = 18
 
 BYTES_PER_TRAINED = 4 * 4
 """Bytes per trained element: weight, gradient and Adam's two moments, in float32."""
-
-
-def physical_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(what: str, nbytes: int) -> None:

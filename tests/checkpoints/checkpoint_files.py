@@ -13,7 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 from conftest import GOLDEN
-from measure_embedded import STORIES
+
+STORIES = (Path(__file__).parent / "unseen_stories.txt").read_text().strip().split("\n\n")
 
 CONFIG, SINGLE = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoint_files import all_tensors, assert_same_tensors
 from conftest import GOLDEN
-from google_files import FLAX, SAID, TORCH, needs_tensorstore, tar_of
+from helpers.google_files import FLAX, SAID, TORCH, needs_tensorstore, tar_of
 
 from mlx_rgemma import convert
 from mlx_rgemma.checkpoints.formats import archive as archive_module

@@ -141,6 +141,10 @@ def test_redundant_quantized_head(quantized):
     (quantized / "model.safetensors.index.json").unlink()
     contents = check_contents(CheckpointFolder.open(quantized))
     assert len(contents.redundant) == 3
+    edit_tensors(quantized / SINGLE, lm_head__weight=lambda weight: weight[:, :-1])
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs .* convert the unquant"):
+        check_contents(CheckpointFolder.open(quantized))
+    edit_tensors(quantized / SINGLE, lm_head__weight=head["lm_head__weight"])
     edit_tensors(quantized / SINGLE, lm_head__scales=lambda scales: scales + 1)
     with pytest.raises(CheckpointError, match=r"lm_head\.scales differs"):
         check_contents(CheckpointFolder.open(quantized))

@@ -18,7 +18,7 @@ import mlx.core as mx
 import pytest
 from checkpoint_files import all_tensors
 from conftest import GOLDEN
-from google_files import FLAX, SAID, TORCH, needs_tensorstore, tar_of
+from helpers.google_files import FLAX, SAID, TORCH, needs_tensorstore, tar_of
 
 from mlx_rgemma import convert, load_model
 from mlx_rgemma.errors import UserError

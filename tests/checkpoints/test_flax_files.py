@@ -7,7 +7,7 @@ import os
 import shutil
 
 import pytest
-from google_files import FLAX, SAID, flax_copy, needs_tensorstore
+from helpers.google_files import FLAX, SAID, flax_copy, needs_tensorstore
 
 from mlx_rgemma import convert
 from mlx_rgemma.checkpoints.formats import orbax

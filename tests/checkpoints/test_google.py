@@ -16,7 +16,7 @@ import pytest
 from checkpoint_files import CONFIG, GEMMA_LIKE, all_tensors, assert_same_tensors
 from checkpoint_files import train_sentencepiece as train
 from conftest import GOLDEN, LOGITS_ATOL, golden, golden_weights, max_error
-from google_files import (
+from helpers.google_files import (
     FLAX,
     SAID,
     TORCH,
@@ -27,9 +27,9 @@ from google_files import (
     torch_pickle,
     torch_zip,
 )
-from measure_large import FORMATS as WRITERS
-from measure_large import Noise
 
+from benchmarks.convert_large import FORMATS as WRITERS
+from benchmarks.convert_large import Noise
 from mlx_rgemma import GriffinConfig, convert, load, load_model
 from mlx_rgemma.checkpoints.formats import google
 from mlx_rgemma.checkpoints.formats.google import ConfigOverrides, open_google, place

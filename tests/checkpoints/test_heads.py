@@ -9,7 +9,7 @@ from conftest import GOLDEN, golden_model, golden_weights
 
 from mlx_rgemma import Model, convert, load_model, register
 from mlx_rgemma.errors import CheckpointError
-from mlx_rgemma.griffin import tied_head
+from mlx_rgemma.griffin import model as griffin_model
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def test_a_head_without_an_embedding_or_with_parts_it_has_not():
 
 def test_a_head_is_compared_in_blocks(monkeypatch):
     """Every block counts, a NaN equals itself, and little memory is needed beside the two."""
-    monkeypatch.setattr(tied_head, "COMPARE_BYTES", 1 << 16)
+    monkeypatch.setattr(griffin_model, "COMPARE_BYTES", 1 << 16)
     embedding = mx.random.normal((4096, 257))
     embedding[7, 7] = mx.nan
     head = mx.contiguous(embedding + 0.0)
@@ -86,10 +86,10 @@ def test_a_head_is_compared_in_blocks(monkeypatch):
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    tied_head.check_tied_head("lm_head.weight", head, embedding)
+    griffin_model.check_tied_head("lm_head.weight", head, embedding)
     assert mx.get_peak_memory() - before < 1 << 20
     for place in ((0, 0), (2048, 100), (4095, 256)):
         other = mx.array(head)
         other[place] = 9.0
         with pytest.raises(CheckpointError, match="differs"):
-            tied_head.check_tied_head("lm_head.weight", other, embedding)
+            griffin_model.check_tied_head("lm_head.weight", other, embedding)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import all_tensors, assert_same_tensors
-from google_files import SAID, TORCH, tar_of
+from helpers.google_files import SAID, TORCH, tar_of
 from test_corruption import digest
 
 from mlx_rgemma import convert, load_model

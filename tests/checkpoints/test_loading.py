@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from checkpoint_files import CONFIG, SINGLE, edit_json, edit_tensors, golden_copy
 from conftest import GOLDEN, LOGITS_ATOL, golden, max_error
-from measure_embedded import measure
 from mlx.utils import tree_flatten
 
+from benchmarks.embedded_quality import measure
 from mlx_rgemma import GriffinConfig, Model, load, load_model
 from mlx_rgemma.checkpoints.convert import convert
 from mlx_rgemma.checkpoints.save import save_model

@@ -7,7 +7,7 @@ import json
 import mlx.core as mx
 import pytest
 from checkpoint_files import golden_copy
-from google_files import SAID, TORCH
+from helpers.google_files import SAID, TORCH
 
 from mlx_rgemma import convert, load, load_model
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 from checkpoint_files import golden_copy
 from conftest import GOLDEN
-from google_files import FLAX, TORCH, flax_copy, tar_of
+from helpers.google_files import FLAX, TORCH, flax_copy, tar_of
 
 from mlx_rgemma import convert, load
 from mlx_rgemma.checkpoints.formats.detect import CheckpointFormat, Detected, detect_format

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from google_files import SAID, STORAGE, TORCH, torch_entry, torch_pickle, torch_zip
+from helpers.google_files import SAID, STORAGE, TORCH, torch_entry, torch_pickle, torch_zip
 
 from mlx_rgemma import convert
 from mlx_rgemma.checkpoints.formats.detect import LEGACY_TORCH

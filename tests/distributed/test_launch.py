@@ -110,7 +110,7 @@ def test_a_mistake_is_one_line():
 
 def test_input_without_an_end_is_refused():
     launched = launch(2, "-m", "mlx_rgemma.generate", "--prompt", "-")
-    assert "error: --prompt - has no end under mlx.launch; give a file." in launched.errors
+    assert "error: --prompt - never ends under mlx.launch; use a file." in launched.errors
 
 
 @needs_proc
@@ -130,7 +130,7 @@ def test_a_process_that_stands_still_ends_all():
         launched.wait_until(lambda text: len(text) > 60, 200)
         still = launched.rank(1)
         os.kill(still, signal.SIGSTOP)
-        message = "error: rank 1 of 2 has not been heard of for 3 s; ending."
+        message = "error: rank 1 of 2 has been silent for 3 s; ending."
         launched.wait_until(lambda text: message in text, 60)
         os.kill(still, signal.SIGCONT)  # mlx.launch has told it to end
         launched.end(60)
@@ -166,7 +166,7 @@ def test_a_process_that_never_comes_ends_the_wait(tmp_path):
     )
     assert result.returncode == 1 and result.stdout == ""
     assert re.fullmatch(
-        r"error: rank 0 of 2 waited 1\.5 s for rank 1 \(127\.0\.0\.1:\d+\) in vain; .*\n",
+        r"error: rank 0 of 2 timed out after 1\.5 s waiting for rank 1 \(127\.0\.0\.1:\d+\); .*\n",
         result.stderr,
     )
 

@@ -26,8 +26,10 @@ MEMORY = 1_000_000_000
 ADDRESS_SPACE = 8 << 30
 """A net for what grows faster than it is looked at (Linux)."""
 WRITTEN = 1_000_000_000
-LINE = 500
-"""Characters that a line of a message may have, file names not counted."""
+OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "Unable to allocate", "Cannot allocate memory")
+"""What a refusal says that only the net of `ADDRESS_SPACE` brought about."""
+LINE = 600
+"""Characters that a line of a message may have, the folder of the case not counted."""
 STALE = 500_000_000
 """Memory of an idle worker that is no longer worth keeping."""
 
@@ -147,6 +149,8 @@ def _judge(job: Job, answer: dict[str, Any], root: str) -> Failure | None:
             return Failure("traceback", text[-3000:])
     if answer["peak"] > MEMORY:
         return Failure("memory", f"{answer['peak'] / 1e9:.2f} GB at the peak")
+    if any(word in err for word in OUT_OF_MEMORY):
+        return Failure("memory", f"it asked for more than there is: {err[-500:]}")
     if answer["written"] > WRITTEN:
         return Failure("writes", f"{answer['written'] / 1e9:.2f} GB written")
     lines = [line for line in err.replace(root, "").split("\n") if line.strip()]

@@ -23,10 +23,10 @@ ACCEPTED = frozenset(
     {
         "config:remote-code",
         "flags:cache-prompt-no-suffix",
+        "flags:lora-resume-without-checkpoint",
         "flags:chat /save book",
         "resumed:no checkpoint yet",
         "yaml:train-float-iters",
-        "orbax:a linked array",
         "sentencepiece:no utf-8",
     }
 )

@@ -119,6 +119,6 @@ def test_requests_have_every_field():
     from fuzz.families.requests import FIELDS
     from mlx_rgemma.server import validation as request_checks
 
-    known = {*request_checks._NUMBERS, *request_checks._COUNTS, *request_checks._ONLY}
+    known = {*request_checks.NUMBERS, *request_checks.COUNTS, *request_checks.ONLY}
     assert known <= set(FIELDS)
     assert Request(b"").leave_after_s == 0

@@ -15,7 +15,6 @@ from mlx_rgemma.generation import speculative as speculation
 from mlx_rgemma.generation.api import stream_generate
 from mlx_rgemma.generation.decode import Processors, generate_step
 from mlx_rgemma.griffin.layers import LocalAttentionBlock, RecurrentBlock
-from mlx_rgemma.sessions import session
 
 PROMPT = mx.array([2, *range(40, 80)])
 
@@ -32,7 +31,7 @@ class Counted:
         self.model = model
         self.lengths: list[int] = []
 
-    def read(self, tokens, cache):
+    def prefill(self, tokens, cache):
         self.lengths.append(tokens.shape[1])
         self.model.prefill(tokens, cache)
 
@@ -80,10 +79,10 @@ def test_the_state_has_read_what_was_handed_out(embedded, handed_out, closed):
 
 
 def test_tokens_and_probabilities_are_mlx_lms(embedded):
-    from mlx_lm.generate import generate_step
+    from mlx_lm.generate import generate_step as mlx_lm_steps
 
     model, _ = embedded
-    theirs = list(generate_step(PROMPT, model, max_tokens=30, prefill_step_size=16))
+    theirs = list(mlx_lm_steps(PROMPT, model, max_tokens=30, prefill_step_size=16))
     ours = list(
         generate_step(
             PROMPT, model, prompt_cache=model.make_cache(), max_tokens=30, prefill_step_size=16
@@ -117,14 +116,29 @@ def test_a_session_hands_out_the_first_token_before_it_begins_the_next(embedded,
     going_on = Session(model, tokenizer)
     going_on.feed(PROMPT)
     events = []
-    read, evaluate = type(model).__call__, mx.eval
-    monkeypatch.setattr(
-        type(model), "__call__", lambda *a, **k: (events.append("step"), read(*a, **k))[1]
-    )
+    read, evaluate = type(model).last_logits, mx.eval
+    monkeypatch.setattr(type(model), "last_logits", lambda *a: (events.append("step"), read(*a))[1])
     monkeypatch.setattr(mx, "eval", lambda *a: (events.append("eval"), evaluate(*a))[1])
-    next(going_on.stream(max_tokens=5))
-    first = events.index("step")
-    assert events[first : first + 3] == ["step", "eval", "step"]
+    stream = going_on.stream(max_tokens=5)
+    next(stream)
+    assert events.count("step") == 1 and events[-1] == "eval"
+    next(stream)
+    assert events.count("step") == 3
+
+
+def test_a_session_takes_no_step_for_its_last_token(embedded, monkeypatch):
+    """It stays pending: the next stream reads it."""
+    model, tokenizer = embedded
+    going_on = Session(model, tokenizer)
+    steps = []
+    read = type(model).last_logits
+    monkeypatch.setattr(
+        type(model), "last_logits", lambda *a: (steps.append(a[1].shape), read(*a))[1]
+    )
+    for most in (1, 2, 5):
+        steps.clear()
+        tokens = [answer.token for answer in going_on.stream(PROMPT, max_tokens=most)]
+        assert steps == [(1, 1)] * most and going_on.last_token == tokens[-1]
 
 
 @pytest.mark.parametrize("loop", ["plain", "session", "speculation"])
@@ -136,7 +150,7 @@ def test_a_processor_that_looks_at_no_tokens_leaves_no_graph(embedded, monkeypat
             super().__init__(*arguments)
             made.append(self)
 
-    modules = {"plain": decoding, "session": session, "speculation": speculation}
+    modules = {"plain": decoding, "session": decoding, "speculation": speculation}
     monkeypatch.setattr(modules[loop], "Processors", Noted)
     options = {"max_tokens": 40, "logits_processors": [lambda tokens, logits: logits]}
     if loop == "session":
@@ -175,13 +189,13 @@ def test_logits_of_the_last_token_alone(ending_in, length, rows):
     for part in tokens:  # at the beginning, and with a state
         expected = ending_in(part, every)[:, -1]
         assert mx.allclose(ending_in.last_logits(part, one), expected, atol=5e-5)
-        ending_in.read(part, none)
+        ending_in.prefill(part, none)
         for caches in zip(every, one, none, strict=True):
             for x, y, z in zip(*(c.state for c in caches), strict=True):
                 assert mx.allclose(x, y, atol=5e-5) and mx.allclose(x, z, atol=5e-5)
 
 
-@pytest.mark.parametrize("name", ["read", "last_logits"])
+@pytest.mark.parametrize("name", ["prefill", "last_logits"])
 def test_the_last_layer_computes_one_token_where_nobody_asks_for_more(ending_in, monkeypatch, name):
     """But for what its state is made of: its first projections."""
     rows: dict[int, int] = {}
@@ -197,7 +211,8 @@ def test_the_last_layer_computes_one_token_where_nobody_asks_for_more(ending_in,
     layer = ending_in.layers[-1]
     block, mlp = layer.temporal_block, layer.mlp_block
     out = block.o_proj if isinstance(block, LocalAttentionBlock) else block.linear_out
-    assert [rows[id(z)] for z in (out, mlp.gate_proj, mlp.up_proj, mlp.down_proj)] == [1] * 4
+    fused = mlp.fused_projection().layer  # the gate and up projections of a single token
+    assert [rows[id(z)] for z in (out, fused, mlp.down_proj)] == [1] * 3
     earlier = ending_in.layers[0]
     assert (
         rows[id(earlier.mlp_block.down_proj)] == rows[id(earlier.temporal_block.linear_out)] == 50

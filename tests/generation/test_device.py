@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from conftest import golden_model
 
-from mlx_rgemma.generation import streams as device
+from mlx_rgemma.ops import streams as device
 
 RECOMMENDED = 12_000_000
 

@@ -291,7 +291,10 @@ def test_lookup_forgets_what_is_far_back():
     ("options", "message"),
     [
         ({"draft_model": random_model(50)}, "vocabulary of 50 tokens, the model one of 97"),
-        ({"draft_model": random_model(), "prompt_lookup": 2}, "and not both"),
+        (
+            {"draft_model": random_model(), "prompt_lookup": 2},
+            "either a draft model or prompt lookup",
+        ),
         ({"draft_model": random_model(), "num_draft_tokens": 0}, "expected at least 1"),
     ],
     ids=["vocabulary", "two drafters", "no tokens"],

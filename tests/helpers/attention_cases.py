@@ -1,4 +1,4 @@
-"""Inputs for the attention kernels, and what they must give, in float64."""
+"""Calls of the attention operations, their exact results in float64, and runs of the kernels."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
+from helpers.emulated import FORWARD_RTOL, assert_close, emulated
 from helpers.float64 import to64
-from mlx_rgemma.ops import RingBuffer, apply_rotary, rotary_angles, rotary_frequencies
+from mlx_rgemma.ops import (
+    RingBuffer,
+    apply_rotary,
+    prefill_attention,
+    rotary_angles,
+    rotary_frequencies,
+)
 from mlx_rgemma.ops.prefill_attention import PREFILL_ATTENTION
 
 
@@ -18,12 +26,12 @@ def random(rng: np.random.Generator, shape: tuple[int, ...], dtype: mx.Dtype) ->
 
 @dataclass
 class Case:
-    """One call: the last tokens of rows of which `positions` says how old they are.
+    """One call: some tokens per sequence, at `positions` of their documents.
 
     Attributes:
-        heads, head_dim, window, dtype: The layer's.
-        positions: (1 or B, L), each token's position in its document; falls back to 0 where a
-            document starts.
+        heads, head_dim, window, dtype: Of the layer.
+        positions: (1 or B, L), each token's position in its document; 0 where a document
+            starts.
         batch: B.
         slots: Of the ring; 0 for none.
         write_pos: The slot of the next token.
@@ -60,14 +68,14 @@ class Case:
         return rotary_angles(mx.array(self.positions), rotary_frequencies(pairs, 10000.0))
 
     def rotated(self) -> Case:
-        """The same call with the rotation done: to T, in plain operations."""
+        """Return the same call with rotated queries and keys, by the reference."""
         other = Case(**{name: getattr(self, name) for name in self.__dataclass_fields__})
         cos, sin = self.angles()
         other.q, other.k = apply_rotary(self.q, cos, sin), apply_rotary(self.k, cos, sin)
         return other
 
     def expected(self) -> np.ndarray:
-        """(B, H, L, head_dim): the definition, a query at a time, on rotated queries and keys."""
+        """Return (B, H, L, head_dim) by the definition, query by query, from rotated q and k."""
         q, k, v = to64(self.q), to64(self.k), to64(self.v)
         length = q.shape[2]
         if self.ring is not None:
@@ -91,21 +99,85 @@ class Case:
 
 
 def counted(start: int, length: int) -> np.ndarray:
-    """Positions of a document that goes on: (1, L)."""
+    """Return consecutive positions of one document: (1, L)."""
     return np.arange(start, start + length)[None]
 
 
 def packed(length: int, *borders: int, start: int = 0) -> np.ndarray:
-    """Positions of a row in which documents start at `borders`: (1, L)."""
+    """Return positions of a row in which documents start at `borders`: (1, L)."""
     positions = np.arange(start, start + length)
     for border in borders:
         positions[border:] = np.arange(length - border)
     return positions[None]
 
 
-def windowed_attention(q, k, v, *, window, max_lookback=None, ring=None) -> mx.array:
+def windowed_attention(
+    q, k, v, *, window, max_lookback=None, ring=None, cached_len=None
+) -> mx.array:
     """Attend from rotated queries, as `prefill_attention` does after the rotation."""
     kv = mx.concatenate([k, v], axis=1)
     past, write_pos = (None, 0) if ring is None else ring
-    options = {"write_pos": write_pos, "window": window, "cached_len": None}
+    options = {"write_pos": write_pos, "window": window, "cached_len": cached_len}
     return PREFILL_ATTENTION(q, kv, past, max_lookback, **options)
+
+
+HEAD_DIMS = (16, 24, 32, 48, 64, 128, 256)
+DTYPES_AND_HEAD_DIMS = [
+    *(pytest.param(mx.float32, d, id=f"fp32-{d}") for d in (*HEAD_DIMS, 20)),
+    *(pytest.param(mx.bfloat16, d, id=f"bf16-{d}") for d in (16, 256)),
+    *(pytest.param(mx.float16, d, id=f"fp16-{d}") for d in (64, 256)),
+]
+PACKED = packed(45, 20, start=9)
+
+
+def attend_rotated(case: Case, **how):
+    """Return the attention of a chunk that is rotated already, and the launches."""
+    with emulated(**how) as launches:
+        out = windowed_attention(
+            *(case.q, case.k, case.v),
+            window=case.window,
+            max_lookback=case.max_lookback,
+            ring=case.ring,
+        )
+        mx.eval(out)
+    return out, launches
+
+
+def attend(case: Case, **how):
+    """Return the attention of a call, the keys and values for the ring, and the launches."""
+    with emulated(**how) as launches:
+        out, kv = prefill_attention(
+            *(case.q, case.k, case.v, *case.angles()),
+            window=case.window,
+            max_lookback=case.max_lookback,
+            ring=case.ring,
+        )
+        mx.eval(out, kv)
+    return out, kv, launches
+
+
+def assert_rotated(case: Case) -> None:
+    """Compare the attention of a rotated chunk with float64; it is one launch."""
+    out, launches = attend_rotated(case)
+    assert len(launches) == 1
+    assert_close("out", out, case.expected(), FORWARD_RTOL)
+
+
+def assert_call(case: Case) -> None:
+    """Compare a call with float64; its rotated keys equal the reference's, to the bit."""
+    out, kv, _ = attend(case)
+    turned = case.rotated()
+    assert_close("out", out, turned.expected(), FORWARD_RTOL)
+    assert mx.array_equal(kv, mx.concatenate([turned.k, turned.v], axis=1))
+
+
+def dense_attention(q, k, v, window: int, positions: np.ndarray) -> np.ndarray:
+    """Return attention with every score computed, in float64; positions count per document."""
+    q, k, v = (np.array(z, dtype=np.float64) for z in (q, k, v))
+    length = q.shape[2]
+    distance = np.arange(length)[:, None] - np.arange(length)
+    visible = (distance >= 0) & (distance <= np.minimum(positions, window)[:, :, None])
+    scores = np.einsum("bhqd,bskd->bhqk", q, k) * q.shape[-1] ** -0.5
+    scores = np.where(visible[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("bhqk,bskd->bhqd", weights / weights.sum(axis=-1, keepdims=True), v)

@@ -15,19 +15,22 @@ import metal_emulator
 import mlx.core as mx
 
 from mlx_rgemma import ops  # noqa: F401  (importing them registers the kernels)
-from mlx_rgemma.ops import backend, metal
-from mlx_rgemma.ops.backend import Backend
+from mlx_rgemma.ops import metal
 
 
-def record(folder: Path, chosen: Iterable[kernels.Kernel]) -> list[Path]:
-    """Launch all variants of some kernels on their examples and workloads, and return the files."""
+def record(folder: Path, chosen: Iterable[metal.MetalKernel]) -> list[Path]:
+    """Launch all variants of some kernels on their samples, one on its benchmark inputs too.
+
+    Returns:
+        The files of the launches.
+    """
     launches: list[metal_emulator.Launch] = []
-    with metal_emulator.emulate(record=launches, keep_values=True), backend.use(Backend.MLX):
+    with metal_emulator.emulate(record=launches, keep_values=True):
         for kernel in chosen:
             for variant in kernel.variants:
-                mx.eval(kernel.launch(*kernel.example(*variant)))
-            if kernel.workload is not kernel.example:
-                mx.eval(kernel.launch(*kernel.workload(*kernel.variants[0])))
+                mx.eval(kernel.launch(*kernel.sample_inputs(*variant)))
+            if kernel.benchmark_inputs is not None:
+                mx.eval(kernel.launch(*kernel.benchmark_inputs(*kernel.variants[0])))
     return metal_emulator.save_launches(map(metal_emulator.recorded_launch, launches), folder)
 
 

@@ -20,8 +20,8 @@ VARIANTS = [
 @needs_compiler
 @pytest.mark.parametrize("kernel, variant", VARIANTS)
 def test_source_is_legal(kernel, variant):
-    """Check with the inputs of the example, with tiny ones and with large ones."""
+    """Check with the sample inputs, with tiny ones and with large ones."""
     with emulated() as launches:
-        kernel.launch(*kernel.example(*variant))
+        kernel.launch(*kernel.sample_inputs(*variant))
     assert launches
     assert [static_findings(launch) for launch in launches] == [()] * len(launches)

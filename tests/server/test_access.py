@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_rgemma.errors import UserError
-from mlx_rgemma.server.access import EVERYBODY, KEYS_VARIABLE, Access, api_keys, is_loopback
+from mlx_rgemma.server.access import ANY_CLIENT, KEYS_VARIABLE, Access, api_keys, is_loopback
 from mlx_rgemma.server.validation import BadRequest
 
 LOCAL = Access(host="127.0.0.1", loopback=True)
@@ -119,7 +119,7 @@ def test_keys(authorizations, expected):
 
 
 def test_clients_without_keys():
-    assert LOCAL.client([]) == LOCAL.client(["Bearer any"]) == EVERYBODY
+    assert LOCAL.client([]) == LOCAL.client(["Bearer any"]) == ANY_CLIENT
     assert OPEN.client([]) is None
 
 

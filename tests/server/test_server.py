@@ -34,8 +34,9 @@ def embedded():
 
 
 def test_the_greeting_says_what_a_conversation_takes(server):
-    assert "State: 111360 bytes a conversation, at any length; 6 kept for later turns, 0.7 MB" in (
-        server.greeting
+    assert (
+        "State: 111360 bytes per conversation, at any length; 6 kept for later turns, 0.7 MB"
+        in (server.greeting)
     )
 
 
@@ -178,7 +179,7 @@ def test_a_draft_model_changes_no_answer(server, tmp_path):
     convert(str(EMBEDDED), str(tmp_path / "draft"), dtype="float32")
     running = Running("--dtype", "float32", "--draft-model", str(tmp_path / "draft"))
     try:
-        assert running.greeting.count("222720 bytes a conversation") == 1  # two states
+        assert running.greeting.count("222720 bytes per conversation") == 1  # two states
         for prompt in ("Once upon a time", STORY):
             expected = server.complete(prompt, 16)
             assert [running.complete(prompt, 16) for _ in range(2)] == [expected] * 2
@@ -226,13 +227,14 @@ def test_the_openai_client(server):
 def test_an_error_in_a_batch_ends_its_requests_and_not_the_server(monkeypatch):
     from mlx_lm import server as mlx_lm_server
 
-    from mlx_rgemma.server import build_parser
-    from mlx_rgemma.server.engine import Generator, Provider, States
+    from mlx_rgemma.server.command import build_parser
+    from mlx_rgemma.server.engine import Generator, Provider
     from mlx_rgemma.server.handler import Handler
     from mlx_rgemma.server.http_server import Server
+    from mlx_rgemma.server.states import PromptCacheStore
 
     provider = Provider(build_parser().parse_args([]))
-    generator = Generator(provider, States(4), 4)
+    generator = Generator(provider, PromptCacheStore(4), 4)
     generator.wait()
     failures, step = iter([True]), mlx_lm_server.BatchGenerator.next
 

@@ -43,6 +43,7 @@ LAUGHS = "\n".join(
         ('data: "a\\0b"', "line 1: text with NUL"),
         ('data: "\\ud800"', "line 1: text with NUL or half of a surrogate pair"),
         ("1: 2", "line 1: a key that is not text"),
+        ('"\\UFFFFFFFF": 1', "an invalid escape"),
         ("iters: 1\niters: 2", "line 2: the same key twice"),
         ("x" * 1000 + ": 1", "unknown setting xxx"),
         ("iters: " + "x" * 100_000, "iters is 'xxx"),

@@ -82,7 +82,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if generation.is_file():
         stops = [v for source in (values, read_json(generation)) for v in _stops(source)]
         if stops:
-            stops = list(dict.fromkeys(stops))
+            if all(type(stop) is int for stop in stops):
+                stops = list(dict.fromkeys(stops))
             values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     return values
 

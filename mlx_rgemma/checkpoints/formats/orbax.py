@@ -181,7 +181,8 @@ def _check_files(path: Path) -> None:
             )
         for name in (*folders, *files):
             entry = Path(folder, name)
-            if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+            # Not `resolve`, which raises where links lead in a circle.
+            if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(root):
                 raise CheckpointError(f"{entry}: a link out of {path}; this is refused.")
             if not entry.is_dir() and not entry.is_file():
                 raise CheckpointError(f"{entry}: not a regular file; this is refused.")

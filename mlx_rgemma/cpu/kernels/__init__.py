@@ -1,10 +1,9 @@
-"""The loops of `loops`, in Python that Numba compiles for the processor at hand.
+"""Numba kernels, compiled for the processor at hand.
 
-Each goes through its arrays once, in registers. All have the form
-``loop(first, last, *inputs, *outputs)`` and do the units `first` to `last` of their work, of which
-threads get a share each: rows, channels or elements. Arrays are contiguous, fp32 unless said
-otherwise. A share is cut out first: an index that counts from 0 needs no look at its sign, which
-would keep the compiler from working on several numbers at a time.
+Each passes through its arrays once, in registers. All have the form
+``kernel(first, last, *inputs, *outputs)`` and compute the work items `first` to `last`: rows,
+channels or elements. Arrays are contiguous, fp32 unless said otherwise. Slice first, so that the
+loop index starts at 0: otherwise Numba's negative-index check prevents vectorization.
 """
 
 from mlx_rgemma.cpu.kernels.adam import adam

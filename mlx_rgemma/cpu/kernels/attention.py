@@ -1,8 +1,7 @@
-"""Attention (FlashAttention, arXiv:2205.14135, algorithm 1), of a chunk and of a step.
+"""Attention (FlashAttention, arXiv:2205.14135, algorithm 1) of a chunk and of a decode step.
 
-Keys are gone through in blocks, whose scores and powers stay in the caches. Scores of a key lie
-beside each other, so that several queries are worked on at a time, and nothing is summed up within
-a vector.
+Keys are processed in blocks, whose scores stay in the caches. Scores of one key are adjacent, so
+that several queries are computed at a time and no vector is reduced.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from mlx_rgemma.cpu.kernels.tiles import (
 )
 
 QUERIES, KEYS = (64, 128) if WIDE else (48, 96)
-"""Of a block of scores: whole tiles, which with their queries, keys and values stay in L2."""
+"""Size of a block of scores: whole tiles, which stay in L2 with their queries, keys and values."""
 MASK_VALUE, LOWEST = f32(-2e30), f32(-1e30)
 
 
 @kernel
 def _apply_mask(scores, key, low, own):
-    """Scores of a block of keys, the first of which is number `key`: those out of sight."""
+    """Mask a block of scores, whose first key has index `key`."""
     for i in range(scores.shape[0]):
         row, at = scores[i], i32(key + i)
         for r in range(QUERIES):
@@ -41,7 +40,7 @@ def _apply_mask(scores, key, low, own):
 
 @kernel
 def _update_row_max(row_max, scores):
-    """row_max: (QUERIES,), the highest scores of what has been seen; scores: (n, QUERIES)."""
+    """row_max: (QUERIES,), the maxima so far; scores: (n, QUERIES)."""
     for i in range(scores.shape[0]):
         row = scores[i]
         for r in range(QUERIES):
@@ -89,8 +88,8 @@ def sliding_window_attention(first, last, q, kv, low, scale, out):
     """Softmax attention of queries that are the last of the keys' tokens.
 
     q: (B, H, L, N), N a multiple of COLUMNS; kv: (B, 2, K, N); low: (B, L) int32, the oldest key
-    that a query sees; scale: of scores in base 2; out: (B, L, H, N). Units: blocks of queries of a
-    head, early ones, which see less, by turns with late ones.
+    that a query sees; scale: of scores in base 2; out: (B, L, H, N). Work
+    items: blocks of queries of a head, early ones (which see less) alternating with late ones.
     """
     heads, length, dim = q.shape[1:]
     blocks, past = (length + QUERIES - 1) // QUERIES, kv.shape[2] - length
@@ -152,7 +151,7 @@ def flash_decode_split(part, parts, q, keys, values, begin, seen, scale, row_max
     `begin`; row_max, row_sum: (H,), the highest score, in base 2, and the sum of the exponentials;
     acc: (H, N).
 
-    `LANES` heads at a time, whose scores lie beside each other; several keys make a row of
+    `LANES` heads at a time, whose scores are adjacent; several keys make a row of
     `QUERIES`.
     """
     heads, dim = acc.shape
@@ -210,7 +209,7 @@ def flash_decode_split(part, parts, q, keys, values, begin, seen, scale, row_max
 
 @kernel
 def _prefetch_rows(array, first):
-    """Have the memory bring what a tile is to be made of."""
+    """Prefetch the rows of a tile."""
     for r in range(max(first, 0), min(first + NARROW_ROWS, array.shape[0])):
         for d in range(0, array.shape[1], 16):
             prefetch(array[r, d:])
@@ -218,7 +217,7 @@ def _prefetch_rows(array, first):
 
 @kernel
 def _reduce_lanes(row_max):
-    """The highest score of each head, of the keys that make a row: (QUERIES,)."""
+    """Reduce the maxima of the keys that make a row to one per head: (QUERIES,)."""
     for r in range(LANES, QUERIES):
         row_max[r % LANES] = max(row_max[r % LANES], row_max[r])
     for r in range(LANES, QUERIES):

@@ -1,4 +1,4 @@
-"""What `fastmath` does with whole arrays, for one number; and what is made of a row."""
+"""The scalar form of `fastmath`, and reductions of a row."""
 
 from __future__ import annotations
 

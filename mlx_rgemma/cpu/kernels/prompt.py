@@ -1,4 +1,4 @@
-"""Loops over a piece of a prompt, between its matrix products."""
+"""Kernels over a chunk of a prompt, between its matrix products."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mlx_rgemma.cpu.kernels.functions import f32, gate_coefficients, gelu, norma
 NORMAL, RESET, PADDING = 0, 1, 2
 
 
-# RMSNorm, and the addition before it. Units: rows.
+# RMSNorm, and the addition before it. Work items: rows.
 
 
 @kernel
 def rms_norm(first, last, x, scale, eps, y):
-    """x, y: (rows, N); scale: (N,), what a normalized row is multiplied by."""
+    """x, y: (rows, N); scale: (N,), the factor of the normalized row."""
     for n in range(first, last):
         normalize(x[n], scale, eps, y[n])
 
@@ -30,7 +30,7 @@ def add_rms_norm(first, last, x, delta, scale, eps, acc, y):
     rms_norm(first, last, acc, scale, eps, y)
 
 
-# The causal convolution. Units: tokens of all rows.
+# The causal convolution. Work items: tokens of all rows.
 
 
 @kernel
@@ -47,7 +47,7 @@ def causal_conv1d(first, last, inputs, weight, bias, segment_pos, y):
                 out[d] += tap[d] * row[d]
 
 
-# GELU of a gate, times what it gates. Units: elements.
+# GELU of a gate, times its input. Work items: elements.
 
 
 @kernel
@@ -57,7 +57,7 @@ def gated_gelu(first, last, gate, x, y):
         y[i] = gelu(gate[i]) * x[i]
 
 
-# The RG-LRU. Units: channels.
+# The RG-LRU. Work items: channels.
 
 
 @kernel

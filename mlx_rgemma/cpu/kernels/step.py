@@ -1,8 +1,8 @@
-"""A few tokens of one or more sequences through a layer, by all num_threads together.
+"""A few tokens of one or more sequences through a layer, on all threads.
 
-Each thread does its part of the outputs of a matrix, which is read once for all of them, and of the
-heads between two matrices. Where one needs what others make, they meet: to begin a loop of its own
-for each part would take longer than many a part does.
+All threads run the kernel and synchronize at barriers between dependent stages: to start a kernel
+for each stage would take longer than many a stage. A matrix is read once for all tokens; a thread
+computes some of its outputs, and some of the heads between two matrices.
 
 Layers have the form ``layer(thread, _, num_threads, barrier, x, ...)``: the thread's index, the
 barrier's counter, (1,) int64, that begins at 0, and the residual stream, (T, D), which changes: T
@@ -49,7 +49,7 @@ def recurrent_layer(
     in_proj: scale and epsilon of a norm, weight and bias of both projections; recurrence: taps (K,
     lru), their bias, weights (heads, lru / heads, lru / heads) and biases of the input gate and the
     recurrence gate, log2 of a where the gate is open; out_proj: weight and bias; mlp: see `_mlp`;
-    conv, (B, K - 1, lru), and h, (B, lru), change. To be made: yx, (T, 2 lru), the branch that
+    conv, (B, K - 1, lru), and h, (B, lru), change. Outputs: yx, (T, 2 lru), the branch that
     gates and the one that recurs; out, (T, lru); mlp_hidden, (T, channels).
     """
     _normalized_product(thread, num_threads, x, in_proj, yx)
@@ -107,9 +107,9 @@ def attention_layer(
 
 @kernel
 def lm_head(first, last, x, norm, weight, cap, y):
-    """The final norm, and the scores of all words, capped unless cap is 0. Units: words.
+    """Final norm and logits, soft-capped unless cap is 0. Work items: tokens of the vocabulary.
 
-    norm: scale and epsilon; weight: (words, D); y: (T, words).
+    norm: scale and epsilon; weight: (vocab_size, D); y: (T, vocab_size).
     """
     rows = _normalized(x, norm[0], norm[1])
     for n in range(first, last):
@@ -158,7 +158,7 @@ def _mlp(thread, num_threads, barrier, arrived, x, mlp, mlp_hidden):
     """A norm, ``gelu(gate) * up``, and a projection of that added to the stream.
 
     mlp: scale and epsilon of the norm, weight and bias of gates and ups, weight and bias of the
-    projection; arrived: barrier when all have made what they make of `mlp_hidden`.
+    projection; arrived: the barrier's count when all have written `mlp_hidden`.
     """
     scale, eps, weight, bias, down, down_bias = mlp
     rows = _normalized(x, scale, eps)
@@ -175,7 +175,7 @@ def _mlp(thread, num_threads, barrier, arrived, x, mlp, mlp_hidden):
 
 @kernel
 def _recurrence_step(thread, num_threads, yx, recurrence, conv, h, out):
-    """What stands between a recurrent block's projections, of a token: heads of the gates."""
+    """Convolution, gates and RG-LRU of one token. Work items: heads of the gates."""
     taps, tap_bias, weight_i, bias_i, weight_r, bias_r, log2_a_open = recurrence
     width, memory = h.size, conv.shape[0]
     heads, size = weight_i.shape[0], weight_i.shape[1]

@@ -1,4 +1,4 @@
-"""Threads that look at what others write, without the interpreter's lock."""
+"""Atomics, barriers and spin waits without the GIL."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from numba.extending import intrinsic
 from mlx_rgemma.cpu.kernels.compiler import kernel
 
 SPINS_BEFORE_YIELD = 1 << 14
-"""How often a thread spins, about 5 us, before it lets others have its thread."""
+"""Spins of a thread at a barrier, about 5 us, before it yields its core."""
 
 
 def _place(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    """Where the first number of the only argument stands."""
+    """Return the address of the only argument's first element."""
     return context.make_array(signature.args[0])(context, builder, arguments[0]).data
 
 
 @intrinsic
 def _atomic_load(_, counter):
-    """The first number of an array, from memory each time, and what was written before it."""
+    """Load the first element of an array, with acquire order."""
 
     def generate(context, builder, signature, arguments):
         place = _place(context, builder, signature, arguments)
@@ -33,7 +33,7 @@ def _atomic_load(_, counter):
 
 @intrinsic
 def _atomic_add(_, counter):
-    """Add 1 to the first number of an array, at once, after all that was written before."""
+    """Add 1 to the first element of an array, with acquire-release order."""
 
     def generate(context, builder, signature, arguments):
         place = _place(context, builder, signature, arguments)
@@ -57,7 +57,7 @@ def _sched_yield(_):
 
 @kernel
 def spin_wait(counter, before, spins, more_spins):
-    """Until the counter, (1,) int64, is not what it was before; so many spins at most."""
+    """Spin until the counter, (1,) int64, differs from `before`, at most `spins` times."""
     for _ in range(spins):
         if _atomic_load(counter) != before:
             break
@@ -67,7 +67,7 @@ def spin_wait(counter, before, spins, more_spins):
 
 @kernel
 def barrier_wait(counter, number):
-    """Wait until so many have come here, or to places before, of this counter, (1,) int64."""
+    """Barrier: block until `counter`, (1,) int64, has reached `number` arrivals."""
     _atomic_add(counter)
     spins = 0
     while _atomic_load(counter) < number:

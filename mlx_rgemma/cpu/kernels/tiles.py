@@ -55,7 +55,7 @@ class _Matrix:
         return self.builder.gep(self.data, [self.builder.mul(number, self.stride)])
 
     def vector(self, row: Any, number: int) -> Any:
-        """Where a vector of a row lies."""
+        """Return the address of a vector of a row."""
         place = self.builder.gep(row, [_INDEX(number * LANES)])
         return self.builder.bitcast(place, _VECTOR.as_pointer())
 
@@ -142,7 +142,7 @@ add_narrow_tile_product = _tile_product(NARROW_ROWS, LANES, add_of_columns=True)
 
 @intrinsic
 def prefetch(_, array):
-    """Have the memory bring what stands at an array's beginning, a line, and go on meanwhile."""
+    """Prefetch the cache line at an array's beginning."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = _Matrix(context, builder, signature.args[0], arguments[0]).data

@@ -333,6 +333,15 @@ def _linked_array(box: Box, rng: Random) -> Job:
     return convert(box, folder, "an array is a link to elsewhere", *SAID)
 
 
+def _circle(box: Box, rng: Random) -> Job:
+    """Return a folder with a file that is a link to itself."""
+    folder = box.inputs / "flax"
+    _copy_tree(FLAX / "orbax-0.5.9-ocdbt", folder)
+    (folder / "_sharding").unlink()
+    (folder / "_sharding").symlink_to("_sharding")
+    return convert(box, folder, "a link to itself", *SAID)
+
+
 FAMILIES = (
     Family(
         "tar",
@@ -354,7 +363,7 @@ FAMILIES = (
         "command",
         {f"sound {path.name}": _sound_flax(path) for path in FOLDERS},
         _orbax,
-        {"a linked array": _linked_array},
+        {"a linked array": _linked_array, "a link to itself": _circle},
         needs="tensorstore",
     ),
 )

@@ -58,7 +58,7 @@ VALUES = (
     "none",
     "auto",
     "\x1b[2J\x1b]0;owned\a",
-    "a\nb\0c",
+    "a\nb\rc",
     "é漢😀",
     "\udcff",
     "{}",

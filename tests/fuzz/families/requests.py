@@ -363,8 +363,8 @@ def _stored_raw(content: bytes) -> Callable[[Box, Random], Request]:
     return lambda box, rng: Request(content, brief(content), protocol=True)
 
 
-def _sound(path: str) -> Callable[[Box, Random], Request]:
-    return lambda box, rng: post(path, json.dumps(BODIES[path][0]).encode(), "")
+def _sound(path: str, number: int = 0) -> Callable[[Box, Random], Request]:
+    return lambda box, rng: post(path, json.dumps(BODIES[path][number]).encode(), "")
 
 
 FAMILIES = (
@@ -372,7 +372,7 @@ FAMILIES = (
         Family(
             name,
             "server",
-            {"sound": _sound(path)},
+            {"sound": _sound(path), "sound and rich": _sound(path, 1)},
             _bodies(path),
             {**PAYLOADS[path], **{k: _stored(path, v) for k, v in files(name).items()}},
         )

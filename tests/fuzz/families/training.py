@@ -172,6 +172,9 @@ def _settings(box: Box, name: str, text: bytes, note: str) -> Job:
     file.write_bytes(text)
     run = _lora if name == "lora" else _train
     job = run(box, note, "--iters", "1", "-c", str(file))
+    if text.startswith(b"data:"):
+        at = job.argv.index("--data")
+        del job.argv[at : at + 2]
     job.interrupt = True
     return job
 
@@ -222,7 +225,7 @@ def _resumed(box: Box, rng: Random) -> Job:
             folder / "tokenizer.model",
             folder / "model" / "config.json",
         ]
-        job = _train(box, "", "--iters", "3", run="in/run")
+        job = _train(box, "", "--iters", "2", run="in/run")
     if rng.random() < 0.75:
         job.note = _damage_state(rng, state)
     else:
@@ -262,7 +265,7 @@ def _sound_lora(box: Box, rng: Random) -> Job:
 
 def _sound_train(box: Box, rng: Random) -> Job:
     box.copy("run")
-    return _train(box, "", "--iters", "3", run="in/run")
+    return _train(box, "", "--iters", "2", run="in/run")
 
 
 def _resume_before_the_first(box: Box, rng: Random) -> Job:
