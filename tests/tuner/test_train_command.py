@@ -185,7 +185,8 @@ def test_mistakes(text, trained, tmp_path, capsys):
     assert "--vocab-size 8: each character of the text is a token; give at least" in mistake(
         capsys, *data, *new, "--vocab-size", "8"
     )
-    assert "fewer than one sequence" in mistake(capsys, *data, *new, *TINY, "--context-length", "90000")
+    long = ("--context-length", "90000")
+    assert "fewer than one sequence" in mistake(capsys, *data, *new, *TINY, *long)
     assert "does not divide" in mistake(capsys, *data, *new, *TINY, "--num-attention-heads", "5")
     assert "no such folder" in mistake(capsys, *data, "--init-from", str(tmp_path / "x"), *new)
     assert "no such file" in mistake(
