@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_rgemma import cli
 from mlx_rgemma.errors import shown
+from mlx_rgemma.griffin.config import DTYPES
 
 MAX_SEED = 2**32 - 1
 """NumPy's, which the harness seeds."""
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter-path", help="Folder with trained adapter weights and config.")
     add(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="dtype of the weights. Default: float32 on a CPU, that of the file on a GPU.",
     )
     add("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)

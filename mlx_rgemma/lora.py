@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_rgemma import cli
 from mlx_rgemma.errors import UserError
+from mlx_rgemma.griffin.config import DTYPES
 from mlx_rgemma.tuner.config import (
     MAX_COUNT,
     MAX_RATE,
@@ -118,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     more("--resume", **switch, help="Resume the run whose checkpoint is in --adapter-path.")
     more(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="dtype of the weights. Default: float32 on a CPU, that of the file on a GPU.",
     )
     more("--window", choices=("google", "hf"), help="Attention window of W+1 keys, or W. [google]")

@@ -173,7 +173,7 @@ def write_checkpoint(
             _write_tokenizer(folder, checkpoint.source)
         write_model_card(folder, checkpoint.source, checkpoint.how, checkpoint.config)
         _write_json(folder / GENERATION_CONFIG, _generation_config(checkpoint))
-        # The configuration comes last: without it a folder is no checkpoint.
+        # The configuration comes last: a folder without it is not a checkpoint.
         _write_json(folder / CONFIG, config_values(checkpoint))
 
 

@@ -34,7 +34,7 @@ class TensorSpec:
 
     @property
     def matrix(self) -> bool:
-        """Whether it can be quantized."""
+        """True for matrices, which can be quantized."""
         return is_matrix(self.name)
 
     @property

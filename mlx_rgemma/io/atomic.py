@@ -315,7 +315,7 @@ def _failed(
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise an exception, as Ctrl-C does."""
+    """Make SIGTERM and SIGHUP raise an exception, as Ctrl-C does."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

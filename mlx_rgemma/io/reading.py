@@ -53,15 +53,15 @@ def read_limited(path: Path, limit: int) -> bytes:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size <= limit:
-            try:
-                data = file.read(limit + 1)
-            except OSError as error:
-                why = error.strerror or error
-                raise CheckpointError(f"{path}: cannot be read ({why}).") from error
-            if len(data) <= limit:
-                return data
-    raise CheckpointError(f"{path}: {size:,} bytes, expected at most {limit:,}.")
+        if size > limit:
+            raise CheckpointError(f"{path}: {size:,} bytes, expected at most {limit:,}.")
+        try:
+            data = file.read(size + 1)  # allocates as much as is asked for
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if len(data) > size:
+        raise CheckpointError(f"{path}: has grown while it was read; try again.")
+    return data
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

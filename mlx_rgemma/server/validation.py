@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_rgemma.errors import shown
+from mlx_rgemma.io.reading import is_integer, is_number
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -193,25 +194,16 @@ def _typed(body: Mapping[str, Any], key: str, kind: type, default: Any = None) -
     return value
 
 
-def _is_integer(value: Any, minimum: int, maximum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
-
-
-def _is_number(value: Any, low: float, high: float) -> bool:
-    # Neither NaN nor an infinity lies between two finite bounds.
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-
-
 def _number(body: dict[str, Any], key: str, low: float, high: float) -> None:
     if key not in body:
         return
-    if not _is_number(body[key], low, high):
+    if not is_number(body[key], low, high):
         raise BadRequest(f"{key} must be a number from {low:g} to {high:g}, not {shown(body[key])}")
     body[key] = float(body[key])
 
 
 def _count(body: Mapping[str, Any], key: str, minimum: int, maximum: int) -> None:
-    if key in body and not _is_integer(body[key], minimum, maximum):
+    if key in body and not is_integer(body[key], minimum, maximum):
         hint = "; leave it out for the server's default" if key.startswith("max_") else ""
         raise BadRequest(
             f"{key} must be an integer from {minimum} to {maximum}, not {shown(body[key])}{hint}"
@@ -247,7 +239,7 @@ def _check_bias(body: dict[str, Any], vocab_size: int) -> None:
             )
         if int(key) in checked:
             raise BadRequest(f"logit_bias names token {int(key)} twice")
-        if not _is_number(bias, -1e4, 1e4):
+        if not is_number(bias, -1e4, 1e4):
             raise BadRequest(
                 f"logit_bias must hold numbers from -10000 to 10000, not {shown(bias)}"
             )
@@ -287,7 +279,7 @@ def _check_variables(body: dict[str, Any], reserved: frozenset[str]) -> None:
                 f" enable_thinking, not {shown(name)}"
             )
         text = isinstance(value, str) and len(value) <= MAX_VARIABLE_CHARS
-        number = _is_number(value, -MAX_VARIABLE, MAX_VARIABLE)
+        number = is_number(value, -MAX_VARIABLE, MAX_VARIABLE)
         if not (value is None or isinstance(value, bool) or text or number):
             raise BadRequest(
                 f"chat_template_kwargs: {name} must be true, false, null, a number up to"

@@ -1,7 +1,8 @@
-"""A SentencePiece model as a `tokenizer.json` that splits text as SentencePiece itself does.
+"""Conversion of a SentencePiece model to a `tokenizer.json` with the same tokens.
 
-Google's archives have a `tokenizer.model` only. The `tokenizers` library is what mlx-lm and
-transformers run, and what its fast streaming detokenizer needs; this is the translation.
+Google's archives have a `tokenizer.model` only, but mlx-lm, transformers and the streaming
+detokenizer run the `tokenizers` library. transformers' own converter needs one of its tokenizer
+classes, and fails on a bare file (5.24: `SpmConverter` has no kind of model to extract).
 """
 
 from __future__ import annotations

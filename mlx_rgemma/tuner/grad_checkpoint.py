@@ -59,29 +59,31 @@ class _Checkpointed(ResidualBlock):
         def run(parameters: Any, x: mx.array, state: list[mx.array]) -> Any:
             self.update(parameters)
             own = copy.copy(cache)
-            _set_arrays(own, state)
+            set_cache_arrays(own, state)
             mx.random.seed(seed)
             with lazy_backend():
                 x = ResidualBlock.__call__(self, x, info, own)
             write_positions.append(getattr(own, "write_pos", 0))
-            return [x, *_arrays(own)]
+            return [x, *cache_arrays(own)]
 
         parameters = self.trainable_parameters()
-        x, *state = mx.checkpoint(run)(parameters, x, _arrays(cache))
+        x, *state = mx.checkpoint(run)(parameters, x, cache_arrays(cache))
         self.update(parameters)
-        _set_arrays(cache, state)
+        set_cache_arrays(cache, state)
         if hasattr(cache, "write_pos"):
             cache.write_pos = write_positions[0]
         return x
 
 
-def _arrays(cache: GriffinCache | None) -> list[mx.array]:
+def cache_arrays(cache: GriffinCache | None) -> list[mx.array]:
+    """Return the floating-point arrays of a layer's state."""
     if cache is None:
         return []
     return [cache.h, cache.conv] if isinstance(cache, RecurrentCache) else [cache.kv]
 
 
-def _set_arrays(cache: GriffinCache | None, arrays: list[mx.array]) -> None:
+def set_cache_arrays(cache: GriffinCache | None, arrays: list[mx.array]) -> None:
+    """Replace the arrays of `cache_arrays`."""
     if isinstance(cache, RecurrentCache):
         cache.h, cache.conv = arrays
     elif cache is not None:

@@ -162,10 +162,10 @@ def head_loss(
 
 def chunk_tokens(vocabulary: int) -> int:
     """Return the number of tokens per chunk of logits."""
-    most = max(CHUNK_LOGITS // vocabulary, MIN_CHUNK)
+    tokens = max(CHUNK_LOGITS // vocabulary, MIN_CHUNK)
     if active() is not Backend.CPU:
-        return most
-    return min(most, max(CPU_CHUNK_LOGITS // vocabulary, CPU_MIN_CHUNK))
+        return tokens
+    return min(tokens, max(CPU_CHUNK_LOGITS // vocabulary, CPU_MIN_CHUNK))
 
 
 def vocabulary_size(embedding: nn.Module) -> int:

@@ -136,10 +136,10 @@ def test_rows():
     assert rows.nbytes == sum(len(t) + 1 for t in texts)
     cut = tokenize_documents(tokenizer, texts, sequence_length=5)
     stream = [token for row in rows.sequences for token in row]
-    assert [t for row in cut.tokens for t in row] == stream[: len(stream) // 5 * 5]
-    assert {len(row) for row in cut.tokens} == {5}
+    assert [t for row in cut.sequences for t in row] == stream[: len(stream) // 5 * 5]
+    assert {len(row) for row in cut.sequences} == {5}
     some = tokenize_documents(tokenizer, texts, sequence_length=5, num_samples=2)
-    assert len(some.tokens) == 2 and all(row in cut.tokens for row in some.tokens)
+    assert len(some.sequences) == 2 and all(row in cut.sequences for row in some.sequences)
     with pytest.raises(UserError, match="holds no sequence of 500 tokens"):
         tokenize_documents(tokenizer, texts, sequence_length=500)
 

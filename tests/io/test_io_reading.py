@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import tracemalloc
 
 import pytest
 
@@ -26,6 +27,16 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
         thread.start()
         thread.join(20)
         assert done, f"{path}: waits, or was read"
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(10))
+    tracemalloc.start()
+    try:
+        assert read_limited(tmp_path / "x", 1 << 30) == bytes(10)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_sizes(tmp_path):

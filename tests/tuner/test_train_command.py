@@ -139,7 +139,7 @@ def test_training_continues_from_a_model(text, trained, tmp_path, capsys):
     )
     assert main(["--config", str(tmp_path / "recipe.yaml"), "--iters", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "75.0% of what is read" in printed and "iters: 2" in printed
+    assert "75.0% of the training tokens" in printed and "iters: 2" in printed
     assert "Learning Rate 5.000e-04" in printed  # the cosine's middle: the number was read as one
     before, after = (
         mx.load(str(f / "model/model.safetensors")) for f in (trained, tmp_path / "run")
@@ -185,7 +185,8 @@ def test_mistakes(text, trained, tmp_path, capsys):
     assert "--vocab-size 8: each character of the text is a token; give at least" in mistake(
         capsys, *data, *new, "--vocab-size", "8"
     )
-    assert "fewer than one row" in mistake(capsys, *data, *new, *TINY, "--context-length", "90000")
+    long = ("--context-length", "90000")
+    assert "fewer than one sequence" in mistake(capsys, *data, *new, *TINY, *long)
     assert "does not divide" in mistake(capsys, *data, *new, *TINY, "--num-attention-heads", "5")
     assert "no such folder" in mistake(capsys, *data, "--init-from", str(tmp_path / "x"), *new)
     assert "no such file" in mistake(
@@ -214,12 +215,12 @@ def test_mistakes(text, trained, tmp_path, capsys):
         ("iters: many", "iters is 'many': invalid integer value"),
         ("iters: 0", "iters is 0: 0 is not at least 1"),
         ("itres: 5", "unknown setting itres; did you mean iters?"),
-        ("shape: huge", "shape is 'huge', expected one of tiny, small, 2b, 9b"),
+        ("shape: huge", "shape is 'huge', expected one of micro, tiny, small, 40m, 2b, 9b"),
         ("whole_files: 1", "whole_files is 1, expected true or false"),
         ("data: [[a]]", "data is [['a']], expected text, or a list of texts"),
         ("- 1", "expected lines of the form key: value"),
         ("a: [", "not a YAML file"),
-        ("config: other.yaml", "a file of settings cannot name another"),
+        ("config: other.yaml", "a configuration file cannot name another one"),
     ],
 )
 def test_mistakes_in_a_recipe(recipe, expected, tmp_path, capsys):

@@ -146,10 +146,15 @@ class _Stream:
     """
 
     def __init__(
-        self, source: Any, told: Callable[[], int], advance: Callable[[int], None], limit: int
+        self,
+        source: Any,
+        raw_position: Callable[[], int],
+        advance: Callable[[int], None],
+        limit: int,
     ) -> None:
-        self.source, self.told, self.advance, self.limit = source, told, advance, limit
-        self.position = self.content_end = self._told = 0
+        self.source, self.raw_position = source, raw_position
+        self.advance, self.limit = advance, limit
+        self.position = self.content_end = self._advanced = 0
         self.end: int | None = None
 
     def expect_header(self) -> None:
@@ -166,9 +171,9 @@ class _Stream:
         if content:
             self.content_end = self.position + len(content)
         self.position += len(data)
-        told = self.told()
-        self.advance(told - self._told)
-        self._told = told
+        raw = self.raw_position()
+        self.advance(raw - self._advanced)
+        self._advanced = raw
         return data
 
     def drain(self) -> None:

@@ -149,4 +149,4 @@ def _is_torch_zip(path: Path) -> bool:
 
 
 def _refuse_zip(path: Path) -> CheckpointFormat:
-    raise CheckpointError(f"{path}: a zip archive; unpack it and give the folder.")
+    raise CheckpointError(f"{path}: a zip archive; unpack it, and give the folder.")

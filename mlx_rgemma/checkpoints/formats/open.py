@@ -110,10 +110,10 @@ def _open(found: Detected, source: Source, overrides: ConfigOverrides) -> OpenCh
     checkpoint, released, note = open_google(store, overrides)
     title = _title(found, source, released)
     notes = (f"This is {found.kind.value}.", note)
-    return OpenCheckpoint(Source(_beside(found.path), title=title), checkpoint, notes)
+    return OpenCheckpoint(Source(_tokenizer_folder(found.path), title=title), checkpoint, notes)
 
 
-def _beside(path: Path) -> Path:
+def _tokenizer_folder(path: Path) -> Path:
     """Return the folder of a checkpoint's tokenizer: its own, or its parent."""
     if path.is_dir() and (path / SENTENCEPIECE).is_file():
         return path

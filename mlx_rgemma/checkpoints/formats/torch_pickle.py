@@ -205,7 +205,7 @@ class _Machine:
     def stack_global(self) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise PickleError("its pickle has a name that is no text")
+            raise PickleError("its pickle has a name that is not text")
         self.stack.append(_known(module, name))
 
     def reduce(self) -> None:

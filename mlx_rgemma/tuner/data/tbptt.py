@@ -7,8 +7,6 @@ chunks add up to that of the whole documents.
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 
@@ -23,6 +21,7 @@ from mlx_rgemma.tuner.data.packing import (
     slice_spans,
     stack_sequences,
 )
+from mlx_rgemma.tuner.grad_checkpoint import cache_arrays, set_cache_arrays
 from mlx_rgemma.tuner.loss import batch_loss
 
 
@@ -110,10 +109,12 @@ class StatefulLoss:
     def __call__(self, model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
         """Compute `batch_loss`; gradients stop at the beginning of the batch."""
         loss, count = batch_loss(model, batch, self.cache)
-        state = [mx.stop_gradient(array) for array in _arrays(self.cache)]
+        arrays = [mx.stop_gradient(a) for layer in self.cache for a in cache_arrays(layer)]
         # Evaluate the state with the loss: otherwise it keeps the graph of this batch alive.
-        (loss,) = mx.depends([loss], state)
-        _set_arrays(self.cache, state)
+        (loss,) = mx.depends([loss], arrays)
+        rest = iter(arrays)
+        for layer in self.cache:
+            set_cache_arrays(layer, [next(rest) for _ in cache_arrays(layer)])
         return loss, count
 
     def arrays(self) -> dict[str, mx.array]:
@@ -128,18 +129,3 @@ class StatefulLoss:
         """Restore the state from `arrays`."""
         for i, layer in enumerate(self.cache):
             layer.state = tuple(arrays[f"{i}.{j}"] for j in range(len(layer.state)))
-
-
-FIELDS = ("h", "conv", "kv")
-
-
-def _arrays(cache: list[GriffinCache]) -> list[mx.array]:
-    return [getattr(layer, name) for layer in cache for name in FIELDS if hasattr(layer, name)]
-
-
-def _set_arrays(cache: list[GriffinCache], arrays: list[Any]) -> None:
-    values = iter(arrays)
-    for layer in cache:
-        for name in FIELDS:
-            if hasattr(layer, name):
-                setattr(layer, name, next(values))
