@@ -15,6 +15,8 @@ from mlx_rgemma.distributed.rank_info import RankInfo
 from mlx_rgemma.distributed.watchdog import Connection, Watchdog, timeout_seconds
 from mlx_rgemma.errors import UserError
 
+pytestmark = pytest.mark.network
+
 
 def places(tmp_path, size: int, kind: str) -> list[RankInfo]:
     """The places of all processes, from what mlx.launch sets."""
