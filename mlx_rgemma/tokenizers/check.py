@@ -69,8 +69,9 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If they do not, or the file cannot be read.
     """
+    data = read_limited(path, MAX_TOKENIZER_BYTES)
     try:
-        values = json.loads(read_limited(path, MAX_TOKENIZER_BYTES).decode("utf-8"))
+        values = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a tokenizer that can be read: not JSON.") from error
     if not isinstance(values, dict):

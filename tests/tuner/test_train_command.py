@@ -179,7 +179,7 @@ def test_mistakes(text, trained, tmp_path, capsys):
         assert expected in mistake(capsys, "--data", str(tmp_path / file), *new)
     assert "name it with --data" in mistake(capsys, *new)
     assert "the weight is 0" in mistake(capsys, "--data", f"{text}=0", *new)
-    assert "--vocab-size 90000: the text supports no more than 2" in mistake(
+    assert "--vocab-size 90000: the text supports at most 2" in mistake(
         capsys, *data, *new, "--vocab-size", "90000"
     )
     assert "--vocab-size 8: each character of the text is a token; give at least" in mistake(
@@ -236,7 +236,7 @@ def test_the_vocabulary_is_as_large_as_the_text_supports(text, tmp_path, capsys)
     printed = capsys.readouterr().out
     config = json.loads((tmp_path / "run/model/config.json").read_text())
     assert 200 < config["vocab_size"] < 2048
-    said = f"Vocabulary: {config['vocab_size']} tokens, as many as a text of this size supports"
+    said = f"Vocabulary: {config['vocab_size']} tokens, the most that a text of this size supports"
     assert said in printed and "\n  Sample: " in printed
 
 
@@ -273,7 +273,7 @@ def test_the_recipe_of_the_embedded_model():
 
     examples = Path(__file__).parents[2] / "examples" / "train"
     recipe, _, _ = read_config(["-c", str(examples / "embedded.yaml")])
-    shape = recipe.config(vocab_size=2048).to_dict()
+    shape = recipe.model_config(vocab_size=2048).to_dict()
     embedded = load_model(None, lazy=True)[1].to_dict()
     assert shape == {k: v for k, v in embedded.items() if k not in ("dtype", "torch_dtype")}
     log = [json.loads(line) for line in (examples / "embedded.jsonl").read_text().splitlines()]
