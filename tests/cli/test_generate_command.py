@@ -301,7 +301,7 @@ def test_the_command_does_without_pytorch(tmp_path):
     assert (result.returncode, result.stderr) == (0, INTRODUCTION)
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "cache_prompt", "server"])
+@pytest.mark.parametrize("name", ["generate", "chat", "cache_prompt", "server.command"])
 def test_commands_that_generate_do_without_pytorch(name, monkeypatch):
     """Unless another program calls them."""
     command, asked = importlib.import_module(f"mlx_rgemma.{name}"), []

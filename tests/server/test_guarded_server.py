@@ -220,7 +220,7 @@ def test_a_signal_ends_open_streams_in_order(number):
     ids=lambda args: f"{args[0]} {args[1][:20]}",
 )
 def test_arguments_that_are_out_of_range(args, capsys):
-    from mlx_rgemma.server import build_parser
+    from mlx_rgemma.server.command import build_parser
 
     with pytest.raises(SystemExit) as caught:
         build_parser().parse_args(args)
