@@ -97,6 +97,7 @@ LONGEST = (
     "test_fuzz_requests.py",
     "test_fuzz_flags.py",
     "test_fuzz_archives.py",
+    "test_fuzz_tokenizers.py",
     "test_fuzz_training.py",
     "test_launch.py",
     "test_speculation.py",
