@@ -53,7 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="Prompts of 2,048 and 32,768 tokens, generation after 100 and 100,000.",
     )
     add_list("--train-tokens", "-t", count(1), "Also time training on sequences of this length.")
-    add("--fine-tune-type", choices=("full", "lora"), default="full", help="What is trained.")
+    add(
+        "--fine-tune-type",
+        choices=("full", "lora"),
+        default="full",
+        help="Trained weights. Default: full.",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="Print one JSON object, and nothing else.")
     add("--output", type=Path, metavar="FILE", help="Also write the JSON object to a file.")

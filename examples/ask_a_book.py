@@ -5,7 +5,7 @@
 
 With --state the reading is kept in a file, and the next time not repeated. Be warned: past the
 attention window (2,048 tokens for the released models) the state is a summary, which does not
-remember every word. Without arguments, the small embedded model goes on with a few short stories.
+remember every word. Without arguments, the small embedded model continues a few short stories.
 """
 
 from __future__ import annotations

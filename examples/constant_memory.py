@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import time
 
-import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
-
-# isort: split
 import mlx.core as mx
 import numpy as np
 

@@ -13,9 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
-
-# isort: split
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
@@ -32,7 +29,7 @@ def process_mb() -> float:
 
 
 def write(session: Session, tokens: int, show: bool, every: int) -> list[tuple[int, float, float]]:
-    """Write so many tokens; returns rows of (tokens, MB held by MLX, MB of the process)."""
+    """Write tokens; return rows of (tokens, MB held by MLX, MB of the process)."""
     rows, done, start = [], 0, time.perf_counter()
     prompt: str | None = "Once upon a time"
     while done < tokens:

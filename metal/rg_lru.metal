@@ -9,7 +9,7 @@
 // is 1; 2 on padding, where the state passes through.
 //
 // Threads: threadgroup (32, S), grid (ceil(D / 32), 1, B) of it. A lane is a channel. The S
-// simdgroups take STEPS consecutive steps each, all together a tile, and go on to the next tile
+// simdgroups take STEPS consecutive steps each, all together a tile, and continue with the next tile
 // until the sequence ends; any length runs in this one compilation.
 //   Each simdgroup runs its steps from a zero state and keeps, for every step, that partial state
 // and the product of the coefficients so far. The last of both go through threadgroup memory: from

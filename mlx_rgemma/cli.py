@@ -91,7 +91,7 @@ def _fail(message: str) -> int:
 def one_line(message: str) -> str:
     """Return a message as one printable line of bounded length, for a terminal.
 
-    Values from outside are cut where a message quotes them; file names are not. What is too long
+    Values from outside are cut where a message quotes them; file names are not. A long message
     loses its middle: the end says what to do.
     """
     text = " ".join(message[: 100 * MAX_LINE].split())
@@ -156,7 +156,7 @@ def make_parser(
 
     Args:
         prog: The command's name, as in "mlx_rgemma.generate".
-        description: What the command does.
+        description: One sentence.
         examples: Arguments of complete commands, quoted for the shell.
         epilog: Text before the examples.
         **options: More arguments of `argparse.ArgumentParser`.

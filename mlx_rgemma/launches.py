@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.launches`: what a model launches on a GPU, by count."""
+"""The command `mlx_rgemma.launches`: kernel launches of a model on a GPU, counted."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = cli.make_parser(
         "mlx_rgemma.launches",
-        "Count what a bfloat16 model launches on a Mac's GPU, with the Metal kernels,"
-        " from its recorded graph. Needs no Mac.",
+        "Count the launches of a bfloat16 model on a Mac's GPU, with the Metal kernels,"
+        " in its recorded graph. Needs no Mac.",
         ["--shape 9b --details", "--prompt 64 128 2048 --json"],
     )
     add = parser.add_argument
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _count(args))
 

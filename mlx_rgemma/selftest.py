@@ -1,4 +1,4 @@
-"""The command `python -m mlx_rgemma.selftest`: every Metal kernel beside its plain reference."""
+"""The command `mlx_rgemma.selftest`: every Metal kernel compared with its reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMINGS = ("none", "example", "model")
 
 
 class Row(NamedTuple):
-    """What was found out about one variant of a kernel; times in milliseconds, None: not taken."""
+    """The comparison of one variant of a kernel; times in milliseconds, None if not taken."""
 
     name: str
     file: str
@@ -31,7 +31,7 @@ class Row(NamedTuple):
     error: float | None
     allowed: float | None
     kernel_ms: float | None
-    plain_ms: float | None
+    reference_ms: float | None
     state: str
     reason: str
 
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = cli.make_parser(
         "mlx_rgemma.selftest",
-        "Compare every Metal kernel with its plain MLX reference, and time both.",
+        "Compare every Metal kernel with its reference in plain MLX, and time both.",
         ["--timing none", "--kernel rg_lru ring_attention --repeat 100", "--json > selftest.json"],
         epilog="Exits with 1 if a kernel fails or disagrees. Where there is no Metal nothing can"
         " be compared, and the command says so.",
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--timing",
         choices=TIMINGS,
         help="On the small example that is compared, or on 2048 tokens of the 2B model's size."
-        " Default: model on Metal, none on a stand-in, whose times mean nothing.",
+        " Default: model on Metal, none on an emulator, whose times mean nothing.",
     )
     add("--repeat", type=cli.int_at_least(1), default=20, help="Runs timed. Default: 20.")
     add("--json", action="store_true", help="Print one JSON object, and nothing else.")
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     args = build_parser().parse_args(argv)
     return cli.run(lambda: _selftest(args))
 
@@ -100,17 +100,17 @@ def _selftest(args: argparse.Namespace) -> int:
         print(f"mlx_rgemma {__version__}, MLX {mlx_version}, {device}")
         _print_rows(rows)
         if unavailable is not None:
-            print(f"kernels not run: {unavailable}; plain MLX operations take their place.")
+            print(f"kernels not run: {unavailable}; the reference runs instead.")
             print(f"kernels: {', '.join(kernel.name for kernel in chosen)}")
         elif failed:
-            print("Kernels that are off are replaced by plain MLX operations, at a cost in speed.")
+            print("The reference runs in place of kernels that are off, at a cost in speed.")
     return int(failed)
 
 
 def _examine(kernel: MetalKernel, variant: tuple[Any, ...], timing: str, repeat: int) -> Row:
     from mlx_rgemma.ops import backend, metal
 
-    error = allowed = kernel_ms = plain_ms = None
+    error = allowed = kernel_ms = reference_ms = None
     try:
         shapes = _shapes(kernel.sample_inputs(*variant))
         found = kernel.compare(*variant)
@@ -123,7 +123,7 @@ def _examine(kernel: MetalKernel, variant: tuple[Any, ...], timing: str, repeat:
             shapes = _shapes(arguments)
             kernel_ms = _milliseconds(kernel.launch, arguments, repeat)
             with backend.use(backend.Backend.MLX):
-                plain_ms = _milliseconds(kernel.reference, arguments, repeat)
+                reference_ms = _milliseconds(kernel.reference, arguments, repeat)
     except Exception as exception:  # a compiler or a driver may raise anything
         shapes, reason = "", f"{type(exception).__name__}: {exception}"
     return Row(
@@ -134,7 +134,7 @@ def _examine(kernel: MetalKernel, variant: tuple[Any, ...], timing: str, repeat:
         error=error,
         allowed=allowed,
         kernel_ms=kernel_ms,
-        plain_ms=plain_ms,
+        reference_ms=reference_ms,
         state="off" if reason else "passed",
         reason=reason,
     )
@@ -143,7 +143,7 @@ def _examine(kernel: MetalKernel, variant: tuple[Any, ...], timing: str, repeat:
 def _milliseconds(
     function: Callable[..., Sequence[mx.array]], arguments: Sequence[Any], repeat: int
 ) -> float:
-    """Median time of a call, arguments and results in memory."""
+    """Return the median time of a call, arguments and results evaluated."""
     import mlx.core as mx
 
     mx.eval(arguments)
@@ -157,18 +157,27 @@ def _milliseconds(
 
 
 def _shapes(arguments: Sequence[Any]) -> str:
-    """The first argument's shape, which gives the size of the problem."""
+    """Return the first argument's shape, which determines the size of the problem."""
     return "x".join(str(n) for n in arguments[0].shape)
 
 
 def _print_rows(rows: Sequence[Row]) -> None:
     if not rows:
         return
-    titles = ("kernel", "variant", "shape", "error", "allowed", "kernel ms", "plain ms", "state")
+    titles = (
+        "kernel",
+        "variant",
+        "shape",
+        "error",
+        "allowed",
+        "kernel ms",
+        "reference ms",
+        "state",
+    )
     table: list[tuple[str, ...]] = [titles]
     for row in rows:
         errors = [_number(row.error, ".1e"), _number(row.allowed, ".1e")]
-        times = [_number(row.kernel_ms, ".3f"), _number(row.plain_ms, ".3f")]
+        times = [_number(row.kernel_ms, ".3f"), _number(row.reference_ms, ".3f")]
         table.append((row.name, row.variant, row.shapes, *errors, *times, row.state))
     widths = [max(len(line[i]) for line in table) for i in range(len(titles))]
     for line in table:

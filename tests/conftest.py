@@ -1,77 +1,30 @@
-"""Shared fixtures: the golden models, and how close is close enough."""
+"""Fixtures that all tests share, and markers by folder."""
 
 from __future__ import annotations
 
-import json
 import sys
-from functools import cache
-from pathlib import Path
 
-import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
+import mlx_rgemma  # noqa: F401  (before NumPy: it sets how long OpenBLAS's threads wait)
 
 # isort: split
 import mlx.core as mx
-import numpy as np
 import pytest
+from helpers.assertions import ON_GPU
+from helpers.models import MODELS
 
-GOLDEN = Path(__file__).parent / "golden"
-MODELS = ("tiny-2b", "tiny-9b", "tiny-sharded")
+FOLDER_MARKERS = {"cpu": "cpu", "ops": "kernels", "metal-emulator": "kernels"}
+"""Markers of all tests in a folder; other files name theirs as `pytestmark`."""
 
-ON_GPU = mx.default_device() == mx.Device(mx.gpu)
-"""On a Mac the same tests run on its GPU, with the kernels where they agree."""
-
-LOGITS_ATOL = 2e-4 if ON_GPU else 5e-5
-"""float32 logits against Google's code, which is itself within 1.4e-5 of float64. A GPU may
-multiply float32 matrices in reduced precision."""
-
-
-def tolerance(on_cpu: float) -> float:
-    """A relative tolerance of float32 results; looser on a GPU, for the same reason."""
-    return max(on_cpu, 1e-3) if ON_GPU else on_cpu
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    """The arrays of one golden file."""
-    with np.load(GOLDEN / name) as arrays:
-        return {key: arrays[key] for key in arrays.files}
-
-
-@cache
-def golden_weights(name: str) -> dict[str, mx.array]:
-    """A golden checkpoint's tensors as they lie on disk."""
-    weights: dict[str, mx.array] = {}
-    for file in sorted((GOLDEN / name).glob("*.safetensors")):
-        weights.update(mx.load(str(file)))
-    return weights
-
-
-def golden_model(name: str, dtype: mx.Dtype = mx.float32, *, fuse: bool = True, **changes):
-    """A golden checkpoint as a model, with changed keys of its config; fused as `load` does."""
-    from mlx_rgemma import GriffinConfig, Model
-
-    values = json.loads((GOLDEN / name / "config.json").read_text())
-    model = Model(GriffinConfig.from_dict({**values, **changes}))
-    weights = model.sanitize(golden_weights(name))
-    kept = [(k, v.astype(dtype)) for k, v in weights.items() if _belongs(model, k)]
-    model.load_weights(kept)
-    mx.eval(model.parameters())
-    if fuse:
-        model.prepare_for_inference(dequantize=False)
-    return model
-
-
-def _belongs(model, name: str) -> bool:
-    """Whether a tensor belongs to a model that may have been cut short."""
-    parts = name.split(".")
-    return parts[1] != "layers" or int(parts[2]) < len(model.layers)
+SKIPPED = {
+    "cpu": (sys.platform == "linux" and not ON_GPU, "the CPU backend runs on Linux only"),
+    "mac": (mx.metal.is_available(), "needs a Mac with Metal"),
+}
+"""Markers of tests that cannot run everywhere: whether they can here, and why not."""
 
 
 @pytest.fixture(params=MODELS)
 def model_name(request) -> str:
     return request.param
-
-
-CPU_BACKEND = sys.platform == "linux" and not ON_GPU
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +41,7 @@ def cpu_backend(request):
 
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """The names of the Numba kernels that run, each time; any array is large enough for one."""
+    """Return the names of the Numba kernels that run, with no lower limit on the size of arrays."""
     from mlx_rgemma.cpu import numba_runtime
 
     names: list[str] = []
@@ -100,36 +53,6 @@ def ran(monkeypatch) -> list[str]:
     return names
 
 
-def max_error(actual: mx.array | np.ndarray, expected: np.ndarray) -> float:
-    """Largest absolute difference."""
-    return float(np.abs(np.array(actual, dtype=np.float64) - expected).max())
-
-
-def relative_error(actual: mx.array | np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference relative to the largest expected value."""
-    scale = float(np.abs(expected).max())
-    return max_error(actual, expected) / (scale if scale > 0 else 1.0)
-
-
-LONGEST = (
-    "test_fuzz_requests.py",
-    "test_fuzz_flags.py",
-    "test_fuzz_archives.py",
-    "test_fuzz_training.py",
-    "test_launch.py",
-    "test_speculation.py",
-    "test_mutants.py",
-    "test_without_cpu_backend.py",
-    "test_session_walks.py",
-    "test_finetuning.py",
-    "test_benchmark_command.py",
-    "test_generate_command.py",
-    "test_server.py",
-    "test_chat.py",
-)
-"""Files that take longest, the longest first: begun last, one would keep the rest waiting."""
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of tests/fuzz."""
     add = parser.getgroup("fuzz").addoption
@@ -138,11 +61,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
-    if not CPU_BACKEND:
-        skip = pytest.mark.skip(reason="the CPU backend runs on Linux only")
-        for item in items:
-            if item.path.parent.name == "cpu":
-                item.add_marker(skip)
+    """Add the markers of folders, skip what cannot run here, and begin with slow files."""
+    for item in items:
+        for folder, marker in FOLDER_MARKERS.items():
+            if folder in item.path.relative_to(item.config.rootpath).parts:
+                item.add_marker(marker)
+        for marker, (runs, reason) in SKIPPED.items():
+            if not runs and item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+    # Begun last, one of them would keep the other processes waiting.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

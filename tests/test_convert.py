@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from helpers.models import GOLDEN
 
 from mlx_rgemma.convert import build_parser, main
 from mlx_rgemma.io.hub import EMBEDDED

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import GOLDEN
+from helpers.models import GOLDEN
 
 from mlx_rgemma import convert, load, load_model
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder

@@ -1,4 +1,4 @@
-"""Training tokens a second and peak memory beside mlx-lm and transformers.
+"""Training tokens per second and peak memory beside mlx-lm and transformers.
 
     python examples/finetune/compare_training.py --tokens 128 512 2048
 
@@ -246,6 +246,6 @@ def row(job: list[Any], args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
+    import mlx_rgemma  # noqa: F401  (before NumPy: OpenBLAS's threads)
 
     main()

@@ -3,7 +3,7 @@
     python examples/finetune/run.py
 
 Trains with lora.yaml, measures the loss and the answers before and after, fuses the adapters, and
-asks the fused model again in plain mlx-lm: four and a half CPU minutes. All goes to `--folder`.
+queries the fused model again in plain mlx-lm: four and a half CPU minutes. All goes to `--folder`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def command(name: str, *arguments: Any) -> str:
 
 
 def answers(model: Any, tokenizer: Any, split: str) -> list[str]:
-    """What a model says to each question of a split, greedily."""
+    """Return a model's greedy answer to each question of a split."""
     prompts = [example["prompt"] for example in examples(split)]
     texts = batch_generate(model, tokenizer, prompts, max_tokens=MAX_TOKENS).texts
     return [text.strip() for text in texts]

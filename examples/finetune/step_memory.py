@@ -2,7 +2,7 @@
 
     python examples/finetune/step_memory.py --layers 3
 
-The model has the shape of RecurrentGemma-2B, its vocabulary of 256,000 words too, and 4 to 5 bits a
+The model has the shape of RecurrentGemma-2B, its vocabulary of 256,000 tokens, and 4 to 5 bits a
 weight as `convert -q` gives them; `--layers 26` is all of it. One row is read, gone back through
 with checkpointing, and Adam updates adapters on every linear layer, as `mlx_rgemma.lora
 --grad-checkpoint --num-layers -1` does. Nothing is downloaded.
@@ -15,9 +15,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
-
-# isort: split
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten

@@ -25,7 +25,7 @@ def fuse_adam(optimizer: optim.Optimizer) -> optim.Optimizer:
     Applied only if the update contains a large parameter; for LoRA alone, loading Numba costs more
     memory than it saves time.
 
-    What is computed stays the same, bit for bit. The moments are changed where they lie, and a new
+    The results are the same, bit for bit. The moments are changed where they lie, and a new
     parameter takes the memory of its gradient, which must not be read afterwards. In a model it
     takes the old one's place at once: no more than one parameter is there twice.
 

@@ -241,7 +241,7 @@ def _size(weights: Sequence[Any]) -> int:
 
 
 def _threads(size: int) -> int:
-    """Return the threads that a layer of so many weights is worth."""
+    """Return the number of threads that pays for a layer with this number of weights."""
     return max(min(numba_runtime.max_region_threads(), size // WEIGHTS_PER_THREAD), 1)
 
 

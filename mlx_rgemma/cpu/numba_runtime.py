@@ -35,7 +35,7 @@ def is_long(x: mx.array, *_arrays: Any, **_options: Any) -> bool:
 
 
 def is_large(elements: int) -> bool:
-    """Return whether so many elements are worth a Numba kernel."""
+    """Return whether a Numba kernel pays for this number of elements."""
     return elements >= MIN_ELEMENTS and available()
 
 

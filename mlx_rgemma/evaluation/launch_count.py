@@ -1,4 +1,4 @@
-"""Counting what a model would launch on a Mac, by recording its graph; no GPU is needed.
+"""Count the launches of a model on a Mac's GPU in its recorded graph; no GPU is needed.
 
 A launch is a primitive that is not a view. As on a Mac, one `mx.fast` operation, one group of
 elementwise operations behind `mx.compile` and one custom kernel are a launch each: MLX's graph on a
@@ -48,7 +48,7 @@ RESHAPES = {"Reshape", "Flatten", "Unflatten"}
 
 @dataclass
 class Launches:
-    """What one call launches.
+    """Launches of one call.
 
     Attributes:
         kinds: Launches by primitive, custom kernels by their name.
@@ -71,8 +71,8 @@ def count_launches(function: Callable[..., Any], *arrays: mx.array) -> Launches:
     """Record a function of arrays and count its launches.
 
     Args:
-        function: Returns arrays; all that it computes for them is counted.
-        *arrays: Their shapes and dtypes are what matters.
+        function: Returns arrays; everything computed for them is counted.
+        *arrays: Only their shapes and dtypes matter.
     """
     nodes: list[dict[str, Any]] = []
 
@@ -100,7 +100,7 @@ def count_launches(function: Callable[..., Any], *arrays: mx.array) -> Launches:
 
 
 def count_model(config: GriffinConfig, length: int, *, theirs: bool = False) -> Launches:
-    """Launches of one call of a bfloat16 model in the middle of a text.
+    """Count the launches of one call of a bfloat16 model in the middle of a text.
 
     Args:
         config: The shape. Launches depend on its layers, not on its widths.
@@ -127,13 +127,13 @@ def count_model(config: GriffinConfig, length: int, *, theirs: bool = False) -> 
 
 
 def count_layer(kind: str, length: int) -> int:
-    """Launches of one layer, "recurrent" or "attention": what a second one adds to a model."""
+    """Return the launches of one layer, "recurrent" or "attention"."""
     one, two = (count_model(small_model(n, (kind,)), length).total for n in (1, 2))
     return two - one
 
 
 def small_model(layers: int, block_types: tuple[str, ...]) -> GriffinConfig:
-    """A model of some layers and little else: enough for counting."""
+    """Return the shape of a model that is large enough for counting."""
     return GriffinConfig(
         vocab_size=64,
         hidden_size=64,
@@ -172,9 +172,9 @@ def _arrays(tree: Any) -> list[mx.array]:
 
 
 def _marker(name: str, function: Any) -> Callable[..., mx.array]:
-    """One custom kernel in the graph in place of all that a function does; it is never run."""
+    """Return a function that records one custom kernel in place of another function."""
 
-    def stand_in(*args: Any, **kwargs: Any) -> mx.array:
+    def marker(*args: Any, **kwargs: Any) -> mx.array:
         result = function(*args, **kwargs)
         arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, mx.array)]
         kernel: Any = mx.fast.metal_kernel(
@@ -192,12 +192,12 @@ def _marker(name: str, function: Any) -> Callable[..., mx.array]:
             threadgroup=(32, 1, 1),
         )[0]
 
-    return stand_in
+    return marker
 
 
 @contextlib.contextmanager
 def _markers() -> Iterator[None]:
-    """Markers for MLX's fast operations, its compiled activations, and ours."""
+    """Replace MLX's fast operations and compiled activations, and ours, by markers."""
     with contextlib.ExitStack() as stack:
         for name in ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention"):
             function = _marker(name, getattr(mx.fast, name))
@@ -215,7 +215,7 @@ def _markers() -> Iterator[None]:
 
 
 class _Layout:
-    """Which arrays of a recorded graph lie in memory in row-major order, without gaps."""
+    """The arrays of a recorded graph that are contiguous in row-major order."""
 
     def __init__(self) -> None:
         self.strided: dict[str, np.ndarray] = {}
@@ -225,7 +225,7 @@ class _Layout:
         return shadow is None or bool(shadow.flags.c_contiguous)
 
     def follow(self, node: dict[str, Any]) -> None:
-        """Note the layout of a node's outputs. Shadows have the shape and strides, and no data."""
+        """Record the layout of a node's outputs. Shadows have shape and strides, but no data."""
         name, arguments = node["name"], node["arguments"]
         if name not in VIEWS or not node["inputs"]:
             return

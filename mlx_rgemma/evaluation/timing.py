@@ -180,7 +180,7 @@ def quantization_label(model: Any) -> str:
 
 
 class _NoTokenizer:
-    """A tokenizer that makes no text and knows no end of text."""
+    """A tokenizer that makes no text and has no end of text."""
 
     eos_token_ids = ()
     last_segment = text = ""

@@ -56,7 +56,7 @@ def read_limited(path: Path, limit: int) -> bytes:
         if size > limit:
             raise CheckpointError(f"{path}: {size:,} bytes, expected at most {limit:,}.")
         try:
-            data = file.read(size + 1)  # allocates as much as is asked for
+            data = file.read(size + 1)  # allocates this size at once
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
     if len(data) > size:

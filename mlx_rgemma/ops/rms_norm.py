@@ -51,7 +51,7 @@ def add_rms_norm(
 
     Args:
         x: (..., N), any float. The stream, whose dtype the sum keeps.
-        delta: (..., N), any float. What is added to it.
+        delta: (..., N), any float. The branch to add.
         weight, eps: As for `rms_norm`.
         dtype: Of the normalized sum; that of `delta` when omitted.
 

@@ -118,7 +118,8 @@ def _parameters(tokenizer: Any) -> frozenset[str]:
     These are the parameters of `apply_chat_template` and the tokenizer's call, and special tokens.
     """
     tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
-    functions = [getattr(tokenizer, "apply_chat_template", None), type(tokenizer).__call__]
+    kind: Any = type(tokenizer)  # the method of the instance may be wrapped
+    functions = [getattr(kind, "apply_chat_template", None), kind.__call__]
     names = [
         name
         for function in functions

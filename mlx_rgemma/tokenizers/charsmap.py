@@ -16,7 +16,7 @@ def charsmap_problem(charsmap: bytes) -> str | None:
     """Return what is wrong with a precompiled map of characters, if anything.
 
     Args:
-        charsmap: Four bytes of size, the trie of so many bytes, and texts that end with zeros.
+        charsmap: Four bytes of size, the trie of this size, and texts that end with zeros.
     """
     size = int.from_bytes(charsmap[:4], "little")
     if len(charsmap) < 4 or size % 4 or not 0 < size <= len(charsmap) - 4:

@@ -15,6 +15,8 @@ from mlx_rgemma.evaluation.launch_count import count_model, small_model
 from mlx_rgemma.evaluation.random_model import SHAPES
 from mlx_rgemma.griffin.cache import state_nbytes
 
+pytestmark = pytest.mark.slow
+
 TINY = SHAPES["micro"]
 
 

@@ -124,7 +124,7 @@ def _embedding(engine) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [OURS, MLX_LM])
-def test_generating_after_a_long_text_goes_on_from_it(folder, name):
+def test_generation_after_a_long_text_continues_it(folder, name):
     engine = make_engine(name)
     engine.load(folder, "float32", UNQUANTIZED)
     read = []

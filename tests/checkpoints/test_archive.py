@@ -11,9 +11,9 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from checkpoint_files import all_tensors, assert_same_tensors
-from conftest import GOLDEN
+from helpers.checkpoint_files import all_tensors, assert_same_tensors
 from helpers.google_files import FLAX, SAID, TORCH, needs_tensorstore, tar_of
+from helpers.models import GOLDEN
 
 from mlx_rgemma import convert
 from mlx_rgemma.checkpoints.formats import archive as archive_module

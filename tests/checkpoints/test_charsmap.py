@@ -7,7 +7,7 @@ import json
 import random
 
 import pytest
-from checkpoint_files import train_sentencepiece
+from helpers.checkpoint_files import train_sentencepiece
 
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.tokenizers.charsmap import charsmap_problem

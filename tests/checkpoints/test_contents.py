@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoint_files import CONFIG, SINGLE, edit_json, edit_tensors, golden_copy
-from conftest import GOLDEN
+from helpers.checkpoint_files import CONFIG, SINGLE, edit_json, edit_tensors, golden_copy
+from helpers.models import GOLDEN
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import GriffinConfig, Model

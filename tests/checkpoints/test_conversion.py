@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from checkpoint_files import (
+from helpers.assertions import LOGITS_ATOL, max_error
+from helpers.checkpoint_files import (
     CONFIG,
     GEMMA_LIKE,
     INDEX,
@@ -23,7 +24,7 @@ from checkpoint_files import (
     golden_copy,
     train_sentencepiece,
 )
-from conftest import GOLDEN, LOGITS_ATOL, golden, golden_weights, max_error
+from helpers.models import GOLDEN, golden, golden_weights
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import convert, load, load_model

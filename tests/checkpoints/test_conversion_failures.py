@@ -12,8 +12,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoint_files import CONFIG, SINGLE
-from conftest import GOLDEN
+from helpers.checkpoint_files import CONFIG, SINGLE
+from helpers.models import GOLDEN
 
 from mlx_rgemma import GriffinConfig, convert, load_model
 from mlx_rgemma.checkpoints.schema import expected_tensors

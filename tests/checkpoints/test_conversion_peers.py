@@ -7,8 +7,9 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoint_files import CONFIG, all_tensors, assert_same_tensors, run_plain_python
-from conftest import GOLDEN, golden, max_error
+from helpers.assertions import max_error
+from helpers.checkpoint_files import CONFIG, all_tensors, assert_same_tensors, run_plain_python
+from helpers.models import GOLDEN, golden
 
 from mlx_rgemma import convert, load, load_model
 from mlx_rgemma.io.hub import EMBEDDED

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoint_files import all_tensors
-from conftest import GOLDEN
+from helpers.checkpoint_files import all_tensors
 from helpers.google_files import FLAX, SAID, TORCH, needs_tensorstore, tar_of
+from helpers.models import GOLDEN
 
 from mlx_rgemma import convert, load_model
 from mlx_rgemma.errors import UserError

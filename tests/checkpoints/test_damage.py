@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from checkpoint_files import CONFIG, INDEX, golden_copy
+from helpers.checkpoint_files import CONFIG, INDEX, golden_copy
 
 from mlx_rgemma import convert, load, load_model
 from mlx_rgemma.errors import UserError

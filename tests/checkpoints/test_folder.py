@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_files import CONFIG, INDEX, SINGLE, edit_json, golden_copy
+from helpers.checkpoint_files import CONFIG, INDEX, SINGLE, edit_json, golden_copy
 
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder
 from mlx_rgemma.checkpoints.schema import check_contents
@@ -182,7 +182,7 @@ def test_not_a_folder(tmp_path):
 
 
 def test_layouts(model_name):
-    from conftest import GOLDEN, golden_weights
+    from helpers.models import GOLDEN, golden_weights
 
     folder = CheckpointFolder.open(GOLDEN / model_name)
     weights = golden_weights(model_name)

@@ -13,9 +13,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoint_files import CONFIG, GEMMA_LIKE, all_tensors, assert_same_tensors
-from checkpoint_files import train_sentencepiece as train
-from conftest import GOLDEN, LOGITS_ATOL, golden, golden_weights, max_error
+from helpers.assertions import LOGITS_ATOL, max_error
+from helpers.checkpoint_files import CONFIG, GEMMA_LIKE, all_tensors, assert_same_tensors
+from helpers.checkpoint_files import train_sentencepiece as train
 from helpers.google_files import (
     FLAX,
     SAID,
@@ -27,6 +27,7 @@ from helpers.google_files import (
     torch_pickle,
     torch_zip,
 )
+from helpers.models import GOLDEN, golden, golden_weights
 
 from benchmarks.convert_large import FORMATS as WRITERS
 from benchmarks.convert_large import Noise

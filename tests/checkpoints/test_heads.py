@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from checkpoint_files import SINGLE, all_tensors, edit_tensors, golden_copy
-from conftest import GOLDEN, golden_model, golden_weights
+from helpers.checkpoint_files import SINGLE, all_tensors, edit_tensors, golden_copy
+from helpers.models import GOLDEN, golden_model, golden_weights
 
 from mlx_rgemma import Model, convert, load_model, register
 from mlx_rgemma.errors import CheckpointError

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from checkpoint_files import all_tensors, assert_same_tensors
+from helpers.checkpoint_files import all_tensors, assert_same_tensors
 from helpers.google_files import SAID, TORCH, tar_of
 from test_corruption import digest
 

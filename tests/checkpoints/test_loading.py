@@ -8,8 +8,9 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoint_files import CONFIG, SINGLE, edit_json, edit_tensors, golden_copy
-from conftest import GOLDEN, LOGITS_ATOL, golden, max_error
+from helpers.assertions import LOGITS_ATOL, max_error
+from helpers.checkpoint_files import CONFIG, SINGLE, edit_json, edit_tensors, golden_copy
+from helpers.models import GOLDEN, golden
 from mlx.utils import tree_flatten
 
 from benchmarks.embedded_quality import measure

@@ -6,7 +6,7 @@ import json
 
 import mlx.core as mx
 import pytest
-from checkpoint_files import golden_copy
+from helpers.checkpoint_files import golden_copy
 from helpers.google_files import SAID, TORCH
 
 from mlx_rgemma import convert, load, load_model

@@ -56,7 +56,7 @@ def test_no_more_is_read(file, name):
     assert bytes_read() - before - counting == part.nbytes == whole[name].nbytes // 2
 
 
-def test_a_file_that_becomes_shorter_is_told(file):
+def test_a_file_that_becomes_shorter_is_an_error(file):
     whole, header = mx.load(str(file)), read_header(file)
     data = file.read_bytes()
     file.write_bytes(data[: header[COLUMNS].start + 100])

@@ -6,7 +6,13 @@ import json
 
 import mlx.core as mx
 import pytest
-from checkpoint_files import CONFIG, all_tensors, assert_same_tensors, golden_copy, run_plain_python
+from helpers.checkpoint_files import (
+    CONFIG,
+    all_tensors,
+    assert_same_tensors,
+    golden_copy,
+    run_plain_python,
+)
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import GriffinConfig, Model, convert, load, load_model, register

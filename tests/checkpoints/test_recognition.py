@@ -6,9 +6,9 @@ import shutil
 import zipfile
 
 import pytest
-from checkpoint_files import golden_copy
-from conftest import GOLDEN
+from helpers.checkpoint_files import golden_copy
 from helpers.google_files import FLAX, TORCH, flax_copy, tar_of
+from helpers.models import GOLDEN
 
 from mlx_rgemma import convert, load
 from mlx_rgemma.checkpoints.formats.detect import CheckpointFormat, Detected, detect_format

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoint_files import golden_copy
-from hub_stand_in import hub
+from helpers.checkpoint_files import golden_copy
+from helpers.fake_hub import hub
 
 from mlx_rgemma.errors import CheckpointError
 from mlx_rgemma.io.hub import EMBEDDED, Source, locate

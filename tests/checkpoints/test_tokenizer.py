@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import sentencepiece
-from checkpoint_files import GEMMA_LIKE, STORIES, edit_json, train_sentencepiece
+from helpers.checkpoint_files import GEMMA_LIKE, STORIES, edit_json, train_sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkpoint_files import golden_copy
-from hub_stand_in import TOKEN, upload_hub
+from helpers.checkpoint_files import golden_copy
+from helpers.fake_hub import TOKEN, upload_hub
 
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.io.hub import EMBEDDED

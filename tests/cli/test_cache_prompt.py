@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL
+from helpers.assertions import LOGITS_ATOL
 from test_chat import answers, chat, chat_model  # noqa: F401
 
 from mlx_rgemma import Session, generate, load, load_prompt_cache, register
@@ -72,7 +72,7 @@ def test_mlx_lm_reads_the_file(embedded, tmp_path):
     assert found == [r.token for r in session.stream([30, 31], max_tokens=8)]
 
 
-def test_chat_goes_on_from_it(embedded, tmp_path):
+def test_chat_continues_from_it(embedded, tmp_path):
     model, tokenizer = embedded
     file = tmp_path / "state.safetensors"
     assert run("--prompt-cache-file", str(file), "--prompt", "Once upon a").code == 0

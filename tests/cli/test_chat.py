@@ -12,12 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL
+from helpers.assertions import LOGITS_ATOL
 
 from mlx_rgemma import Session, generate, load
 from mlx_rgemma.errors import UserError
 from mlx_rgemma.io.hub import EMBEDDED
 from mlx_rgemma.sessions.conversation import Conversation
+
+pytestmark = pytest.mark.slow
 
 COMMAND = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mlx_rgemma.chat"]
 
@@ -173,7 +175,7 @@ def test_states_under_any_name(embedded, tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
-def test_mistakes_are_told_and_the_conversation_goes_on(tmp_path):
+def test_mistakes_are_one_line_and_the_conversation_continues(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"no state")
     lines = [
         "/save",

@@ -13,10 +13,12 @@ import time
 
 import mlx.core as mx
 import pytest
-from conftest import GOLDEN, golden_model
+from helpers.models import GOLDEN, golden_model
 
 from mlx_rgemma import generate, load, save_prompt_cache
 from mlx_rgemma.io.hub import EMBEDDED
+
+pytestmark = pytest.mark.slow
 
 COMMAND = [sys.executable, "-W", "error::RuntimeWarning", "-m", "mlx_rgemma.generate"]
 INTRODUCTION = (
@@ -299,7 +301,7 @@ def test_the_command_does_without_pytorch(tmp_path):
     assert (result.returncode, result.stderr) == (0, INTRODUCTION)
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "cache_prompt", "server"])
+@pytest.mark.parametrize("name", ["generate", "chat", "cache_prompt", "server.command"])
 def test_commands_that_generate_do_without_pytorch(name, monkeypatch):
     """Unless another program calls them."""
     command, asked = importlib.import_module(f"mlx_rgemma.{name}"), []

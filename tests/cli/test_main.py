@@ -20,7 +20,8 @@ COMMANDS = list(__main__.COMMANDS)
 
 
 def parser_of(command: str):
-    return importlib.import_module(f"mlx_rgemma.{command}").build_parser()
+    name = "server.command" if command == "server" else command
+    return importlib.import_module(f"mlx_rgemma.{name}").build_parser()
 
 
 def run(*args: str, **options) -> subprocess.CompletedProcess:

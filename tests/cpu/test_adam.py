@@ -9,7 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import golden_model
+from helpers.models import golden_model
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_rgemma.cpu import numba_runtime

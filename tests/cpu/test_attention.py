@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import max_error, relative_error
+from helpers.assertions import max_error, relative_error
 from helpers.attention_cases import Case, counted, packed
 
 from mlx_rgemma import ops

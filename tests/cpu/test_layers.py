@@ -6,7 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import golden_model, relative_error
+from helpers.assertions import relative_error
+from helpers.models import golden_model
 from helpers.random_models import CONFIG, TOKENS, random_model, read
 from mlx.utils import tree_flatten
 

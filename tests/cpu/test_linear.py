@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import relative_error
+from helpers.assertions import relative_error
 
 from mlx_rgemma.cpu import linear as linear_module
 from mlx_rgemma.cpu.linear import MIN_ROWS, Quantized, linear, quantized_linear

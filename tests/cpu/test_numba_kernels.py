@@ -12,11 +12,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL, golden, golden_model, max_error, relative_error
+from helpers.assertions import LOGITS_ATOL, max_error, relative_error
 from helpers.attention_cases import windowed_attention
 from helpers.float64 import conv as conv64
 from helpers.float64 import rg_lru as rg_lru64
 from helpers.float64 import to64
+from helpers.models import golden, golden_model
 
 from mlx_rgemma.cpu import numba_runtime
 from mlx_rgemma.ops import (

@@ -14,7 +14,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import LOGITS_ATOL, golden, golden_model, max_error
+from helpers.assertions import LOGITS_ATOL, max_error
+from helpers.models import golden, golden_model
 from helpers.random_models import EMBEDDED, TOKENS, random_model, write
 
 import mlx_rgemma

@@ -15,14 +15,16 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.launching import Launched, free_ports, launch
 from helpers.random_models import EMBEDDED, random_checkpoint
 from helpers.running_server import Running
-from launching import Launched, free_ports, launch
 
 from mlx_rgemma import convert, generate, load
 from mlx_rgemma.generate import main as generate_alone
 from mlx_rgemma.lora import main as lora
 from mlx_rgemma.train import main as train
+
+pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 STORIES = EMBEDDED.parent / "stories.txt"
 GENERATE = ("-m", "mlx_rgemma.generate", "--prompt", "Once upon a time", "--verbose", "F")
@@ -138,10 +140,12 @@ def test_a_process_that_stands_still_ends_all():
 
 @needs_proc
 def test_nothing_is_left_of_tests_that_are_killed():
-    start = "from launching import Launched; import time; l = Launched(2, *{}); time.sleep(0.5)"
+    start = (
+        "from helpers.launching import Launched; import time; l = Launched(2, *{}); time.sleep(0.5)"
+    )
     start += "; print(l.process.pid, flush=True); time.sleep(100)"
     command = [sys.executable, "-c", start.format(["-c", "import time; time.sleep(100)"])]
-    folder = str(Path(__file__).parent)
+    folder = str(Path(__file__).parents[1])
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as tests:
         group = int(tests.stdout.readline())
         os.killpg(group, 0)
@@ -209,7 +213,7 @@ def test_training_has_the_losses_of_one_process_through_a_kill(tmp_path):
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
 
 
-def test_fine_tuning_by_two_goes_on_in_one(tmp_path, capsys):
+def test_fine_tuning_by_two_ranks_continues_in_one_process(tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()
     stories = STORIES.read_text().split("\n\n")

@@ -9,10 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import GOLDEN, LOGITS_ATOL, golden, golden_model, max_error
+from helpers.assertions import LOGITS_ATOL, max_error
+from helpers.models import GOLDEN, golden, golden_model
 from helpers.random_models import CONFIG, TOKENS, random_model, read
+from helpers.thread_group import ThreadGroup, run_threads
 from mlx.utils import tree_flatten
-from thread_group import ThreadGroup, run_threads
 
 from mlx_rgemma import GriffinConfig, Model
 from mlx_rgemma.checkpoints.formats.huggingface import CheckpointFolder

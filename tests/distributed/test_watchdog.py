@@ -9,11 +9,13 @@ import threading
 import time
 
 import pytest
-from launching import free_ports
+from helpers.launching import free_ports
 
 from mlx_rgemma.distributed.rank_info import RankInfo
 from mlx_rgemma.distributed.watchdog import Connection, Watchdog, timeout_seconds
 from mlx_rgemma.errors import UserError
+
+pytestmark = pytest.mark.network
 
 
 def places(tmp_path, size: int, kind: str) -> list[RankInfo]:

@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import golden_model
+from helpers.models import golden_model
 
 from mlx_rgemma import GriffinConfig, convert, load
 from mlx_rgemma.checkpoints.save import save_model

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fuzz.commands import TESTS, child_environment
+from fuzz.commands import child_environment
 
 SHAPE = {
     "hidden_size": 32,
@@ -53,8 +53,7 @@ def sources(folder: Path) -> Path:
 
 def build(folder: Path) -> None:
     """Build all of them."""
-    sys.path.insert(0, str(TESTS / "checkpoints"))
-    from checkpoint_files import GEMMA_LIKE, STORIES, train_sentencepiece
+    from helpers.checkpoint_files import GEMMA_LIKE, STORIES, train_sentencepiece
     from helpers.random_models import random_model
 
     from mlx_rgemma import GriffinConfig, Session, cache_prompt, convert, load, lora, train
@@ -73,6 +72,8 @@ def build(folder: Path) -> None:
     session = Session(model, tokenizer)
     session.feed("One day Lily met a dog.")
     session.save(folder / "session.safetensors")
+    (folder / "named").mkdir()
+    session.save(folder / "named" / "book")
 
     data, texts = folder / "data", folder / "texts"
     data.mkdir()

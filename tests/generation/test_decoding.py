@@ -196,7 +196,7 @@ def test_logits_of_the_last_token_alone(ending_in, length, rows):
 
 
 @pytest.mark.parametrize("name", ["prefill", "last_logits"])
-def test_the_last_layer_computes_one_token_where_nobody_asks_for_more(ending_in, monkeypatch, name):
+def test_the_last_layer_computes_the_last_token_only(ending_in, monkeypatch, name):
     """But for what its state is made of: its first projections."""
     rows: dict[int, int] = {}
     multiply = Linear.__call__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from conftest import golden_model
+from helpers.models import golden_model
 
 from mlx_rgemma.ops import streams as device
 
@@ -39,7 +39,7 @@ def test_the_limit_is_raised_and_put_back(limits, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_model_that_hardly_fits_is_told_so(limits, monkeypatch, capsys):
+def test_a_model_that_hardly_fits_gives_a_warning(limits, monkeypatch, capsys):
     model = golden_model("tiny-2b")
     size = sum(x.nbytes for x in model.parameters()["model"]["embed_tokens"].values())
     facts = {"max_recommended_working_set_size": size}

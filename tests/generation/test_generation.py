@@ -7,7 +7,7 @@ from dataclasses import fields
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import golden, golden_model
+from helpers.models import golden, golden_model
 
 from mlx_rgemma import batch_generate, generate, load, stream_generate
 from mlx_rgemma.errors import UserError

@@ -10,7 +10,8 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import golden_model, max_error
+from helpers.assertions import max_error
+from helpers.models import golden_model
 from helpers.random_models import SMALL
 
 from mlx_rgemma import GriffinConfig, Model, generate, load, stream_generate
@@ -20,6 +21,8 @@ from mlx_rgemma.generation.draft import PromptLookup
 from mlx_rgemma.generation.sampling import Sampler
 from mlx_rgemma.generation.speculative import SpeculationStats, speculative_steps
 from mlx_rgemma.griffin.cache import state_nbytes
+
+pytestmark = pytest.mark.slow
 
 STATE_ATOL = 1e-4
 """float32 logits behind a state that has read the same tokens in other calls."""

@@ -7,8 +7,9 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL, golden_model, max_error
+from helpers.assertions import LOGITS_ATOL, max_error
 from helpers.emulated import IMPLEMENTATIONS, run_by
+from helpers.models import golden_model
 from helpers.random_models import SMALL
 
 from mlx_rgemma import GriffinConfig, Model

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import GOLDEN, MODELS
+from helpers.models import GOLDEN, MODELS
 
 from mlx_rgemma import GriffinConfig
 from mlx_rgemma.errors import ConfigError

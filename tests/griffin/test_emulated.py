@@ -8,15 +8,16 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import GOLDEN, LOGITS_ATOL, golden, golden_model, max_error
+from helpers.assertions import LOGITS_ATOL, max_error
 from helpers.emulated import emulated, launched, needs_compiler
+from helpers.models import GOLDEN, golden, golden_model
 from mlx.utils import tree_flatten
 from test_golden import masked_loss, run_chunks
 
 from mlx_rgemma.ops import backend, metal
 from mlx_rgemma.ops.backend import Backend
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.kernels]
 
 INFERENCE = {"rms_norm", "add_rms_norm", "recurrent_decode", "decode_attention"}
 PREFILL = {"rms_norm", "add_rms_norm", "causal_conv1d", "rg_lru", "rotary", "prefill_attention"}

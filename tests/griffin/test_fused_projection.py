@@ -8,7 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL, golden, golden_model, max_error
+from helpers.assertions import LOGITS_ATOL, max_error
+from helpers.models import golden, golden_model
 from mlx.utils import tree_flatten
 
 from mlx_rgemma.griffin.fused_projection import FusedProjection

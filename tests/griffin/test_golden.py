@@ -6,7 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL, golden, golden_model, max_error, tolerance
+from helpers.assertions import LOGITS_ATOL, max_error, tolerance
+from helpers.models import golden, golden_model
 from mlx.utils import tree_flatten
 
 RULES = {"google": "google", "hf": "hf"}
@@ -163,7 +164,7 @@ def masked_loss(model, data) -> mx.array:
 def test_loss_and_gradients(rows):
     model = golden_model("tiny-9b")
     data = golden(f"train/batch_{rows}.npz")
-    from conftest import GOLDEN
+    from helpers.models import GOLDEN
 
     expected = model.sanitize(mx.load(str(GOLDEN / f"train/grads_{rows}.safetensors")))
     loss, gradients = nn.value_and_grad(model, lambda m: masked_loss(m, data))(model)
@@ -224,7 +225,7 @@ def test_bfloat16_budget(reference):
     data = golden("bf16/reference_logits.npz")
     model = golden_model("tiny-2b", mx.bfloat16)
     if reference == "longmem":
-        from conftest import GOLDEN
+        from helpers.models import GOLDEN
 
         overlay = mx.load(str(GOLDEN / "bf16/longmem_overlay.safetensors"))
         model.load_weights(list(overlay.items()), strict=False)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import ON_GPU, max_error
+from helpers.assertions import ON_GPU, max_error
 from helpers.random_models import CONFIG, random_model
 
 from mlx_rgemma import Session, batch_generate, generate, load

@@ -7,7 +7,8 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import MODELS, golden_model, max_error
+from helpers.assertions import max_error
+from helpers.models import MODELS, golden_model
 
 STATE_ATOL = 1e-4
 """float32 logits behind a state that has read the same tokens in other calls."""

@@ -6,7 +6,8 @@ from functools import cache
 
 import mlx.core as mx
 import numpy as np
-from conftest import golden
+
+from helpers.models import golden
 
 
 @cache

@@ -217,7 +217,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     assert names(tmp_path) == {"x", ".x.partial-01234567"}
 
 
-def test_other_errors_of_locks_are_told(tmp_path, monkeypatch):
+def test_other_errors_of_locks_are_one_line(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

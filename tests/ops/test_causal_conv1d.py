@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import relative_error, tolerance
 from helpers import float64
+from helpers.assertions import relative_error, tolerance
 from helpers.emulated import (
     FLOATS,
     FORWARD_RTOL,

@@ -12,7 +12,7 @@ from metal_emulator import mutation
 
 from mlx_rgemma.ops import metal
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 
 MUTANTS = mutation.load(Path(__file__).parent / "mutants")
 PARAMETERS = [

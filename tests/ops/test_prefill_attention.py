@@ -7,7 +7,7 @@ import importlib
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import relative_error, tolerance
+from helpers.assertions import relative_error, tolerance
 from helpers.attention_cases import (
     DTYPES_AND_HEAD_DIMS,
     PACKED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import relative_error, tolerance
+from helpers.assertions import relative_error, tolerance
 from helpers.attention_cases import dense_attention, random, windowed_attention
 from helpers.emulated import run_by
 from hypothesis import given, settings

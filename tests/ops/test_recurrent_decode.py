@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import golden, relative_error, tolerance
+from helpers.assertions import relative_error, tolerance
 from helpers.emulated import (
     FORWARD_RTOL,
     GRADIENT_RTOL,
@@ -18,6 +18,7 @@ from helpers.emulated import (
 )
 from helpers.float64 import NORMAL, PADDING, RESET
 from helpers.graphs import primitives
+from helpers.models import golden
 from helpers.recurrent_decode_cases import WEIGHTS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st

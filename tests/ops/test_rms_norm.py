@@ -7,7 +7,7 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import golden, relative_error, tolerance
+from helpers.assertions import relative_error, tolerance
 from helpers.emulated import (
     FLOATS,
     FORWARD_RTOL,
@@ -21,6 +21,7 @@ from helpers.emulated import (
 )
 from helpers.float64 import to64
 from helpers.graphs import primitives
+from helpers.models import golden
 
 from mlx_rgemma import ops
 from mlx_rgemma.ops import backend

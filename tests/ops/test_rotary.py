@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import max_error, relative_error, tolerance
+from helpers.assertions import max_error, relative_error, tolerance
 from helpers.attention_cases import DTYPES_AND_HEAD_DIMS, Case, assert_call
 from helpers.emulated import emulated, launched, needs_compiler
 from helpers.golden_cases import arrays, cases

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import relative_error, tolerance
 from helpers import float64
+from helpers.assertions import relative_error, tolerance
 from helpers.float64 import to64
 from helpers.golden_cases import arrays, cases
 from hypothesis import given, settings

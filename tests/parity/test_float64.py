@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from conftest import ON_GPU, golden, golden_model, max_error
-from float64_model import float64_logits
-from measure_float64 import ALL_ATTENTION, UNSCALED, Case, measure
+from helpers.assertions import ON_GPU, max_error
+from helpers.float64_model import float64_logits
+from helpers.models import golden, golden_model
 
+from benchmarks.float64_distance import ALL_ATTENTION, UNSCALED, Case, measure
 from mlx_rgemma import GriffinConfig
 
 
@@ -41,7 +42,7 @@ def test_how_far_float32_is_from_it(case, bound):
 
 def test_the_scale_of_the_embedding_is_rounded_to_bfloat16():
     """sqrt(2560) is 50.596 and 50.5 in bfloat16."""
-    from float64_model import _bfloat16
+    from helpers.float64_model import _bfloat16
 
     assert _bfloat16(GriffinConfig.preset("2b").hidden_size ** 0.5) == 50.5
     assert _bfloat16(GriffinConfig.preset("9b").hidden_size ** 0.5) == 64.0

@@ -14,7 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import GOLDEN, LOGITS_ATOL, golden, golden_model, max_error
+from helpers.assertions import LOGITS_ATOL, max_error
+from helpers.models import GOLDEN, golden, golden_model
 
 from mlx_rgemma import Model, convert, generate, load, register
 from mlx_rgemma.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL, max_error
+from helpers.assertions import LOGITS_ATOL, max_error
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install '.[parity]'")
 transformers = pytest.importorskip("transformers")

@@ -19,6 +19,8 @@ from mlx_rgemma.server.access import Access
 from mlx_rgemma.server.engine import MAX_STATE_MACHINES, Generator, Provider, _warn
 from mlx_rgemma.server.states import Prompt, PromptCacheStore
 
+pytestmark = pytest.mark.network
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -115,7 +117,7 @@ def test_template_variables_of_a_request(server):
     assert tokens(greeting="Hello there, ") > tokens() == tokens(enable_thinking=False)
 
 
-def test_stops_hold_up_nobody_and_take_little_memory(server):
+def test_stops_delay_no_other_request_and_take_little_memory(server):
     def memory_mb() -> float:
         with open(f"/proc/{server.process.pid}/statm") as file:
             return int(file.read().split()[1]) * 4096 / 1e6
@@ -218,7 +220,7 @@ def test_a_signal_ends_open_streams_in_order(number):
     ids=lambda args: f"{args[0]} {args[1][:20]}",
 )
 def test_arguments_that_are_out_of_range(args, capsys):
-    from mlx_rgemma.server import build_parser
+    from mlx_rgemma.server.command import build_parser
 
     with pytest.raises(SystemExit) as caught:
         build_parser().parse_args(args)

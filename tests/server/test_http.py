@@ -18,6 +18,8 @@ from mlx_rgemma.server.access import Access
 from mlx_rgemma.server.handler import Handler
 from mlx_rgemma.server.http_server import Server
 
+pytestmark = pytest.mark.network
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 EVIL = "https://evil.example"
 

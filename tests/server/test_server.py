@@ -17,6 +17,8 @@ from helpers.running_server import BAD_BODIES, BAD_FIELDS, CHAT, COMPLETIONS, ST
 from mlx_rgemma import convert, generate, load
 from mlx_rgemma.io.hub import EMBEDDED
 
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+
 CLIENTS = 64
 
 
@@ -150,7 +152,7 @@ def test_sixty_four_clients_at_once(server):
     assert server.complete(prompts[3], 10) == alone[prompts[3]]
 
 
-def test_too_many_requests_are_told_so_and_those_who_leave_free_their_place():
+def test_too_many_requests_get_an_error_and_disconnected_clients_free_their_place():
     """Places are few, answers without end: who is not answered at once waits for them to leave."""
     running = Running("--max-requests", "2")
     try:

@@ -10,6 +10,8 @@ import sys
 import pytest
 from helpers.running_server import BAD_BODIES, BAD_FIELDS, CHAT, COMPLETIONS, Running
 
+pytestmark = pytest.mark.network
+
 BAD_MESSAGES = [
     None,
     [],

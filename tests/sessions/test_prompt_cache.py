@@ -7,7 +7,7 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import golden_model
+from helpers.models import golden_model
 
 from mlx_rgemma import load_prompt_cache, save_prompt_cache
 from mlx_rgemma.errors import CheckpointError

@@ -8,7 +8,8 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL, golden_model
+from helpers.assertions import LOGITS_ATOL
+from helpers.models import golden_model
 
 from mlx_rgemma import Session, batch_generate, generate, load, load_prompt_cache
 from mlx_rgemma.errors import CheckpointError, UserError

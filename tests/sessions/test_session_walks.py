@@ -8,9 +8,12 @@ from itertools import islice
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import LOGITS_ATOL, MODELS, golden_model
+from helpers.assertions import LOGITS_ATOL
+from helpers.models import MODELS, golden_model
 
 from mlx_rgemma import Session, load
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

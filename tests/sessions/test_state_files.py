@@ -201,7 +201,7 @@ def test_killed_while_saving(session, tmp_path, moment):
 
 @pytest.mark.parametrize("way", ["save", "cache_prompt"])
 @pytest.mark.parametrize("before", [None, "old"])
-def test_a_full_disk_is_told_in_one_line(tmp_path, way, before):
+def test_a_full_disk_is_one_line(tmp_path, way, before):
     """A limit on the size of files stands in for a full disk."""
     path = tmp_path / "book"
     if before is not None:

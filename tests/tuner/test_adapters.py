@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import golden_model, max_error
+from helpers.assertions import max_error
+from helpers.models import golden_model
 from mlx.utils import tree_flatten
 
 from mlx_rgemma import load
@@ -242,6 +243,6 @@ def test_full_training_leaves_what_is_quantized():
     assert mx.abs(gradients["model.layers.0.temporal_pre_norm.weight"]).max().item() > 0
 
 
-def test_missing_adapters_are_told_before_a_model_is_looked_for(tmp_path):
+def test_missing_adapters_are_an_error_before_a_model_is_loaded(tmp_path):
     with pytest.raises(UserError, match="no adapters: no such folder; give a folder that lora"):
         load(tmp_path / "no model", adapter_path=tmp_path / "no adapters")

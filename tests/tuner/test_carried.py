@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import golden_model, tolerance
+from helpers.assertions import tolerance
+from helpers.models import golden_model
 from mlx.utils import tree_flatten
 
 from mlx_rgemma.errors import UserError

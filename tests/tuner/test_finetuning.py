@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import golden_model
+from helpers.models import golden_model
 from mlx.utils import tree_flatten
 
 import mlx_rgemma.fuse as fuse
@@ -26,6 +26,8 @@ from mlx_rgemma.tuner.grad_checkpoint import checkpoint_layers
 from mlx_rgemma.tuner.loss import batch_loss
 from mlx_rgemma.tuner.train_state import TrainingState
 from mlx_rgemma.tuner.trainer import LoopSettings, fit
+
+pytestmark = pytest.mark.slow
 
 QUESTIONS = {
     "What is Griffin?": "A model by Google.",
@@ -258,7 +260,7 @@ def test_more_layers_than_there_are_by_default(data, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["num_layers"] == 6
 
 
-def test_cut_off_examples_are_told(data, tmp_path, capsys):
+def test_cut_off_examples_give_a_warning(data, tmp_path, capsys):
     arguments = ["--train", "--data", data, "--iters", 1, "--adapter-path", tmp_path]
     assert run(lora, *arguments, "--max-seq-length", 12) == 0
     assert "Warning: 5 of 5 training examples are longer" in capsys.readouterr().out

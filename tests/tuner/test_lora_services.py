@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from checkpoints.hub_stand_in import TOKEN, upload_hub
+from helpers.fake_hub import TOKEN, upload_hub
 
 import mlx_rgemma.lora as lora
 from mlx_rgemma import load
@@ -213,7 +213,7 @@ def test_a_fused_model_is_uploaded(adapters, tmp_path):
     assert {"config.json", "model.safetensors", "README.md"} <= set(written)
 
 
-def test_an_upload_that_cannot_be_is_told_before_any_work(adapters, tmp_path):
+def test_an_impossible_upload_is_refused_before_any_work(adapters, tmp_path):
     for name, environment, message in (
         ("nobody", {}, "upload-repo is 'nobody', expected owner/name."),
         ("me/x", {"HF_TOKEN": ""}, "upload-repo: log in first, with 'hf auth login'."),

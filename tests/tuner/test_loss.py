@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import GOLDEN, golden, golden_model, tolerance
+from helpers.assertions import tolerance
+from helpers.models import GOLDEN, golden, golden_model
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding

@@ -117,7 +117,7 @@ def test_living_writers_keep_their_files(commands, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
-def test_disks_without_locks_are_told_once(number, tmp_path, monkeypatch):
+def test_disks_without_locks_give_one_warning(number, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 

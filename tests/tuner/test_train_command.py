@@ -129,7 +129,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(text, trained, tmp_path):
     assert kept[0] == kept[1]
 
 
-def test_training_goes_on_from_a_model(text, trained, tmp_path, capsys):
+def test_training_continues_from_a_model(text, trained, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(
         f"data: [{text}/a.txt=3, {text}/b.txt.xz=1]\n"
         f"init_from: {trained}/model\n"

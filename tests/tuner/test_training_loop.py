@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import golden_model, relative_error
+from helpers.assertions import relative_error
+from helpers.models import golden_model
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_rgemma.errors import CheckpointError, UserError

@@ -147,7 +147,7 @@ def sliding_window_attention(first, last, q, kv, low, scale, out):
 def flash_decode_split(part, parts, q, keys, values, begin, seen, scale, row_max, row_sum, acc):
     """A part of the attention of one token over the tokens before it, which lie in a ring.
 
-    q: (H, N); keys, values: (slots, N), of which so many are `seen`, the last of them before slot
+    q: (H, N); keys, values: (slots, N), of which `seen` are visible, the last of them before slot
     `begin`; row_max, row_sum: (H,), the highest score, in base 2, and the sum of the exponentials;
     acc: (H, N).
 

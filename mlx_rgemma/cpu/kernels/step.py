@@ -120,7 +120,7 @@ def lm_head(first, last, x, norm, weight, cap, y):
 
 @kernel
 def _part(thread, num_threads, number):
-    """Where a thread's part of so many begins and ends."""
+    """Return the beginning and the end of a thread's part of a number of items."""
     return number * thread // num_threads, number * (thread + 1) // num_threads
 
 

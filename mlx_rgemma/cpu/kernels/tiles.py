@@ -61,7 +61,7 @@ class _Matrix:
 
 
 def _tile_product(rows: int, columns: int, *, add_of_columns: bool = False) -> Any:
-    """Make ``c = a @ b``, or ``c += a.T @ b``, of a tile of so many rows and columns of `c`."""
+    """Make ``c = a @ b``, or ``c += a.T @ b``, of one tile of `c`."""
     vectors = columns // LANES
     tile = list(product(range(rows), range(vectors)))
 
@@ -111,7 +111,7 @@ def _spread(builder: Any, number: Any) -> Any:
 def _repeat(
     builder: Any, times: Any, values: list[Any], step: Callable[[Any, list[Any]], list[Any]]
 ) -> list[Any]:
-    """The values after so many steps, one at least, each from its number and those before it."""
+    """Return the values after at least one step, each from its index and the values before."""
     before = builder.block
     body, behind = (builder.append_basic_block(name) for name in ("products", "behind"))
     builder.branch(body)

@@ -1,4 +1,4 @@
-"""How far float32 logits are from float64: `python tests/parity/measure_float64.py`.
+"""Distance of float32 logits from float64: `python -m benchmarks.float64_distance`.
 
 Random models, as training begins with them, in one pass and token by token; for each case the
 median over the seeds. Prints the table of docs/design/numerics.md. Minutes on two cores.
@@ -11,15 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx_rgemma  # noqa: F401  (first: it finds MLX a fast BLAS on Linux)
-
-# isort: split
 import mlx.core as mx
 import numpy as np
-from float64_model import Array, float64_logits
 
 from mlx_rgemma import GriffinConfig, Model
 from mlx_rgemma.tuner.init import initialize
+from tests.helpers.float64_model import Array, float64_logits
 
 VOCABULARY = 256
 ALL_ATTENTION = {"block_types": ("attention",)}
@@ -66,7 +63,7 @@ def random_model(case: Case, seed: int) -> Model:
         embedding = model.model.embed_tokens
         embedding.weight = embedding.weight * config.hidden_size**0.5
     model.eval()
-    model.lay_out()
+    model.prepare_for_inference(dequantize=False)
     return model
 
 

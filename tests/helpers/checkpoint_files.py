@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from conftest import GOLDEN
 
-STORIES = (Path(__file__).parent / "unseen_stories.txt").read_text().strip().split("\n\n")
+from helpers.models import GOLDEN
+
+STORIES = (
+    (Path(__file__).parents[1] / "checkpoints" / "unseen_stories.txt")
+    .read_text()
+    .strip()
+    .split("\n\n")
+)
 
 CONFIG, SINGLE = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
