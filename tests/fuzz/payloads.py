@@ -24,7 +24,6 @@ ACCEPTED = frozenset(
         "config:remote-code",
         "flags:cache-prompt-no-suffix",
         "flags:lora-resume-without-checkpoint",
-        "flags:chat /save book",
         "resumed:no checkpoint yet",
         "yaml:train-float-iters",
         "sentencepiece:no utf-8",

@@ -72,6 +72,8 @@ def build(folder: Path) -> None:
     session = Session(model, tokenizer)
     session.feed("One day Lily met a dog.")
     session.save(folder / "session.safetensors")
+    (folder / "named").mkdir()
+    session.save(folder / "named" / "book")
 
     data, texts = folder / "data", folder / "texts"
     data.mkdir()

@@ -6,7 +6,6 @@ import argparse
 import importlib
 from collections.abc import Callable
 from random import Random
-from typing import Any
 
 from fuzz.job import Box, Family, Job
 from fuzz.payloads import files
@@ -199,26 +198,12 @@ def _stored(content: bytes) -> Callable[[Box, Random], Job]:
     return lambda box, rng: _job(box, command, more, " ".join(more))
 
 
-def _named_state(name: str) -> Callable[[Box, Random], Any]:
-    """A state saved under any name is one that loads again: chat saves and loads it."""
-
-    def make(box: Box, rng: Random) -> Job:
-        job = _job(box, "chat", [], f"/save {name}")
-        job.stdin = f"Hello\n/save {name}\n/load {name}\nq\n"
-        return job
-
-    return make
-
-
 FAMILIES = (
     Family(
         "flags",
         "command",
         {f"sound {name}": _stored(name.encode()) for name in COMMANDS},
         _flags,
-        {
-            **{name: _stored(content) for name, content in files("flags").items()},
-            "chat /save book": _named_state("book"),
-        },
+        {name: _stored(content) for name, content in files("flags").items()},
     ),
 )

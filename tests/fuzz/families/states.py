@@ -59,26 +59,15 @@ def _damage_metadata(rng: Random, metadata: dict[str, str]) -> str:
     return f"metadata {key} = {brief(value)}"
 
 
-def _named(name: str) -> object:
-    """Return a maker: a state saved under a name, whatever it ends in, loads again."""
-
-    def make(box: Box, rng: Random) -> Job:
-        return Job(
-            "cache_prompt",
-            ["--model", str(box.sources / "tiny"), "-p", "A cat.", "--prompt-cache-file", name],
-            f"saved as {name}",
-            (f"cwd/{name}",),
-        )
-
-    return make
-
-
 FAMILIES = (
     Family(
         "state",
         "command",
         {
             "sound session": lambda box, rng: _resume(box, box.copy("session.safetensors"), ""),
+            "sound name without suffix": lambda box, rng: _resume(
+                box, box.copy("named") / "book", ""
+            ),
             "sound cache": lambda box, rng: _resume(box, box.copy("cache.safetensors"), ""),
         },
         _state,
