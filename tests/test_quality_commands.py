@@ -87,7 +87,7 @@ BAD_TEXTS = {
     "not UTF-8": (b"\xff\xfe", "not UTF-8 text"),
     "not JSON": (b'{"text": "a"}\nb', "line 2 is not JSON"),
     "no text": (b'{"txt": "a"}', "line 1 has neither 'text' nor"),
-    "a list": (b'["a"]', "line 1 has neither 'text' nor"),
+    "a list": (b'["a"]', "line 1 is not a JSON object"),
     "no template": (b'{"messages": []}', "line 1 has messages, but the model has no chat template"),
 }
 
@@ -156,7 +156,7 @@ def test_report_without_a_text_reads_the_stories_of_the_package():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", str(GOLDEN / "tiny-2b"), "--report"], "no tokenizer, and without one"),
+        (["--model", str(GOLDEN / "tiny-2b"), "--report"], "no tokenizer; --report needs one"),
         (["--model", str(EMBEDDED), "--report", "absent.txt"], "absent.txt: no such file"),
     ],
     ids=["no tokenizer", "no text"],
@@ -283,10 +283,10 @@ def test_learning_fails_in_one_line(learner, capsys):
     short = learner / "short.txt"
     short.write_text("A cat.")
     assert quantize_main(["dwq", *common, new, "--data-path", str(short)]) == 1
-    assert "too short: it makes 1 samples, and 8 are needed" in capsys.readouterr().err
+    assert "too short: it has 1 samples, and 8 are needed" in capsys.readouterr().err
     text = ["--data-path", str(learner / "text.txt")]
     assert quantize_main(["gptq", *common, new, *text, "--bits", "3"]) == 1
-    assert capsys.readouterr().err.endswith("mlx-lm's gptq stops: Unsupported bits 3\n")
+    assert capsys.readouterr().err.endswith("mlx-lm's gptq stopped: Unsupported bits 3\n")
     assert not Path(new).exists()
 
 

@@ -105,7 +105,8 @@ def test_memory_does_not_grow_with_the_document(documents):
     """What a step leaves behind is the state alone: in a process where nothing else has run."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         held = pool.submit(held_after_steps, documents).result(300)
-    assert max(held[10:]) <= max(held[2:10]), held
+    # Minima: MLX's threads free an array some time after its last use.
+    assert min(held[30:]) <= min(held[2:30]), held
 
 
 def test_order(documents):

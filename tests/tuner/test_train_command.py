@@ -194,7 +194,7 @@ def test_mistakes(text, trained, tmp_path, capsys):
     )
     assert not (tmp_path / "new").exists() and not (tmp_path / "new2").exists()
     if _has_matplotlib():
-        for plot, expected in (("a.xyz", "not an image file"), ("no/a.png", "no such folder")):
+        for plot, expected in (("a.xyz", "not an image file"), ("no/a.png", "there is no folder")):
             there = ["--save-path", str(tmp_path / "plotted"), *TINY]
             assert expected in mistake(capsys, *data, *there, "--plot", str(tmp_path / plot))
         assert not (tmp_path / "plotted").exists()
