@@ -11,7 +11,7 @@ import pytest
 CONNECT = """
 import ctypes, sys
 import mlx.core as mx
-from mlx_rgemma.distributed import group as process_group
+from mlx_rgemma.distributed.group import _connect
 from mlx_rgemma.distributed.rank_info import RankInfo
 
 def init(strict):
@@ -26,7 +26,7 @@ class Group:
     size = staticmethod(lambda: 3)
 
 mx.distributed.init = init
-process_group._connect(RankInfo(int(sys.argv[1]), 3, None, frozenset(), {}))
+_connect(RankInfo(int(sys.argv[1]), 3, None, frozenset(), {}))
 print("connected")
 """
 

@@ -189,7 +189,7 @@ def test_a_model_is_sharded_once():
 
     def work(group):
         model = sharded(models, group)
-        with pytest.raises(ValueError, match="before"):
+        with pytest.raises(ValueError, match="already"):
             model.shard(group)
 
     run_threads(2, work)
