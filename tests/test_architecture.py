@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_rgemma"
 
-MAX_LINES = 420
+MAX_LINES = 430
 
 FLOORS = (
     ("errors",),
