@@ -184,9 +184,14 @@ def _check_head(tensors: dict[str, TensorInfo], redundant: tuple[str, ...]) -> N
         head = tensors[name]
         embedding = tensors.get(name.replace(HEAD, EMBEDDING, 1))
         if embedding is None or not same_bytes(head, embedding):
+            remedy = (  # mlx-lm's mixed recipes give an LM head in the file more bits
+                "; convert the unquantized model with mlx_rgemma.convert"
+                if head.dtype == "U32"
+                else ""
+            )
             raise CheckpointError(
                 f"{head.file}: {name} differs from {EMBEDDING}.weight; RecurrentGemma's LM head is"
-                " its embedding, another head is not supported."
+                f" its embedding, another head is not supported{remedy}."
             )
 
 

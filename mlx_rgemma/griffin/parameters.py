@@ -111,13 +111,15 @@ def uses_weight_decay(name: str, ndim: int) -> bool:
     """Return whether weight decay applies to a parameter: to matrices and their adapters.
 
     It does not apply to the RG-LRU (Griffin, arXiv:2402.19427, section 3.2: no weight decay on the
-    recurrence), norms, convolution and biases.
+    recurrence), norms, convolution and biases. It applies to matrices of other modules.
 
     Args:
         name: Full name in the model.
         ndim: Number of its dimensions.
     """
-    return ndim >= 2 and find_module(name).role in MATRICES and not is_bias(name)
+    known = any(part in MODULES for part in name.split("."))
+    matrix = not known or find_module(name).role in MATRICES
+    return ndim >= 2 and matrix and not is_bias(name)
 
 
 def modules_of(role: Role) -> tuple[str, ...]:

@@ -52,8 +52,8 @@ def batch_loss(
         The sum of the cross entropies in nats, a fp32 scalar, and the number of targets, an int32
         scalar.
     """
-    chunk = chunk_tokens(vocabulary_size(model.model.embed_tokens))
-    hidden = model.model(batch.tokens, cache, batch.segment_pos)
+    with lazy_backend() if is_checkpointed(model) else nullcontext():
+        hidden = model.model(batch.tokens, cache, batch.segment_pos)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     targets = batch.targets.reshape(-1)
     counted = np.flatnonzero(np.array(batch.mask))
@@ -62,15 +62,13 @@ def batch_loss(
     if len(counted) < hidden.shape[0]:
         chosen = mx.array(counted.astype(np.int32))
         hidden, targets = hidden[chosen], targets[chosen]
-    with lazy_backend() if is_checkpointed(model) else nullcontext():
-        loss = head_loss(
-            hidden,
-            targets,
-            model.model.embed_tokens,
-            model.args.logits_soft_cap,
-            training=model.training,
-            chunk=chunk,
-        )
+    loss = head_loss(
+        hidden,
+        targets,
+        model.model.embed_tokens,
+        model.args.logits_soft_cap,
+        training=model.training,
+    )
     return loss, mx.array(len(counted), mx.int32)
 
 
@@ -143,7 +141,10 @@ def head_loss(
         of_arrays = [s.astype(z.dtype) for s, z in zip(sums, arrays, strict=True)]
         return [total, mx.concatenate(of_x), *of_arrays]
 
-    run = custom_function(loss_and_gradients if training else loss_alone)
+    @custom_function
+    def run(*inputs: mx.array) -> list[mx.array]:
+        with lazy_backend():  # evaluated while gradients are traced, all chunks would be held
+            return (loss_and_gradients if training else loss_alone)(*inputs)
 
     @run.vjp
     def gradient(primals, cotangents, outputs):
@@ -152,7 +153,8 @@ def head_loss(
             gradients = outputs[1:]
         else:  # after the forward pass: both hold chunks of logits
             x, *arrays = inputs
-            gradients = loss_and_gradients(*mx.depends([x], outputs), *arrays)[1:]
+            with lazy_backend():
+                gradients = loss_and_gradients(*mx.depends([x], outputs), *arrays)[1:]
         # Only the first output, the loss, is used.
         return [(g * cotangents[0]).astype(g.dtype) for g in gradients]
 

@@ -18,7 +18,7 @@ STREAM_BYTES = 4
 ARRAYS_PER_LAYER = 1.25
 """(tokens, width) arrays that a checkpointed layer keeps: its input, and small ones."""
 
-MAX_WORKING_ARRAYS = 100
+MAX_WORKING_ARRAYS = 104
 """(tokens, width) arrays that exist at once while a layer is recomputed and differentiated; two
 thirds of them belong to the MLP, which is three times as wide. Measured on a CPU, where MLX runs up
 to 100 operations ahead of what it frees."""
