@@ -19,6 +19,7 @@ from mlx_rgemma.cpu import (  # noqa: F401  (they register their implementations
     rg_lru,
     rms_norm,
 )
+from mlx_rgemma.cpu.eager import detach
 from mlx_rgemma.cpu.layers import replace_linear_layers
 from mlx_rgemma.cpu.numba_runtime import compile_seconds
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from mlx_rgemma.cpu.decode_step import Decoder
 
 
-__all__ = ["compile_seconds", "decoder", "optimizer", "prepare"]
+__all__ = ["compile_seconds", "decoder", "detach", "optimizer", "prepare"]
 
 
 def prepare(model: nn.Module, *, dequantize: bool = True) -> int:

@@ -76,6 +76,18 @@ def _at_once(function: Callable[..., Any], arrays: Sequence[mx.array]) -> Any:
     return results
 
 
+def detach(*arrays: mx.array) -> tuple[mx.array, ...]:
+    """Evaluate arrays and return copies that are no part of a traced graph.
+
+    Arrays without values (within `mx.compile` and `mx.vmap`) are returned as they are.
+    """
+    try:
+        mx.eval(*arrays)
+    except ValueError:
+        return arrays
+    return tuple(_copy(x) for x in arrays)
+
+
 def _copy(x: mx.array) -> mx.array:
     """Return an array that is no part of a traced graph."""
     if x.dtype == mx.bfloat16:

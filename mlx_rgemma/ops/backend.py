@@ -190,6 +190,14 @@ def decoder(model: Any) -> Callable[..., mx.array | None] | None:
     return _cpu().decoder(model) if active() is Backend.CPU else None
 
 
+def detach(*arrays: mx.array) -> tuple[mx.array, ...]:
+    """Return arrays for a computation of which only results are kept while gradients are traced.
+
+    A backend that evaluates its inputs at once returns copies that no traced graph knows.
+    """
+    return _cpu().detach(*arrays) if active() is Backend.CPU else arrays
+
+
 def compile_seconds(since: float) -> float:
     """Return the seconds spent compiling kernels since a moment of `time.perf_counter`."""
     return _cpu().compile_seconds(since) if active() is Backend.CPU else 0.0

@@ -20,7 +20,7 @@ from mlx_rgemma.griffin.cache import GriffinCache
 from mlx_rgemma.griffin.model import Model
 from mlx_rgemma.ops import inference_mode
 from mlx_rgemma.ops.autograd import custom_function
-from mlx_rgemma.ops.backend import Backend, active
+from mlx_rgemma.ops.backend import Backend, active, detach
 from mlx_rgemma.ops.cross_entropy import cross_entropies
 from mlx_rgemma.tuner.data.packing import Batch
 from mlx_rgemma.tuner.grad_checkpoint import is_checkpointed, lazy_backend
@@ -68,6 +68,7 @@ def batch_loss(
         model.model.embed_tokens,
         model.args.logits_soft_cap,
         training=model.training,
+        lazy=is_checkpointed(model),
     )
     return loss, mx.array(len(counted), mx.int32)
 
@@ -80,6 +81,7 @@ def head_loss(
     *,
     training: bool = True,
     chunk: int | None = None,
+    lazy: bool = False,
 ) -> mx.array:
     """Return the summed cross entropy of ``soft_cap(embedding.as_linear(x))``, in chunks of tokens.
 
@@ -93,6 +95,7 @@ def head_loss(
         cap: Soft cap of the logits; 0 for none.
         training: Compute gradients with the loss. Otherwise a gradient recomputes the logits.
         chunk: Tokens per chunk. Default: `chunk_tokens`.
+        lazy: Evaluate nothing before the loss is: for checkpointed layers.
 
     Returns:
         A fp32 scalar.
@@ -122,8 +125,9 @@ def head_loss(
                 total = total + chunk_loss(part, wanted, arrays)
         return [total]
 
-    def loss_and_gradients(x: mx.array, *arrays: mx.array) -> list[mx.array]:
+    def loss_and_gradients(x: mx.array, *given: mx.array) -> list[mx.array]:
         total, of_x = mx.array(0.0), []
+        x, *arrays = detach(x, *given)
         sums = [mx.zeros(z.shape, mx.float32) for z in arrays]
         done = [total]
         for part, wanted in _chunks(x, targets, size):
@@ -133,7 +137,8 @@ def head_loss(
             def of_chunk(part, *arrays, wanted=wanted):
                 return [chunk_loss(part, wanted, arrays)]
 
-            (loss,), (d_part, *d_arrays) = mx.vjp(of_chunk, [part, *arrays], [mx.array(1.0)])
+            (loss,), gradients = mx.vjp(of_chunk, [part, *arrays], [mx.array(1.0)])
+            loss, d_part, *d_arrays = detach(loss, *gradients)
             total = total + loss
             of_x.append(d_part)
             sums = [s + d.astype(mx.float32) for s, d in zip(sums, d_arrays, strict=True)]
@@ -143,7 +148,8 @@ def head_loss(
 
     @custom_function
     def run(*inputs: mx.array) -> list[mx.array]:
-        with lazy_backend():  # evaluated while gradients are traced, all chunks would be held
+        # To evaluate here would evaluate the layers, and undo their checkpointing.
+        with lazy_backend() if lazy else nullcontext():
             return (loss_and_gradients if training else loss_alone)(*inputs)
 
     @run.vjp
