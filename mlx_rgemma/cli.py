@@ -104,7 +104,7 @@ def one_line(message: str) -> str:
 @contextmanager
 def _notices() -> Iterator[None]:
     """Print the log messages of `mlx_rgemma.ops` on stderr, one per line."""
-    handler, log = _Notices(), logging.getLogger("mlx_rgemma.cpu")
+    handler, log = _Notices(), logging.getLogger("mlx_rgemma")
     before = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
