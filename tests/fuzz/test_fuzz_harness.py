@@ -11,7 +11,7 @@ from fuzz import commands
 from fuzz.commands import CommandTarget
 from fuzz.families import FAMILIES
 from fuzz.harness import GROUPS, Harness, all_cases, shares
-from fuzz.job import Box, Job
+from fuzz.job import Box, Failure, Job, Result
 from fuzz.serving import Request, _judge_answer
 
 KINDS = {
@@ -92,6 +92,21 @@ def test_cases_can_be_replayed(harness, tmp_path):
         return job.note, names
 
     assert made(1, 7) == made(2, 7) != made(3, 8)
+
+
+def test_a_hang_is_believed_the_second_time(harness, monkeypatch):
+    """A virtual machine that was paused charges the time to whoever ran."""
+    family = FAMILIES["torch"]
+    real, hang = harness._targets["command"].run, Failure("hang", "11 s of CPU time")
+    for pauses, expected in ((1, "accepted"), (2, "failed")):
+        results = iter([Result("failed", "", hang)] * pauses)
+        monkeypatch.setattr(
+            harness._targets["command"],
+            "run",
+            lambda *a, results=results, **k: next(results, None) or real(*a, **k),
+        )
+        (report,) = harness.run(family, ["sound"])
+        assert report.result.verdict == expected
 
 
 def test_failing_cases_are_kept(harness, tmp_path):
