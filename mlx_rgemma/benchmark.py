@@ -75,7 +75,6 @@ def build_parser() -> argparse.ArgumentParser:
             "--quick",
             "-p 512 -g 128 -n 3",
             "--model google/recurrentgemma-2b-it -p 512,2048 -q none,4 --output speed.json",
-            "--shape 2b --flatness",
         ],
         epilog="LIST is one value or several, separated by commas: each is measured.",
     )

@@ -60,9 +60,9 @@ def test_a_damaged_map_is_refused_in_both_files(model, tmp_path, capfd):
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
     load_tokenizer(folder)
-    from mlx_rgemma.tokenizers.load import write_translation
+    from mlx_rgemma.tokenizers.load import write_converted
 
-    write_translation(folder, folder)
+    write_converted(folder, folder)
     values = json.loads((folder / "tokenizer.json").read_text())
     step = values["normalizer"]["normalizers"][0]
     broken = random.Random(1).randbytes(500)

@@ -225,7 +225,7 @@ def test_dir_shows_the_public_names():
 
 def test_the_project_has_addresses_and_commands():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["urls"]) == {"Homepage", "Repository", "Issues"}
+    assert set(project["urls"]) == {"Homepage", "Repository", "Issues", "Changelog"}
     assert all(url.startswith("https://github.com/") for url in project["urls"].values())
     assert project["scripts"]["mlx-rgemma"] == "mlx_rgemma.__main__:main"
 
