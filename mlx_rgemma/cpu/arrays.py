@@ -14,6 +14,9 @@ import numpy as np
 
 View = np.ndarray[Any, Any]
 
+ignore_overflow = np.errstate(over="ignore", invalid="ignore")
+"""Decorator: infinities and NaN without NumPy's warnings, as MLX computes them."""
+
 
 def materialize(*arrays: mx.array) -> list[View] | None:
     """Evaluate arrays and return views, floats as fp32, row-contiguous; None while tracing.

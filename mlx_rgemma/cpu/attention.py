@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rgemma.cpu import numba_runtime
-from mlx_rgemma.cpu.arrays import View, empty, materialize
+from mlx_rgemma.cpu.arrays import View, empty, ignore_overflow, materialize
 from mlx_rgemma.cpu.fastmath import LOG2_E
 from mlx_rgemma.ops.backend import Backend
 from mlx_rgemma.ops.decode_attention import DECODE_ATTENTION, appending, token_reference
@@ -57,6 +57,7 @@ def attend(q: mx.array, kv: mx.array, mask: Mask) -> mx.array:
 
 
 @mx.custom_function
+@ignore_overflow
 def _attend(q: mx.array, kv: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
     """-> the output, and the logarithm of each row's denominator, (B, H L, 1)."""
     views = materialize(q, kv, mask)
@@ -77,6 +78,7 @@ def _attend(q: mx.array, kv: mx.array, mask: mx.array) -> tuple[mx.array, mx.arr
 
 
 @_attend.vjp
+@ignore_overflow
 def _attend_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
     q, kv, mask = primals
     views = materialize(q, kv, mask, *outputs, cotangents[0])
@@ -126,6 +128,7 @@ def _is_large(
 
 @DECODE_ATTENTION.implementation(Backend.CPU, supports=_is_large, gradient="own")
 @appending
+@ignore_overflow
 def decode(
     *arrays: Any, write_pos: int, window: int, cached_len: int | None
 ) -> tuple[mx.array, mx.array]:

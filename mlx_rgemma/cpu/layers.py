@@ -15,7 +15,8 @@ from mlx_rgemma.ops.backend import Backend, active
 
 
 def _is_frozen(layer: nn.Module) -> bool:
-    return not layer.training or not layer.trainable_parameters()
+    """Return whether no parameter of a layer has a gradient; evaluation mode does not say so."""
+    return all(name in layer._no_grad for name in ("weight", "bias") if name in layer)
 
 
 class Linear(nn.Linear):

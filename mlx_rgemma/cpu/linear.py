@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_rgemma.cpu.arrays import View, empty, materialize
+from mlx_rgemma.cpu.arrays import View, empty, ignore_overflow, materialize
 from mlx_rgemma.ops.autograd import is_inference
 from mlx_rgemma.ops.backend import Backend
 from mlx_rgemma.ops.linear import BLOCK_DIAGONAL
@@ -91,6 +91,7 @@ def _product(outputs: int, arguments: Any, primal_names: tuple[str, ...]) -> Any
     return product
 
 
+@ignore_overflow
 def _forward(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array | None:
     views = materialize(x, weight, *([] if bias is None else [bias]))
     if views is None:
@@ -106,6 +107,7 @@ def _fallback(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
+@ignore_overflow
 def _matmul(a: View, b: View) -> mx.array:
     y, view = empty((*a.shape[:-1], b.shape[-1]))
     np.matmul(a, b, out=view)
@@ -157,6 +159,7 @@ def quantized_linear(x: mx.array, packed: Quantized) -> mx.array:
     return mx.quantized_matmul(x, *weights, transpose=True, **packed.how)
 
 
+@ignore_overflow
 def _quantized_forward(x: mx.array, packed: Quantized) -> mx.array | None:
     views = materialize(x)
     if views is None:
@@ -203,6 +206,7 @@ def block_diagonal(x: mx.array, weight: mx.array) -> Any:
     return _block_product(x, weight)
 
 
+@ignore_overflow
 def _block_forward(x: mx.array, weight: mx.array) -> Any:
     views = materialize(x, weight)
     if views is None:

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    from mlx_rgemma.server.command import build_parser
+
+    return build_parser()
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command `mlx_rgemma.server`; return its exit status."""

@@ -111,3 +111,31 @@ def test_weights_are_not_dequantized_where_that_is_not_wanted_or_too_large(quant
     monkeypatch.setenv(dequantize.VARIABLE, "maybe")
     with pytest.raises(UserError, match="found 'maybe', expected one of auto, off"):
         dequantize.cache_dequantized(quantized)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradients_do_not_depend_on_the_mode(training):
+    """A model in evaluation mode is not frozen."""
+    tokens = mx.array([[3, 5, 7, 2, 9, 4]])
+
+    def gradients(model):
+        model.train(training)
+        return nn.value_and_grad(model, lambda m: mx.square(m(tokens)).mean())(model)[1]
+
+    with backend.use(backend.Backend.MLX):
+        expected = dict(tree_flatten(gradients(golden_model("tiny-2b"))))
+    found = dict(tree_flatten(gradients(golden_model("tiny-2b"))))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(found[name], np.array(value)) < 1e-4, name
+
+
+def test_a_frozen_layer_has_no_gradient():
+    model = golden_model("tiny-2b")
+    model.freeze()
+    model.layers[0].mlp_block.down_proj.unfreeze()
+    found = nn.value_and_grad(model, lambda m: m(mx.array([[3, 5, 7, 2]])).sum())(model)[1]
+    assert {name for name, _ in tree_flatten(found)} == {
+        "model.layers.0.mlp_block.down_proj.weight",
+        "model.layers.0.mlp_block.down_proj.bias",
+    }

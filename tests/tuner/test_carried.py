@@ -106,7 +106,7 @@ def test_memory_does_not_grow_with_the_document(documents):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         held = pool.submit(held_after_steps, documents).result(300)
     # Minima: MLX's threads free an array some time after its last use.
-    assert min(held[30:]) <= min(held[2:30]), held
+    assert min(held[30:]) <= min(held[2:30]) + 1024, held  # less than an array of the state
 
 
 def test_order(documents):

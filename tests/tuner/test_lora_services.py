@@ -162,7 +162,7 @@ def test_reports_go_to_a_service_and_the_terminal(training, tmp_path, monkeypatc
         (None, "error: --report-to: wandb is not installed: pip install wandb."),
         (
             Service(RuntimeError("api_key not configured\nrun wandb login")),
-            "error: --report-to wandb: cannot begin (api_key not configured).",
+            "error: --report-to wandb: cannot begin (api_key not configured run wandb login).",
         ),
     ],
     ids=["missing", "no login"],
