@@ -132,7 +132,7 @@ def _is_large(
 def decode(
     *arrays: Any, write_pos: int, window: int, cached_len: int | None
 ) -> tuple[mx.array, mx.array]:
-    """Attend to the ring as it is and to the token beside it.
+    """Attend to the ring, without writing to it, and to the new token.
 
     To evaluate the ring with the token appended would copy it: its owner still holds the old one.
     """

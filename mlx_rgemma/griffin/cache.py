@@ -126,7 +126,7 @@ class _StateCache(Rollback):
             raise ValueError("[cache] only caches of the same model can be merged.")
 
     def _allocate(self, batch_size: int) -> None:
-        raise NotImplementedError
+        raise AssertionError("each kind of cache allocates its own arrays")
 
     @property
     def meta_state(self) -> str:

@@ -153,8 +153,8 @@ def refuse_existing(target: Path) -> None:
     """Refuse to write over anything.
 
     Raises:
-        CheckpointError: If the target exists. Abandoned temporary files beside it are removed all
-            the same.
+        CheckpointError: If the target exists. Abandoned temporary files in its
+            folder are removed even then.
     """
     if os.path.lexists(target):
         _remove_abandoned(target)

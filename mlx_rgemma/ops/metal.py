@@ -12,7 +12,7 @@ A kernel is a file ``metal/<name>.metal``: the body of one Metal function, behin
         sample_inputs=_sample_inputs,       # (*variant) -> arguments: small, of that variant
     )
 
-A variant is what the kernel is compiled for: dtypes, a head size. The first time that a variant is
+A kernel is compiled once per variant: its dtypes and head size. The first time that a variant is
 asked for, `KERNEL.validated(*variant)` runs launch and reference on the same sample, outside of any
 trace. A variant that does not compile or does not agree is off from then on, with one warning.
 
@@ -276,12 +276,12 @@ def source(file: str) -> str:
 
 
 def folder(package: Path | None = None) -> Path:
-    """Return the folder of the Metal sources: in the package in a wheel, beside it in a clone."""
+    """Return the folder of the Metal sources: within the package (wheel) or its parent (clone)."""
     package = package or Path(__file__).resolve().parents[1]
     for found in (package / "metal", package.parent / "metal"):
         if (found / "common.metal").is_file():
             return found
-    raise FileNotFoundError(f"the Metal sources are neither in {package} nor beside it")
+    raise FileNotFoundError(f"the Metal sources are neither in {package} nor in {package.parent}")
 
 
 def _compare(

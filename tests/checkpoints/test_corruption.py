@@ -97,7 +97,7 @@ def damages(folder: Path, count: int) -> Iterator[tuple[str, list[Path]]]:
 
 
 def digest(folder: Path) -> str:
-    """What a folder holds, to the bit."""
+    """Return the SHA-256 of a folder: the name and the bytes of every file."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         total.update(str(path.relative_to(folder)).encode())

@@ -65,7 +65,7 @@ found |= {
         "another model": first_use,
     }.items()
 }
-session.feed("there was")  # the parent goes on
+session.feed("there was")  # the parent process continues
 print(json.dumps(found))
 """
 

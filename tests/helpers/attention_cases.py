@@ -164,7 +164,7 @@ def assert_rotated(case: Case) -> None:
 
 
 def assert_call(case: Case) -> None:
-    """Compare a call with float64; its rotated keys equal the reference's, to the bit."""
+    """Compare a call with float64; its rotated keys are bit-identical to the reference's."""
     out, kv, _ = attend(case)
     turned = case.rotated()
     assert_close("out", out, turned.expected(), FORWARD_RTOL)

@@ -49,7 +49,7 @@ def open_checkpoint(
     Args:
         path_or_repo: A folder, a file or a Hub repository.
         revision: Branch, tag or commit of a repository.
-        target: The folder that will be written; an archive is unpacked beside it temporarily.
+        target: The folder that will be written; archives are unpacked in its parent folder.
         overrides: Settings that are missing in Google's formats.
         progress: Show a progress bar while an archive is unpacked.
 
